@@ -1,0 +1,43 @@
+# One environment (.venv), one entry for every task. Each target sets the environment up when it is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup hooks quickstart test test-all lint format clean clean-venv
+
+# Two pytest workers with one thread each: more threads than cores slow torch down several times.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --durations 15
+WORKERS ?= 2
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup:  ## make .venv (Python 3.12, pinned packages) when it is missing or out of date
+	@tools/setup_environment.sh
+
+hooks: setup  ## install the pre-commit hooks
+	@.venv/bin/pre-commit install
+
+quickstart: setup  ## the whole path on a laptop; MINUTES=2 shortens it, OUT=DIR chooses the folder
+	@bash examples/quickstart/run.sh
+
+test: setup  ## the tests without the slow ones
+	@$(PYTEST) -m "not slow"
+
+test-all: setup  ## all tests
+	@$(PYTEST)
+
+lint: setup  ## ruff, format check, mypy
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: setup  ## rewrite the sources in the common format
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean:  ## remove caches and build output
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
+
+clean-venv: clean  ## remove the environment too
+	@rm -rf .venv
