@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .PHONY: help setup hooks quickstart test test-all lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --durations 15
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --max-worker-restart 0 --durations 15
 WORKERS ?= 2
 
 help:  ## list the targets

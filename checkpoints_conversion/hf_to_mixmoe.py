@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Make a Megatron checkpoint from a Hugging Face directory.
+
+  hf_to_mixmoe.py --hf-dir BASE --output-dir DIR            upcycle a dense model: LM experts are slices of its FFN
+  hf_to_mixmoe.py --hf-dir BASE --output-dir DIR --dense    keep it dense
+  hf_to_mixmoe.py --hf-dir EXPORT --output-dir DIR          take back a model that mixmoe_to_hf.py exported
+
+Reads safetensors only. DIR appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.conversion.hf_config import read_hf_config
+from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, run_import
+from mixmoe_megatron.errors import MixMoEError
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser; one flag for each Mix-MoE option, defaults from the preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-dir", required=True, help="directory with config.json and safetensors weights")
+    parser.add_argument("--output-dir", required=True, help="checkpoint directory to make")
+    parser.add_argument("--dense", action="store_true", help="keep a dense model dense")
+    parser.add_argument("--seed", type=int, default=1234, help="of the router weights (default 1234)")
+    parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers are never cast")
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, help="pad the vocabulary with zero rows")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it has content")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+    parser.add_argument("--preset", choices=("recommended", "paper"), help="of Mix-MoE options (default recommended)")
+    group = parser.add_argument_group("Mix-MoE options, over the preset (values: JSON or text; see config.py)")
+    for field in dataclasses.fields(MixMoEOptions):
+        if field.name != "preset":
+            group.add_argument(
+                "--" + field.name.replace("_", "-"), type=_parse_value, default=argparse.SUPPRESS, metavar="X"
+            )
+    return parser
+
+
+def options_from_arguments(args: argparse.Namespace, is_mixmoe: bool) -> MixMoEOptions | None:
+    """Return the options to upcycle with, or None when nothing is upcycled.
+
+    Raises:
+        MixMoEError: option flags together with --dense or with a Mix-MoE model, or a bad value.
+    """
+    names = {field.name for field in dataclasses.fields(MixMoEOptions)} - {"preset"}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if "moe_layer_placement" in given:
+        given["moe_layer_placement"] = str(given["moe_layer_placement"])
+    if (args.dense or is_mixmoe) and (given or args.preset):
+        what = "--dense makes no experts" if args.dense else "the model is a Mix-MoE model already"
+        flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["preset"] if args.preset else [])])
+        raise MixMoEError(f"{what}: leave out {flags}.")
+    if args.dense and is_mixmoe:
+        raise MixMoEError("--dense does not go with a Mix-MoE model.")
+    if args.dense or is_mixmoe:
+        return None
+    return MixMoEOptions.from_preset(args.preset or "recommended", **given)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args(argv)
+
+    def run() -> None:
+        if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
+            raise MixMoEError("--make-vocab-size-divisible-by must be positive.")
+        is_mixmoe = read_hf_config(args.hf_dir).get("model_type") == "mixmoe"
+        prepared = prepare_import(
+            ImportRequest(
+                hf_dir=args.hf_dir,
+                output_dir=args.output_dir,
+                options=options_from_arguments(args, is_mixmoe),
+                seed=args.seed,
+                dtype=args.dtype,
+                make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+                force=args.force,
+            )
+        )
+        if args.dry_run:
+            print(prepared.describe())
+        else:
+            run_import(prepared)
+            print(f"{prepared.metadata.stage} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}")
+
+    setup_logging()
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

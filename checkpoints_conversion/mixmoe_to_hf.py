@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Export a Megatron checkpoint to a Hugging Face directory.
+
+A dense checkpoint gives a plain Llama or Qwen2 model. The others give a Mix-MoE model with its modeling code
+(`trust_remote_code=True`), whose routers are folded into plain linear layers. The checkpoint may have been saved under
+any parallel layout; no GPU and no model is needed. OUT appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
+from mixmoe_megatron.conversion.safetensors_io import parse_size
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint-dir", required=True, help="directory with mixmoe_metadata.json")
+    parser.add_argument("--output-dir", required=True, help="Hugging Face directory to make")
+    parser.add_argument("--iteration", type=int, help="default: the latest")
+    parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers stay in fp32")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default 5GB)")
+    parser.add_argument("--base-model", help="name of the dense base model, for the model card")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it has content")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args(argv)
+
+    def run() -> None:
+        prepared = prepare_export(
+            ExportRequest(
+                checkpoint_dir=args.checkpoint_dir,
+                output_dir=args.output_dir,
+                iteration=args.iteration,
+                dtype=args.dtype,
+                max_shard_bytes=parse_size(args.max_shard_size),
+                base_model=args.base_model,
+                force=args.force,
+            )
+        )
+        if args.dry_run:
+            print(prepared.describe())
+        else:
+            run_export(prepared)
+            print(f"{prepared.metadata.stage} model of {len(prepared.plan)} tensors in {args.output_dir}")
+
+    setup_logging()
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

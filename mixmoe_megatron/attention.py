@@ -1,0 +1,136 @@
+"""Attention core and RMSNorm in plain torch, for Megatron's local (not Transformer Engine) modules.
+
+Megatron's own local attention materialises the [B, heads, S, S] scores; its torch norm refuses sequence parallelism.
+
+Shape legend: S sequence, B batch, A query heads and K key-value heads on this rank (K divides A), D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from mixmoe_megatron.errors import MixMoEError
+
+
+class TorchCoreAttention(MegatronModule):
+    """Softmax attention by `F.scaled_dot_product_attention`, with grouped query heads.
+
+    Args:
+        config: the Transformer configuration.
+        layer_number: 1-based.
+        attn_mask_type: causal (no mask tensor is looked at), or another type with a mask tensor.
+        attention_type: "self" or "cross"; unused.
+        attention_dropout: None: the config's.
+        softmax_scale: None: 1 / sqrt(D).
+        cp_comm_type: unused.
+        pg_collection: Megatron's process groups (tp).
+
+    Raises:
+        MixMoEError: context parallelism, a sliding window or a softmax variant, which need Transformer Engine.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise MixMoEError("context parallelism needs Transformer Engine (--transformer-impl transformer_engine).")
+        if config.window_size is not None:
+            raise MixMoEError("sliding-window attention needs Transformer Engine.")
+        if getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise MixMoEError(f"softmax_type={config.softmax_type} needs Transformer Engine.")
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        head_size = config.kv_channels
+        assert head_size is not None
+        self.softmax_scale = 1.0 / math.sqrt(head_size) if softmax_scale is None else softmax_scale
+        if config.apply_query_key_layer_scaling:
+            # Megatron divides by the layer number and multiplies back after the mask: no change in exact maths.
+            raise MixMoEError("apply_query_key_layer_scaling is not supported by the torch attention.")
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, A, D]. key, value: [S', B, K, D]; params_dtype.
+            attention_mask: bool, broadcastable to [B, A, S, S'], True = masked; not looked at if the type is causal.
+            attn_mask_type: None: the one given at construction.
+            attention_bias, packed_seq_params: must be None.
+
+        Returns:
+            [S, B, A * D].
+
+        Raises:
+            MixMoEError: attention_bias or packed_seq_params is given.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise MixMoEError("attention bias and packed sequences need Transformer Engine.")
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        # One query token attends to all keys (decoding with a cache); torch would align a causal mask to the first.
+        causal = mask_type == AttnMaskType.causal and query.shape[0] > 1
+        if causal and query.shape[0] != key.shape[0]:
+            raise MixMoEError("causal attention of several queries over a longer cache needs Transformer Engine.")
+        use_mask = attention_mask is not None and mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask)
+        context = functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=~attention_mask if use_mask and attention_mask is not None else None,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Return nothing: the module has no state."""
+        return {}
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is marked for sequence parallelism; built as Megatron's norms are.
+
+    Args:
+        config: the Transformer configuration.
+        hidden_size: width of the last axis.
+        eps: added to the mean square.
+        kwargs: arguments of Megatron's other norms, unused.
+
+    Raises:
+        MixMoEError: the config asks for another norm.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any):
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            raise MixMoEError("the local modules support --normalization RMSNorm without zero-centred gamma only.")
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,84 @@
+"""Choice of the experts' backend: Transformer Engine, torch's grouped GEMM, or one GEMM per expert."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import log_single_rank
+
+from mixmoe_megatron.errors import MixMoEError
+
+logger = logging.getLogger(__name__)
+
+_GEMM_ALIGNMENT_BYTES = 16  # torch's grouped_mm wants row strides that are multiples of this
+
+
+def uses_transformer_engine(config: TransformerConfig) -> bool:
+    """Whether Megatron's Transformer Engine modules make up the model: asked for, and installed."""
+    return HAVE_TE and config.transformer_impl == "transformer_engine"
+
+
+def choose_experts_backend(config: TransformerConfig, num_per_group: int) -> str:
+    """Return "te", "torch" or "sequential", and log once which and why.
+
+    Args:
+        config: the Transformer configuration; `experts_backend` is "auto" where a plain one lacks it.
+        num_per_group: experts of a group on this rank; one expert needs no grouping.
+
+    Raises:
+        MixMoEError: the backend asked for is missing or does not support the config.
+    """
+    wanted = getattr(config, "experts_backend", "auto")
+    if wanted == "te" and not HAVE_TE:
+        raise MixMoEError("experts_backend=te needs Transformer Engine, which is not installed (use auto or torch).")
+    misfit = _grouped_mm_misfit(config)
+    if wanted == "torch" and misfit and num_per_group > 1:
+        raise MixMoEError(f"experts_backend=torch: {misfit} (use auto or sequential).")
+    if wanted != "auto":
+        backend, why = wanted, "asked for"
+    elif uses_transformer_engine(config):
+        backend, why = "te", "Transformer Engine is there"
+    elif num_per_group == 1:
+        backend, why = "sequential", "one expert of a group per rank is a plain GEMM"
+    elif misfit:
+        backend, why = "sequential", misfit
+    else:
+        backend, why = "torch", "Transformer Engine is not used"
+    if backend != "te":
+        _check_no_te_features(config, backend)
+    _log_once(backend, why)
+    return backend
+
+
+def _grouped_mm_misfit(config: TransformerConfig) -> str | None:
+    """Return why torch's grouped GEMM cannot run these sizes, or None."""
+    alignment = _GEMM_ALIGNMENT_BYTES // config.params_dtype.itemsize
+    ffn_size = (config.moe_ffn_hidden_size or 0) // (config.expert_tensor_parallel_size or 1)
+    for name, size in (("hidden_size", config.hidden_size), ("moe_ffn_hidden_size per rank", ffn_size)):
+        if size % alignment:
+            return f"{name}={size} is not a multiple of {alignment}, which torch's grouped GEMM needs"
+    return None
+
+
+def _check_no_te_features(config: TransformerConfig, backend: str) -> None:
+    for name in ("fp8", "fp4", "delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
+        if getattr(config, name, None):
+            raise MixMoEError(f"{name} needs experts_backend=te, but the experts' backend is {backend}.")
+
+
+@functools.cache  # the second and later layers of a model do not say it again
+def _log_once(backend: str, why: str) -> None:
+    log_single_rank(logger, logging.INFO, f"Mix-MoE experts run on the backend {backend}: {why}.")
+    if backend == "torch" and torch.version.cuda and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 9:
+            log_single_rank(
+                logger,
+                logging.WARNING,
+                f"torch's grouped GEMM is a loop with host synchronisation on compute capability {major}.{minor} "
+                "(below 9.0): install Transformer Engine, or run with expert parallelism.",
+            )

@@ -1,0 +1,1 @@
+"""Between Hugging Face directories and Megatron torch_dist checkpoints, with every key accounted for."""

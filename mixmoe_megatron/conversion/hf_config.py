@@ -1,0 +1,211 @@
+"""Translate a Hugging Face config.json into Megatron arguments and back, for the supported dense families.
+
+Families: `llama` (Llama 2 and 3.x, SmolLM2 ...; llama3 RoPE scaling) and `qwen2` (Qwen2, Qwen2.5; QKV bias). Whatever
+in a config would change the model's output and cannot be expressed in Megatron is refused in one sentence, not dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.errors import MixMoEError
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
+_DEFAULT_ROPE_THETA = 10000.0
+_MAX_VOCAB_MULTIPLE = 16
+# What megatron.core's RotaryEmbedding._apply_scaling fixes; only the factor is an argument there.
+_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
+    """Read config.json of a Hugging Face directory.
+
+    Raises:
+        MixMoEError: the directory or the file is missing, or the file is not a JSON object.
+    """
+    path = Path(hf_dir) / "config.json"
+    if not path.is_file():
+        raise MixMoEError(f"{hf_dir} has no config.json: it is not a Hugging Face model directory.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MixMoEError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise MixMoEError(f"{path} is not a JSON object.")
+    return config
+
+
+def model_family(config: dict[str, Any]) -> str:
+    """Return `llama` or `qwen2`, or the base family of an exported Mix-MoE config.
+
+    Raises:
+        MixMoEError: the architecture is not supported.
+    """
+    if config.get("model_type") == "mixmoe":
+        family = config.get("base_model_type")
+    else:
+        names = config.get("architectures") or []
+        family = ARCHITECTURES.get(names[0]) if len(names) == 1 else None
+        if family is None and not names and config.get("model_type") in FAMILY_ARCHITECTURE:
+            family = config["model_type"]
+    if family not in FAMILY_ARCHITECTURE:
+        given = ", ".join(config.get("architectures") or []) or config.get("model_type")
+        raise MixMoEError(f"architecture {given} is not supported; supported: {', '.join(ARCHITECTURES)}.")
+    return family
+
+
+def _require(config: dict[str, Any], name: str) -> Any:
+    if config.get(name) is None:
+        raise MixMoEError(f"config.json lacks {name}.")
+    return config[name]
+
+
+def _positive_int(config: dict[str, Any], name: str) -> int:
+    value = _require(config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise MixMoEError(f"config.json: {name} must be a positive integer, not {value!r}.")
+    return value
+
+
+def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
+    """Raise on fields whose value Megatron's model cannot express."""
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise MixMoEError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'.")
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name) and not (family == "qwen2" and name == "attention_bias"):
+            raise MixMoEError(f"config.json: {name} = true is not supported.")
+    if config.get("use_sliding_window"):
+        raise MixMoEError("config.json: use_sliding_window = true is not supported.")
+    if "sliding_attention" in (config.get("layer_types") or []):
+        raise MixMoEError("config.json: layer_types with sliding_attention is not supported.")
+    if config.get("quantization_config"):
+        raise MixMoEError("config.json: quantization_config is not supported; dequantize the model first.")
+    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise MixMoEError(f"config.json: partial_rotary_factor {config['partial_rotary_factor']} is not supported.")
+    if config.get("attention_dropout"):
+        raise MixMoEError(f"config.json: attention_dropout {config['attention_dropout']} is not supported, only 0.")
+
+
+def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
+    """Return RoPE's theta and the llama3 scaling factor (None for plain RoPE).
+
+    Reads `rope_theta` and `rope_scaling` of transformers 4 and `rope_parameters` of transformers 5.
+
+    Raises:
+        MixMoEError: a scaling type other than llama3, or llama3 constants that Megatron fixes to other values.
+    """
+    scaling = dict(config.get("rope_parameters") or {})
+    scaling.update(config.get("rope_scaling") or {})
+    theta = config.get("rope_theta") or scaling.get("rope_theta") or _DEFAULT_ROPE_THETA
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise MixMoEError(f"config.json: RoPE scaling type {kind!r} is not supported, only 'llama3'.")
+    for name, fixed in _LLAMA3_FIXED.items():
+        if scaling.get(name) != fixed:
+            raise MixMoEError(
+                f"config.json: rope_scaling.{name} is {scaling.get(name)}, Megatron supports only {fixed}."
+            )
+    return float(theta), float(_require(scaling, "factor"))
+
+
+def vocab_multiple(vocab_size: int) -> int:
+    """Return make_vocab_size_divisible_by: the largest power of two up to 16 that divides the vocabulary.
+
+    Megatron multiplies it by the tensor-parallel size. So nothing is padded without tensor parallelism, and real
+    models' vocabularies (128256, 152064, 151936, 49152) are not padded up to tensor-parallel size 8 either.
+    """
+    multiple = 1
+    while multiple < _MAX_VOCAB_MULTIPLE and vocab_size % (2 * multiple) == 0:
+        multiple *= 2
+    return multiple
+
+
+def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
+    """Translate a config.json into Megatron argument values (argparse destinations) of the dense architecture.
+
+    Args:
+        config: of a supported dense model, or of an exported Mix-MoE model (then its dense architecture).
+
+    Raises:
+        MixMoEError: unsupported architecture or field, or a missing or impossible size.
+    """
+    family = model_family(config)
+    _refuse_unsupported(config, family)
+    hidden_size = _positive_int(config, "hidden_size")
+    num_heads = _positive_int(config, "num_attention_heads")
+    num_groups = config.get("num_key_value_heads") or num_heads
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise MixMoEError(
+            f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}."
+        )
+    if num_heads % num_groups:
+        raise MixMoEError(
+            f"config.json: num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_groups}."
+        )
+    theta, factor = rope_settings(config)
+    vocab_size = _positive_int(config, "vocab_size")
+    return {
+        "num_layers": _positive_int(config, "num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": _positive_int(config, "intermediate_size"),
+        "num_attention_heads": num_heads,
+        "group_query_attention": num_groups != num_heads,
+        "num_query_groups": num_groups,
+        "kv_channels": config.get("head_dim") or hidden_size // num_heads,
+        "max_position_embeddings": _positive_int(config, "max_position_embeddings"),
+        "position_embedding_type": "rope",
+        "rotary_base": int(theta) if theta == int(theta) else theta,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": factor is not None,
+        "rope_scaling_factor": factor if factor is not None else 8.0,
+        "normalization": "RMSNorm",
+        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": family == "qwen2",
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": float(config.get("initializer_range", 0.02)),
+        "vocab_size": vocab_size,
+        "make_vocab_size_divisible_by": vocab_multiple(vocab_size),
+    }
+
+
+def hf_config_from_megatron_args(megatron_args: dict[str, Any]) -> dict[str, Any]:
+    """Translate Megatron argument values back into the config.json fields that define the architecture.
+
+    The inverse of `megatron_args_from_hf`: Megatron arguments -> config -> Megatron arguments is the identity.
+
+    Args:
+        megatron_args: as returned by `megatron_args_from_hf`.
+    """
+    args = megatron_args
+    family = "qwen2" if args["add_qkv_bias"] else "llama"
+    scaling = None
+    if args["use_rope_scaling"]:
+        scaling = {"rope_type": "llama3", "factor": args["rope_scaling_factor"], **_LLAMA3_FIXED}
+    config: dict[str, Any] = {
+        "architectures": [FAMILY_ARCHITECTURE[family]],
+        "model_type": family,
+        "num_hidden_layers": args["num_layers"],
+        "hidden_size": args["hidden_size"],
+        "intermediate_size": args["ffn_hidden_size"],
+        "num_attention_heads": args["num_attention_heads"],
+        "num_key_value_heads": args["num_query_groups"],
+        "head_dim": args["kv_channels"],
+        "max_position_embeddings": args["max_position_embeddings"],
+        "rope_theta": float(args["rotary_base"]),
+        "rope_scaling": scaling,
+        "rms_norm_eps": args["norm_epsilon"],
+        "hidden_act": "silu",
+        "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
+        "initializer_range": args["init_method_std"],
+        "vocab_size": args["vocab_size"],
+    }
+    return config

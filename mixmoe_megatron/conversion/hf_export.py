@@ -1,0 +1,164 @@
+"""Megatron -> Hugging Face: a plain Llama or Qwen2 directory for a dense checkpoint, a Mix-MoE one for the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card
+from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
+from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
+from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_fold
+from mixmoe_megatron.conversion.output_dir import check_output_dir, whole_directory
+from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
+from mixmoe_megatron.conversion.safetensors_io import write_safetensors
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `mixmoe_to_hf.py` is asked to do.
+
+    Attributes:
+        checkpoint_dir: directory with mixmoe_metadata.json.
+        output_dir: the Hugging Face directory to make.
+        iteration: None: the one that the tracker file names.
+        dtype: `keep`, `fp32` or `bf16`; the router is always float32.
+        max_shard_bytes: of a weight file.
+        base_model: name of the dense base model, for the model card.
+        force: replace an output directory that has content.
+    """
+
+    checkpoint_dir: str
+    output_dir: str
+    iteration: int | None = None
+    dtype: str = "keep"
+    max_shard_bytes: int = 5 * 10**9
+    base_model: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedExport:
+    """A checked export: everything but the weights is settled."""
+
+    request: ExportRequest
+    metadata: Metadata
+    sizes: Sizes
+    plan: list[LazyTensor]
+
+    def describe(self) -> str:
+        """Return the plan for --dry-run."""
+        return describe_plan(self.plan, self.request.output_dir)
+
+
+def prepare_export(request: ExportRequest) -> PreparedExport:
+    """Read metadata and check that every tensor of the checkpoint has its place. Writes nothing.
+
+    Raises:
+        MixMoEError: anything wrong with the checkpoint or the request.
+    """
+    check_output_dir(request.output_dir, request.force)
+    metadata = read_metadata(request.checkpoint_dir)
+    directory = iteration_directory(request.checkpoint_dir, request.iteration)
+    options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
+    reader = TorchDistReader(directory)
+    if _EMBEDDING not in reader.names():
+        raise MixMoEError(f"{directory} has no {_EMBEDDING}: it is not a checkpoint of a language model.")
+    rows = reader.shape(_EMBEDDING)[0]
+    if rows < metadata.megatron_args["vocab_size"]:
+        raise MixMoEError(
+            f"{_EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
+        )
+    sizes = model_sizes(metadata.megatron_args, options, metadata.stage, padded_vocab=rows)
+    _check_stage(metadata, reader)
+    context = Context(fold=None if options is None else router_fold(options))
+    plan = make_plan(expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype)
+    return PreparedExport(request, metadata, sizes, plan)
+
+
+def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:
+    """Raise if the checkpoint's experts are not those of the stage its metadata tells."""
+    found = (
+        2 if any(".mt_experts." in n for n in reader.names()) else int(any(".lm_experts." in n for n in reader.names()))
+    )
+    if found != STAGE_NUMBERS[metadata.stage]:
+        held = ("no experts (a dense model)", "LM experts only", "LM and MT experts")[found]
+        raise MixMoEError(f"{METADATA_FILE} says stage {metadata.stage!r}, but the weights hold {held}.")
+
+
+def _config(prepared: PreparedExport) -> dict[str, Any]:
+    """Return the config.json to write.
+
+    Raises:
+        MixMoEError: the metadata's Megatron arguments and base config contradict each other.
+    """
+    metadata = prepared.metadata
+    expected = megatron_args_from_hf(metadata.hf_config)
+    for name, value in expected.items():
+        given = metadata.megatron_args.get(name)
+        if name != "make_vocab_size_divisible_by" and given != value:
+            raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
+    dtype = str(prepared.plan[0].dtype).removeprefix("torch.")
+    config = dict(metadata.hf_config) if metadata.options is None else _mixmoe_config(metadata, prepared.sizes)
+    for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
+        config[name] = dtype
+    return config
+
+
+def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
+    from mixmoe_megatron.hf import AUTO_MAP, MixMoEConfig
+
+    assert metadata.options is not None
+    options = MixMoEOptions.from_dict(metadata.options)
+    config = MixMoEConfig.from_base_config(
+        metadata.hf_config,
+        moe_layers=list(sizes.moe_layers),
+        stage=STAGE_NUMBERS[metadata.stage],
+        num_experts_per_group=options.num_experts_per_group,
+        topk_per_group=options.topk_per_group,
+        moe_intermediate_size=sizes.moe_ffn_hidden_size,
+        group_combine=options.group_combine,
+        router_prob_scaling=options.router_prob_scaling,
+        expert_scale=options.resolved_expert_scale,
+        router_bias=options.router_bias,
+        mixmoe=metadata.options,
+    )
+    values = json.loads(config.to_json_string(use_diff=False))
+    return {**values, "architectures": ["MixMoEForCausalLM"], "auto_map": AUTO_MAP}
+
+
+def run_export(prepared: PreparedExport) -> None:
+    """Write the Hugging Face directory: weights, config, code, tokenizer, model card and metadata, all or nothing.
+
+    Raises:
+        MixMoEError: the output directory may not be replaced, or a stored tensor is damaged.
+    """
+    request, metadata, plan = prepared.request, prepared.metadata, prepared.plan
+    config = _config(prepared)
+    with whole_directory(request.output_dir, request.force) as directory:
+        with tqdm(
+            total=sum(t.num_bytes for t in plan), unit="B", unit_scale=True, disable=None, desc="to Hugging Face"
+        ) as bar:
+            write_safetensors(directory, plan, request.max_shard_bytes, bar.update)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_side_files(Path(request.checkpoint_dir) / TOKENIZER_DIR, directory)
+        if metadata.options is not None:
+            from mixmoe_megatron.hf import copy_code
+
+            copy_code(directory)
+        shutil.copyfile(Path(request.checkpoint_dir) / METADATA_FILE, directory / METADATA_FILE)
+        base_model = request.base_model or metadata.hf_config.get("_name_or_path")
+        parameters = sum(torch.Size(tensor.shape).numel() for tensor in plan)
+        (directory / "README.md").write_text(model_card(metadata, base_model, parameters), encoding="utf-8")

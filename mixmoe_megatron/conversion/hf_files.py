@@ -1,0 +1,70 @@
+"""The files of a Hugging Face directory that are not weights: tokenizer, generation settings, licence, model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.metadata import Metadata
+
+TOKENIZER_DIR = "tokenizer"
+_CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
+    """Copy tokenizer, generation settings, chat template and licence files that exist.
+
+    Args:
+        source: a Hugging Face directory, or the `tokenizer` directory of a checkpoint.
+        destination: made if missing.
+
+    Returns:
+        The names of the files copied.
+    """
+    source, destination = Path(source), Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    found = sorted({path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        shutil.copyfile(path, destination / path.name)
+    return [path.name for path in found]
+
+
+def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) -> str:
+    """Return the README.md of an exported model.
+
+    Args:
+        metadata: of the exported checkpoint.
+        base_model: name of the dense model it all came from, if known.
+        num_parameters: of the exported model.
+    """
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if base_model:
+        header.append(f"base_model: {base_model}")
+    dense = metadata.stage == "dense"
+    header += ["tags:", "- translation", *([] if dense else ["- mixmoe", "- mixture-of-experts"]), "---", ""]
+    title = "Dense model" if dense else f"Mix-MoE, {metadata.stage}"
+    base = base_model or "not recorded"
+    lines = [*header, f"# {title}", "", "| | |", "|---|---|", f"| base model | {base} |"]
+    rows: dict[str, Any] = {"stage": metadata.stage, "parameters": num_parameters}
+    if metadata.options is not None:
+        rows.update(metadata.options)
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    if not dense:
+        lines += [
+            "",
+            "Mix-MoE: arXiv:2605.24681. Load with `trust_remote_code=True`; the modeling code is in this directory.",
+        ]
+    lines += [
+        "",
+        "## Licence",
+        "",
+        "These weights are derived from the base model: its licence applies to them. Check it, and the licences of the",
+        "training data, before you publish or use them.",
+        "",
+    ]
+    return "\n".join(lines)

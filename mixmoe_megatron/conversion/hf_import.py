@@ -1,0 +1,200 @@
+"""Hugging Face -> Megatron: a dense model as it is, a dense model upcycled, or an exported Mix-MoE model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mixmoe_megatron.config import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
+from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files
+from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
+from mixmoe_megatron.conversion.megatron_checkpoint import write_torch_dist
+from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
+from mixmoe_megatron.conversion.output_dir import check_output_dir, whole_directory
+from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
+from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, weights_sha256, write_metadata
+
+# Buffers that old Llama checkpoints store beside their weights.
+_NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What `hf_to_mixmoe.py` is asked to do.
+
+    Attributes:
+        hf_dir: directory with config.json and safetensors weights.
+        output_dir: the checkpoint to make.
+        options: upcycle a dense model with these; None keeps a dense model dense.
+        seed: of the router weights drawn when upcycling.
+        dtype: `keep`, `fp32` or `bf16`; routers are never cast.
+        make_vocab_size_divisible_by: pads the vocabulary with zero rows; None: see hf_config.vocab_multiple.
+        force: replace an output directory that has content.
+        created_by: the command line, for the metadata.
+    """
+
+    hf_dir: str
+    output_dir: str
+    options: MixMoEOptions | None = None
+    seed: int = 1234
+    dtype: str = "keep"
+    make_vocab_size_divisible_by: int | None = None
+    force: bool = False
+    created_by: str = "hf_to_mixmoe.py"
+
+
+@dataclass(frozen=True)
+class PreparedImport:
+    """A checked import: everything but the weights is settled."""
+
+    request: ImportRequest
+    metadata: Metadata
+    sizes: Sizes
+    plan: list[LazyTensor]
+
+    def describe(self) -> str:
+        """Return the plan for --dry-run."""
+        return describe_plan(self.plan, self.request.output_dir)
+
+
+class _TiedSource(SafetensorsReader):
+    """Weights whose config ties the output layer; a stored copy of it is accepted if it equals the embedding."""
+
+    def names(self) -> list[str]:
+        """Return the names, the stored copy of the embedding left out.
+
+        Raises:
+            MixMoEError: the stored output layer differs from the embedding.
+        """
+        names = list(super().names())
+        if _OUTPUT in names and _EMBEDDING in names:
+            if self.shape(_OUTPUT) != self.shape(_EMBEDDING) or not torch.equal(
+                self.read(_OUTPUT), self.read(_EMBEDDING)
+            ):
+                raise MixMoEError(f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING}.")
+            names.remove(_OUTPUT)
+        return names
+
+
+def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:
+    """Return the Mix-MoE options of an exported model's config.json; its model fields win over its record of options.
+
+    Raises:
+        MixMoEError: the fields are missing or out of range.
+    """
+    values = {name: value for name, value in (config.get("mixmoe") or {}).items() if name in OPTION_NAMES}
+    try:
+        values["num_experts_per_group"] = config["num_experts_per_group"]
+        values["topk_per_group"] = config["topk_per_group"]
+        values["group_combine"] = config["group_combine"]
+        values["router_prob_scaling"] = config["router_prob_scaling"]
+        values["router_bias"] = config["router_bias"]
+        layers, full_width = config["moe_layers"], config["moe_intermediate_size"] == config["intermediate_size"]
+        scale = config["expert_scale"]
+    except KeyError as error:
+        raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None
+    if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
+        values["expert_scale"] = scale
+    if values["num_experts_per_group"] > 1:
+        values["expert_init"] = "copy" if full_width else "slice"
+    options = MixMoEOptions.from_dict(values)
+    num_layers = config["num_hidden_layers"]
+    recorded = "moe_layer_placement" in values or num_layers >= options.moe_every
+    if not recorded or resolve_moe_layers(options, num_layers) != layers:
+        options = MixMoEOptions.from_dict({**values, "moe_layer_placement": ",".join(map(str, layers))})
+    return options
+
+
+def _stage_of_mixmoe(hf_dir: str, config: dict[str, Any]) -> str:
+    """Return the stage: the shipped metadata tells `upcycled` from `stage1`, config.json tells 1 from 2."""
+    number = config.get("stage")
+    if number not in (1, 2):
+        raise MixMoEError(f"config.json: stage must be 1 or 2, not {number!r}.")
+    if (Path(hf_dir) / METADATA_FILE).is_file():
+        stage = read_metadata(hf_dir).stage
+        if STAGE_NUMBERS[stage] != number:
+            raise MixMoEError(f"{METADATA_FILE} says {stage!r}, but config.json says stage {number}.")
+        return stage
+    return f"stage{number}"
+
+
+def _base_config(hf_dir: str, config: dict[str, Any], megatron_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the dense base's config.json of an exported Mix-MoE model: the shipped copy, or made from its fields."""
+    if (Path(hf_dir) / METADATA_FILE).is_file():
+        return read_metadata(hf_dir).hf_config
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
+    return {**hf_config_from_megatron_args(megatron_args), **{k: config[k] for k in kept if k in config}}
+
+
+def prepare_import(request: ImportRequest) -> PreparedImport:
+    """Read configuration and headers, and check that every tensor has its place. Writes nothing.
+
+    Raises:
+        MixMoEError: anything wrong with the input or the request.
+    """
+    check_output_dir(request.output_dir, request.force)
+    config = read_hf_config(request.hf_dir)
+    megatron_args = megatron_args_from_hf(config)
+    if request.make_vocab_size_divisible_by is not None:
+        megatron_args["make_vocab_size_divisible_by"] = request.make_vocab_size_divisible_by
+    is_mixmoe = config.get("model_type") == "mixmoe"
+    if is_mixmoe:
+        if request.options is not None:
+            raise MixMoEError(
+                f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
+            )
+        options: MixMoEOptions | None = options_from_hf(config)
+        stage = _stage_of_mixmoe(request.hf_dir, config)
+        base_config = _base_config(request.hf_dir, config, megatron_args)
+    else:
+        options, stage, base_config = request.options, "dense" if request.options is None else "upcycled", config
+    if options is not None:
+        mixmoe_megatron_args(
+            options, STAGE_NUMBERS[stage], megatron_args["num_layers"], megatron_args["ffn_hidden_size"]
+        )
+    sizes = model_sizes(megatron_args, options, stage)
+    table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
+    reader = _TiedSource(request.hf_dir) if sizes.tied else SafetensorsReader(request.hf_dir)
+    context = Context(generator=router_generators(request.seed))
+    plan = make_plan(expand(table, sizes), reader, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS)
+    metadata = Metadata(
+        stage=stage,
+        options=None if options is None else options.to_dict(),
+        megatron_args=megatron_args,
+        hf_config=base_config,
+        created_by=request.created_by,
+    )
+    return PreparedImport(request, metadata, sizes, plan)
+
+
+def run_import(prepared: PreparedImport) -> None:
+    """Write the checkpoint directory: torch_dist weights, tokenizer files and metadata, all or nothing.
+
+    Raises:
+        MixMoEError: the output directory may not be replaced.
+    """
+    request, metadata, sizes = prepared.request, prepared.metadata, prepared.sizes
+    args = {**metadata.megatron_args, "padded_vocab_size": sizes.padded_vocab_size}
+    if metadata.options is not None:
+        options = MixMoEOptions.from_dict(metadata.options)
+        number = STAGE_NUMBERS[metadata.stage]
+        args.update(mixmoe_megatron_args(options, number, sizes.num_layers, sizes.ffn_hidden_size))
+    parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
+    parent = {"path": str(request.hf_dir), "stage": parent_stage, "weights_sha256": weights_sha256(request.hf_dir)}
+    total = sum(tensor.num_bytes for tensor in prepared.plan)
+    with whole_directory(request.output_dir, request.force) as directory:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="to Megatron") as bar:
+            stacked = 0 if sizes.moe_layers else sizes.num_layers
+            write_torch_dist(directory, prepared.plan, args, stacked, extra_state_keys(sizes), bar.update)
+        copy_side_files(request.hf_dir, directory / TOKENIZER_DIR)
+        metadata.parent = parent
+        write_metadata(directory, metadata)

@@ -1,0 +1,228 @@
+"""Run stock Megatron on a machine without CUDA.
+
+Megatron-Core 0.19 asks for CUDA devices, streams, events and random states by name. `enable_cpu_mode` puts CPU
+stand-ins where those names are looked up, once, before Megatron is initialised. It does nothing when CUDA is there.
+Only factory functions and module attributes are replaced, so that an ordinary tensor operation pays nothing.
+
+Source: none in the paper; what had to be bridged was found by running megatron-core 0.19.2 over gloo.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import time
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mixmoe_megatron.errors import MixMoEError
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_MEGATRON = "0.19."
+
+#: Megatron flags that a machine without CUDA needs. They come before the user's, which therefore win.
+CPU_MODE_ARGUMENTS = (
+    "--distributed-backend gloo",
+    "--transformer-impl local",
+    "--attention-backend unfused",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+    "--disable-jit-fuser",
+    "--use-cpu-initialization",
+)
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "as_tensor", "eye")
+_CPU = torch.device("cpu")
+
+
+class _Stream:
+    """A stream or event that is always complete: work on a CPU is synchronous."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time = time.perf_counter()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def record(self, *args: Any) -> None:
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, end: _Stream) -> float:
+        """Milliseconds between the recording of this event and of `end`."""
+        return (end._time - self._time) * 1e3
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, *args: Any) -> _Stream:
+        return _Stream()
+
+    def synchronize(self, *args: Any) -> None:
+        return None
+
+    wait = wait_event = wait_stream = synchronize
+
+
+def is_cpu_mode() -> bool:
+    """Whether `enable_cpu_mode` has put its stand-ins in place in this process."""
+    return bool(getattr(torch.cuda, "_mixmoe_cpu_mode", False))
+
+
+def cpu_mode_arguments() -> list[str]:
+    """Megatron command-line flags that a run without CUDA needs, to be put before the user's own."""
+    return [word for flag in CPU_MODE_ARGUMENTS for word in flag.split()]
+
+
+def enable_cpu_mode() -> bool:
+    """Make stock Megatron run on this machine's CPU over gloo. Idempotent; inert when CUDA is available.
+
+    Returns:
+        True when CPU mode is on after the call, False when CUDA is there and nothing was touched.
+
+    Raises:
+        MixMoEError: the installed megatron-core is not the version that CPU mode was written for.
+    """
+    if torch.cuda.is_available():
+        return False
+    if is_cpu_mode():
+        return True
+    _check_megatron_version()
+    _replace_cuda_functions()
+    _replace_factories()
+    _replace_tensor_methods()
+    _replace_megatron_functions()
+    torch.cuda._mixmoe_cpu_mode = True  # type: ignore[attr-defined]
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.info("no CUDA device: CPU mode is on (stock Megatron over gloo; %s)", " ".join(CPU_MODE_ARGUMENTS))
+    return True
+
+
+def _check_megatron_version() -> None:
+    from megatron.core import __version__
+
+    if not __version__.startswith(SUPPORTED_MEGATRON):
+        raise MixMoEError(
+            f"CPU mode supports megatron-core {SUPPORTED_MEGATRON}x, found {__version__}: "
+            "install megatron-core>=0.19.2,<0.20 or run on a machine with CUDA."
+        )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _replace_cuda_functions() -> None:
+    properties = types.SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=0, name="cpu")
+    stream = _Stream()
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "get_device_capability": lambda *a: (0, 0),
+        "get_device_properties": lambda *a: properties,
+        "get_device_name": lambda *a: "cpu",
+        "Stream": _Stream,
+        "Event": _Stream,
+        "stream": lambda s: stream if s is None else s,
+        "current_stream": lambda *a: stream,
+        "default_stream": lambda *a: stream,
+        "get_rng_state": lambda *a: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a: torch.set_rng_state(state),
+        "manual_seed": lambda seed: _nothing(torch.manual_seed(seed)),
+        "memory_stats": lambda *a: {},
+        "is_current_stream_capturing": lambda: False,
+        "FloatTensor": torch.FloatTensor,
+        "HalfTensor": torch.HalfTensor,
+        "BFloat16Tensor": torch.BFloat16Tensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+    }
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        replacements[name] = _nothing
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        replacements[name] = _zero
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _nothing)
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+
+
+def _on_cpu(device: Any) -> Any:
+    """`device`, or the CPU where `device` names CUDA."""
+    if isinstance(device, str) and device.startswith("cuda"):
+        return _CPU
+    return _CPU if isinstance(device, torch.device) and device.type == "cuda" else device
+
+
+def _replace_factories() -> None:
+    def wrap(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return on_cpu
+
+    for name in _FACTORIES:
+        setattr(torch, name, wrap(getattr(torch, name)))
+
+
+def _replace_tensor_methods() -> None:
+    tensor_type = torch.Tensor.type
+
+    def type_with_cuda_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers compare the type's name with "torch.cuda.FloatTensor".
+        result = tensor_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+
+
+def _numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What `maybe_move_tensor_to_cpu` returns for a tensor that is on the CPU already: numpy for split sizes."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _replace_megatron_functions() -> None:
+    def replace(module: str, **functions: Any) -> None:
+        for name, function in functions.items():
+            setattr(importlib.import_module(f"megatron.{module}"), name, function)
+
+    replace(
+        "core.tensor_parallel.random",
+        _get_cuda_rng_state=lambda *a, **k: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, *a, **k: torch.set_rng_state(state),
+    )
+    replace("core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_numpy_if_asked)
+    replace("core.datasets.utils", compile_helpers=_nothing)  # the wheel holds the compiled helpers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        initialize = importlib.import_module("megatron.training.initialize").initialize_megatron
+        replace(
+            "training.training",
+            initialize_megatron=functools.partial(initialize, allow_no_cuda=True),
+            set_jit_fusion_options=_nothing,
+        )

@@ -1,0 +1,147 @@
+"""Streaming readers of text corpora (plain, TSV with a header, JSONL; gzip or not) and the text filters.
+
+Text is NFC, without outer whitespace. Nothing is dropped in silence: every reader and filter counts into a `Counter`
+whose keys are `read`, `kept` and one `dropped_<reason>` for each reason.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from mixmoe_megatron.errors import MixMoEError
+
+GZIP_MAGIC = b"\x1f\x8b"
+CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+BLANKS = "\t\n"
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Read a UTF-8 text file line by line; gzip is recognised by its first bytes, not by the file's name.
+
+    Yields:
+        The line number, from 1, and the line without its end.
+
+    Raises:
+        MixMoEError: The file is missing, is not UTF-8, or is a broken gzip file.
+    """
+    number = 0
+    try:
+        with open(path, "rb") as probe:
+            zipped = probe.read(2) == GZIP_MAGIC
+        with cast(BinaryIO, gzip.open(path, "rb") if zipped else open(path, "rb")) as stream:
+            for number, raw in enumerate(stream, start=1):
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise MixMoEError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise MixMoEError(f"{path}: broken gzip data after line {number} ({error}).") from error
+    except OSError as error:
+        raise MixMoEError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Read the named columns of a table: JSONL when the name ends in .jsonl or .jsonl.gz, else TSV with a header.
+
+    Args:
+        path: The file.
+        columns: Column names (TSV header) or keys (JSONL).
+
+    Yields:
+        The line number, from 1, and {column: text}.
+
+    Raises:
+        MixMoEError: A column is missing (names the file and the line), or the file is unreadable.
+    """
+    name = str(path).removesuffix(".gz")
+    return _read_jsonl(path, columns) if name.endswith(".jsonl") else _read_tsv(path, columns)
+
+
+def _read_tsv(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    lines = read_lines(path)
+    _, header_line = next(lines, (0, ""))
+    header = header_line.split("\t")
+    for column in columns:
+        if column not in header:
+            raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {', '.join(header)}.")
+    places = [(column, header.index(column)) for column in columns]
+    for number, line in lines:
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise MixMoEError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}.")
+        yield number, {column: cells[place] for column, place in places}
+
+
+def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MixMoEError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        for column in columns:
+            if not isinstance(record, dict) or not isinstance(record.get(column), str):
+                raise MixMoEError(f"{path}, line {number}: no text under the key '{column}'.")
+        yield number, {column: record[column] for column in columns}
+
+
+def clean(text: str) -> str:
+    """Return the text in NFC, without outer whitespace."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
+    """Tell whether a text holds NUL, another control character, a lone surrogate, or a Unicode line separator.
+
+    Args:
+        text: Any text.
+        allowed: Control characters that do no harm.
+    """
+    if text.isprintable():
+        return False
+    return any(unicodedata.category(c) in CONTROL_CATEGORIES and c not in allowed for c in text)
+
+
+class Deduplicator:
+    """Remembers the texts it has seen by a 16-byte digest."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def is_new(self, *texts: str) -> bool:
+        """Tell whether this tuple of texts comes for the first time, and remember it."""
+        digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if digest in self._seen:
+            return False
+        self._seen.add(digest)
+        return True
+
+
+def drop(counts: Counter[str], reason: str, number: int = 1) -> None:
+    """Count dropped items under their reason."""
+    counts[f"dropped_{reason}"] += number
+
+
+def summarise(counts: Counter[str]) -> str:
+    """Write counts as one phrase: '12 read, 11 kept, 1 dropped duplicate'."""
+    return ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in counts.items())
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Cut an iterable into lists of `size` items; the last may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

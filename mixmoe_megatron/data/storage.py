@@ -1,0 +1,158 @@
+"""Write and open token files: Megatron's P.bin and P.idx, and our manifest P.json, which is written last.
+
+A reader demands the manifest, so an interrupted build is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.data.tokenizers import TextTokenizer
+from mixmoe_megatron.errors import MixMoEError
+
+FORMAT_VERSION = 1
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+class TokenFileWriter:
+    """Write documents under temporary names; `commit` renames them. Leaving the `with` block uncommitted removes them.
+
+    Args:
+        prefix: Path without suffix; its directory is created.
+        vocab_size: Decides the stored dtype: uint16 below 65500 ids, else int32 (Megatron's rule).
+        with_modes: Store a number with each sequence.
+
+    Raises:
+        MixMoEError: The prefix ends in one of the suffixes that are added to it, or its directory cannot be made.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int, *, with_modes: bool = False) -> None:
+        self.prefix = str(prefix)
+        if self.prefix.endswith(SUFFIXES):
+            raise MixMoEError(f"Give the output prefix without a suffix: {self.prefix} gets .bin, .idx and .json.")
+        try:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MixMoEError(f"Cannot make the directory of {self.prefix}: {error.strerror}.") from error
+        self.dtype = DType.optimal_dtype(vocab_size)
+        self.documents = 0
+        self.tokens = 0
+        self._temporary = f"{self.prefix}.{os.getpid()}.tmp"
+        self._builder = IndexedDatasetBuilder(f"{self._temporary}.bin", dtype=self.dtype, multimodal=with_modes)
+
+    def __enter__(self) -> TokenFileWriter:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove whatever was not committed."""
+        self._builder.data_file.close()
+        for suffix in SUFFIXES:
+            Path(self._temporary + suffix).unlink(missing_ok=True)
+
+    def add(self, sequences: Sequence[Sequence[int]], mode: int = 0) -> None:
+        """Append one document.
+
+        Args:
+            sequences: Its sequences of token ids.
+            mode: The number (int8) stored with each sequence, when the writer stores modes.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        document = np.array([token for sequence in sequences for token in sequence], dtype=self.dtype)
+        self._builder.add_document(document, lengths, [mode] * len(lengths))
+        self.documents += 1
+        self.tokens += len(document)
+
+    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Finish the files and rename them to their names, the manifest last.
+
+        Args:
+            manifest: What to record beside format version, dtype, documents and tokens.
+
+        Returns:
+            The whole manifest.
+        """
+        whole = {
+            "format_version": FORMAT_VERSION,
+            **manifest,
+            "dtype": np.dtype(self.dtype).name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+        }
+        self._builder.finalize(f"{self._temporary}.idx")
+        write_json(f"{self._temporary}.json", whole)
+        Path(f"{self.prefix}.json").unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            os.replace(self._temporary + suffix, self.prefix + suffix)
+        return whole
+
+
+def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """Read P.json and check that P.bin and P.idx lie beside it.
+
+    Args:
+        prefix: Path without suffix.
+        kind: "monolingual" or "parallel": what the caller needs; None takes either.
+
+    Raises:
+        MixMoEError: A file is missing, the manifest is broken, of another format version or of the other kind, or
+            P.bin has not the size that it tells.
+    """
+    missing = [f"{prefix}{suffix}" for suffix in SUFFIXES if not os.path.isfile(f"{prefix}{suffix}")]
+    if missing:
+        raise MixMoEError(f"{missing[0]} does not exist; build the data with tools/preprocess_data.py.")
+    try:
+        manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        version, found = manifest["format_version"], manifest["kind"]
+        expected = manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize
+    except (ValueError, KeyError, TypeError) as error:
+        raise MixMoEError(f"{prefix}.json is not a data manifest ({error}).") from error
+    if version != FORMAT_VERSION:
+        raise MixMoEError(f"{prefix}.json has format version {version}, this program reads {FORMAT_VERSION}.")
+    if (size := os.path.getsize(f"{prefix}.bin")) != expected:
+        raise MixMoEError(f"{prefix}.bin has {size} bytes where its manifest says {expected}; copy or build it again.")
+    if kind is not None and found != kind:
+        raise MixMoEError(f"{prefix} holds {found} data where {kind} data is needed.")
+    return manifest
+
+
+def check_same_tokenizer(prefix: str | Path, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
+    """Check that token files were built with this tokenizer.
+
+    Raises:
+        MixMoEError: Its fingerprint is another one.
+    """
+    if manifest["tokenizer"]["sha256"] != tokenizer.fingerprint():
+        raise MixMoEError(
+            f"{prefix} was built with another tokenizer than the one in {tokenizer.directory}; "
+            "build it again with tools/preprocess_data.py."
+        )
+
+
+def describe_sources(paths: Sequence[str | Path]) -> list[dict[str, str]]:
+    """Return each source file's path as given, and its sha256.
+
+    Raises:
+        MixMoEError: A file cannot be read.
+    """
+    sources = []
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise MixMoEError(f"Cannot read {path}: {error.strerror}.") from error
+        sources.append({"path": str(path), "sha256": digest})
+    return sources

@@ -1,0 +1,180 @@
+"""Open a Hugging Face tokenizer directory and check what training and generation rely on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.errors import MixMoEError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+PROBE_TEXT = "Grüße, 世界! 123 \tČeština\nüks öö"
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokenizer:
+    """A checked Hugging Face tokenizer; build it with `open_tokenizer`.
+
+    Attributes:
+        hf: The transformers tokenizer (fast, or slow sentencepiece).
+        directory: Where it was read from.
+        vocab_size: Highest token id plus one, added tokens included.
+        eos_id: The end-of-sequence id.
+        bos_id: The id the tokenizer puts before every text, None when it adds none.
+        pad_id: The padding id; eos_id when the tokenizer names none (padding is masked everywhere).
+        adds_prefix_space: Whether a text's first word is encoded as if a space stood before it (sentencepiece).
+        special_tokens: Strings that the tokenizer turns into control ids wherever they stand in a text.
+    """
+
+    hf: Any
+    directory: Path
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    pad_id: int
+    adds_prefix_space: bool
+    special_tokens: tuple[str, ...]
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Encode texts.
+
+        Args:
+            texts: Any number of texts.
+            add_special_tokens: Whether to put BOS first, if this tokenizer does so by itself.
+
+        Returns:
+            Token ids, one list a text.
+        """
+        if not texts:
+            return []
+        return _encode(self.hf, list(texts), add_special_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode token ids to text, leaving special tokens out and spaces as they are."""
+        return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def holds_special_token(self, text: str) -> bool:
+        """Tell whether a text spells out a special token, which would be encoded as that control id."""
+        return any(token in text for token in self.special_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a data manifest records: sizes, ids and a fingerprint of the tokenizer's behaviour."""
+        return {
+            "class": type(self.hf).__name__,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "bos_id": self.bos_id,
+            "sha256": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Hash vocabulary, special ids and a probe text's tokens.
+
+        Files are not hashed: saving a tokenizer again may change their bytes and not their meaning.
+
+        Returns:
+            A sha256 as 64 hexadecimal digits.
+        """
+        probe = [_encode(self.hf, [PROBE_TEXT], flag)[0] for flag in (True, False)]
+        facts = [sorted(self.hf.get_vocab().items()), self.eos_id, self.bos_id, probe]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def open_tokenizer(directory: str | Path) -> TextTokenizer:
+    """Open and check the tokenizer in a local directory.
+
+    Args:
+        directory: A directory with Hugging Face tokenizer files; sentencepiece models (Llama) included.
+
+    Raises:
+        MixMoEError: No tokenizer there, it cannot be read, it has no EOS, or it ends every text with a token.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise MixMoEError(f"The tokenizer directory {directory} does not exist.")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise MixMoEError(f"No tokenizer in {directory}: expected one of {', '.join(TOKENIZER_FILES)}.")
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises many types for unreadable files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MixMoEError(f"Cannot read the tokenizer in {directory}: {reason}") from error
+    if hf.eos_token_id is None:
+        raise MixMoEError(
+            f"The tokenizer in {directory} has no end-of-sequence token; set eos_token in tokenizer_config.json."
+        )
+    return TextTokenizer(
+        hf=hf,
+        directory=directory,
+        vocab_size=max(hf.get_vocab().values()) + 1,
+        eos_id=hf.eos_token_id,
+        bos_id=_added_bos(hf, directory),
+        pad_id=hf.eos_token_id if hf.pad_token_id is None else hf.pad_token_id,
+        adds_prefix_space=_adds_prefix_space(hf),
+        special_tokens=_special_tokens(hf),
+    )
+
+
+def check_tokenizer_fits_model(
+    tokenizer: TextTokenizer, vocab_size: int, eos_ids: Collection[int] | None = None
+) -> None:
+    """Check a tokenizer against the model that will read its ids.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: Rows of the model's token embedding (a larger embedding is fine: it may be padded).
+        eos_ids: The model's end-of-sequence ids (config.json or generation_config.json), None to skip the check.
+
+    Raises:
+        MixMoEError: Some ids have no embedding row, or the model does not stop at the tokenizer's EOS.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise MixMoEError(
+            f"The tokenizer in {tokenizer.directory} has {tokenizer.vocab_size} ids but the model's embedding has only "
+            f"{vocab_size} rows; use the tokenizer that belongs to this model."
+        )
+    if eos_ids is not None and tokenizer.eos_id not in eos_ids:
+        raise MixMoEError(
+            f"The tokenizer in {tokenizer.directory} ends a text with id {tokenizer.eos_id} but the model's "
+            f"end-of-sequence ids are {sorted(eos_ids)}; make eos_token and eos_token_id agree."
+        )
+
+
+def _encode(hf: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Encode texts with a transformers tokenizer, without its length warning."""
+    return hf(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _added_bos(hf: Any, directory: Path) -> int | None:
+    """Return the id that the tokenizer puts before a text by itself, None when it puts none.
+
+    Raises:
+        MixMoEError: It also puts something behind the text: a prompt would be over before the translation.
+    """
+    bare, special = (_encode(hf, ["a"], flag)[0] for flag in (False, True))
+    if special == bare:
+        return None
+    if special[1:] == bare:
+        return special[0]
+    raise MixMoEError(
+        f"The tokenizer in {directory} adds more than one BOS token around a text; a decoder's tokenizer must not "
+        "(set add_eos_token to false in tokenizer_config.json)."
+    )
+
+
+def _adds_prefix_space(hf: Any) -> bool:
+    """Tell whether 'word' alone is encoded as 'word' after a space is."""
+    alone, colon, both = (_encode(hf, [text], False)[0] for text in ("word", ":", ": word"))
+    return both == colon + alone
+
+
+def _special_tokens(hf: Any) -> tuple[str, ...]:
+    """List every string with a control id."""
+    added = [token.content for token in hf.added_tokens_decoder.values() if token.special]
+    return tuple(sorted({*added, *hf.all_special_tokens}))

@@ -1,0 +1,256 @@
+"""Batched translation with transformers' generate: sorted by length, left-padded, first line only, resumable.
+
+Shape legend: B segments in a batch, R rows that generate works on (B, or B times the beams it keeps), P padded prompt
+length and N new tokens, both in tokens, V rows of the output layer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from mixmoe_megatron.data.prompts import encode_prompts
+from mixmoe_megatron.data.tokenizers import TextTokenizer
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+RATIO_MARGIN = 16  # tokens granted on top of max_length_ratio times the source
+_LINE_BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # those of str.splitlines
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to decode; the defaults are the paper's (beam 5, at most 256 new tokens).
+
+    Attributes:
+        decoding: ``beam`` or ``greedy``.
+        num_beams: Beams of beam search; greedy ignores it.
+        max_new_tokens: Most new tokens of one segment.
+        max_length_ratio: Also stop a segment at this many times its source's tokens plus 16; None sets no such bound.
+        batch_size: Segments decoded together; results depend on it by floating-point rounding only.
+
+    Raises:
+        MixMoEError: An unknown decoding or a number out of range.
+    """
+
+    decoding: str = "beam"
+    num_beams: int = 5
+    max_new_tokens: int = 256
+    max_length_ratio: float | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.decoding not in ("greedy", "beam"):
+            raise MixMoEError(f"The decoding must be greedy or beam, not {self.decoding!r}.")
+        if self.decoding == "beam" and self.num_beams < 2:
+            raise MixMoEError(
+                f"Beam search needs at least 2 beams, not {self.num_beams}; choose greedy decoding for 1."
+            )
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise MixMoEError("The batch size and the number of new tokens must be at least 1.")
+        if self.max_length_ratio is not None and self.max_length_ratio <= 0:
+            raise MixMoEError(f"The length ratio must be above 0, not {self.max_length_ratio}.")
+
+    def budget(self, source_tokens: int) -> int:
+        """Return the most new tokens for a source of `source_tokens` tokens."""
+        if self.max_length_ratio is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, int(self.max_length_ratio * source_tokens) + RATIO_MARGIN)
+
+
+def first_line(text: str) -> str:
+    """Return the first line with content, stripped: the translation proper.
+
+    Whatever str.splitlines breaks at ends the line, so a hypothesis always fits one line of a file.
+    """
+    return (text.strip().splitlines() or [""])[0].strip()
+
+
+class LineTable:
+    """What each vocabulary entry does to the first line, as bool tensors of shape [V].
+
+    Attributes:
+        has_content: The token's text holds something besides whitespace.
+        has_break: It holds a line break.
+        ends_line: It holds content and then a line break, so that it completes a line by itself.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int, device: torch.device) -> None:
+        """Decode every vocabulary entry once.
+
+        Args:
+            tokenizer: Decodes single tokens; embedding rows beyond its ids count as empty.
+            vocab_size: V.
+            device: Where the tables are kept.
+        """
+        known = min(vocab_size, tokenizer.vocab_size)
+        texts = tokenizer.hf.batch_decode([[index] for index in range(known)], skip_special_tokens=True)
+        texts += [""] * (vocab_size - known)
+        self.has_content = torch.tensor([bool(text.strip()) for text in texts], device=device)
+        self.has_break = torch.tensor([not _LINE_BREAKS.isdisjoint(text) for text in texts], device=device)
+        ends_line = [not _LINE_BREAKS.isdisjoint(text.lstrip()) for text in texts]
+        self.ends_line = torch.tensor(ends_line, device=device)
+
+    def is_complete(self, new_tokens: torch.Tensor) -> torch.Tensor:
+        """Tell which rows hold a complete first line.
+
+        Args:
+            new_tokens: [R, N] int64, the generated tokens.
+
+        Returns:
+            [R] bool.
+        """
+        content = self.has_content[new_tokens].cumsum(dim=1) > 0
+        content_before = torch.nn.functional.pad(content[:, :-1], (1, 0), value=False)
+        return (self.ends_line[new_tokens] | (self.has_break[new_tokens] & content_before)).any(dim=1)
+
+
+class FirstLineOrBudget(StoppingCriteria):
+    """End a row when its first line is complete or its own budget of new tokens is spent."""
+
+    def __init__(self, table: LineTable, prompt_length: int, budgets: torch.Tensor) -> None:
+        """Keep what the check needs.
+
+        Args:
+            table: Of the model's vocabulary.
+            prompt_length: P.
+            budgets: [B] int64, most new tokens of each segment.
+        """
+        self.table = table
+        self.prompt_length = prompt_length
+        self.budgets = budgets
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Check every row.
+
+        Args:
+            input_ids: [R, P + N] int64; the rows of one segment are adjacent.
+            scores: Unused.
+            kwargs: Unused.
+
+        Returns:
+            [R] bool, True where the row is finished.
+        """
+        new_tokens = input_ids[:, self.prompt_length :]
+        budgets = self.budgets.repeat_interleave(input_ids.shape[0] // self.budgets.shape[0])
+        return self.table.is_complete(new_tokens) | (new_tokens.shape[1] >= budgets)
+
+
+def _read_partial(path: Path, count: int) -> dict[int, str]:
+    """Return the hypotheses an interrupted run left; a torn last line is dropped from the file as well."""
+    if not path.exists():
+        return {}
+    done: dict[int, str] = {}
+    whole = 0
+    data = path.read_bytes()
+    for line in data.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        record = json.loads(line)
+        done[record["index"]] = record["hypothesis"]
+        whole += len(line)
+    if whole < len(data):
+        os.truncate(path, whole)
+    if any(index >= count for index in done):
+        raise MixMoEError(f"{path} holds more segments than the test set: delete it to start this system anew.")
+    return done
+
+
+def _check_lengths(loaded: LoadedModel, prompts: Sequence[list[int]], budgets: Sequence[int]) -> None:
+    """Warn of, or for absolute positions refuse, sequences beyond the positions the model was made for."""
+    limit = loaded.max_positions
+    if limit is None:
+        return
+    longest, budget = max(zip(map(len, prompts), budgets, strict=True), key=sum)
+    if longest + budget <= limit:
+        return
+    message = (
+        f"System {loaded.name!r}: the longest prompt ({longest} tokens) and its {budget} new tokens exceed the model's "
+        f"{limit} positions"
+    )
+    if not loaded.has_rotary_positions:
+        raise MixMoEError(f"{message}; lower the number of new tokens or drop long segments.")
+    logger.warning("%s; the model extrapolates there.", message)
+
+
+@torch.inference_mode()
+def _generate_batch(
+    loaded: LoadedModel, table: LineTable, prompts: list[list[int]], budgets: list[int], options: GenerationOptions
+) -> list[str]:
+    """Decode one batch and return the first line of each hypothesis."""
+    width = max(map(len, prompts))
+    pad_id = loaded.tokenizer.pad_id
+    input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=loaded.device)
+    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts],
+                                  device=loaded.device)  # fmt: skip
+    criterion = FirstLineOrBudget(table, width, torch.tensor(budgets, device=loaded.device))
+    output = loaded.model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max(budgets),
+        num_beams=options.num_beams if options.decoding == "beam" else 1,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([criterion]),
+    )
+    return [first_line(loaded.tokenizer.decode(row)) for row in output[:, width:].tolist()]
+
+
+def translate(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    sources: Sequence[str],
+    options: GenerationOptions,
+    partial_path: Path,
+    label: str = "",
+) -> list[str]:
+    """Translate all segments, longest first; finished batches are kept on disk and not decoded again.
+
+    Args:
+        loaded: The model.
+        prompts: Rendered prompts, one a segment.
+        sources: The text inside each prompt; its tokens set the budget (see `GenerationOptions`).
+        options: How to decode.
+        partial_path: JSONL file of finished hypotheses ({"index", "hypothesis"}); its directory must exist. The caller
+            must not reuse it with other segments or options.
+        label: Shown at the progress bar.
+
+    Returns:
+        One single-line hypothesis a segment, in the order given.
+
+    Raises:
+        MixMoEError: `partial_path` is of another test set, or a prompt is too long for a model with absolute positions.
+    """
+    done = _read_partial(partial_path, len(prompts))
+    prompt_ids = encode_prompts(loaded.tokenizer, prompts)
+    source_ids = loaded.tokenizer.encode(list(sources), add_special_tokens=False)
+    budgets = [options.budget(len(ids)) for ids in source_ids]
+    _check_lengths(loaded, prompt_ids, budgets)
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompt_ids[index]), index))
+    remaining = [index for index in order if index not in done]
+    table = LineTable(loaded.tokenizer, loaded.vocab_size, loaded.device)
+    with (
+        partial_path.open("a", encoding="utf-8") as stream,
+        tqdm(total=len(prompts), initial=len(done), desc=label, unit="segment", mininterval=5.0, disable=None) as bar,
+    ):
+        for start in range(0, len(remaining), options.batch_size):
+            batch = remaining[start : start + options.batch_size]
+            lines = _generate_batch(
+                loaded, table, [prompt_ids[index] for index in batch], [budgets[index] for index in batch], options
+            )
+            for index, line in zip(batch, lines, strict=True):
+                done[index] = line
+                stream.write(json.dumps({"index": index, "hypothesis": line}, ensure_ascii=False) + "\n")
+            stream.flush()
+            bar.update(len(batch))
+    return [done[index] for index in range(len(prompts))]

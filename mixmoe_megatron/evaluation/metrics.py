@@ -1,0 +1,156 @@
+"""Corpus scores with sacreBLEU (BLEU, chrF, chrF++) and its paired bootstrap test, signatures included.
+
+Source: Post 2018 (sacreBLEU), Popović 2015 and 2017 (chrF, chrF++), Koehn 2004 (paired bootstrap).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import cast
+
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest, Result
+
+from mixmoe_megatron.errors import MixMoEError
+
+METRIC_NAMES = ("bleu", "chrf", "chrf_plus_plus")
+NUM_RESAMPLES = 1000
+_BLEU_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # sacreBLEU's own choice by target language
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one system in one direction, 0 to 100, and the sacreBLEU signature of each.
+
+    Attributes:
+        bleu: BLEU.
+        chrf: ChrF2, character n-grams only.
+        chrf_plus_plus: ChrF2++, with word bigrams.
+        signatures: Metric name to signature.
+    """
+
+    bleu: float
+    chrf: float
+    chrf_plus_plus: float
+    signatures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system against a baseline on the same segments, by paired bootstrap resampling.
+
+    The test is two-sided: a small p-value says that the scores differ; the sign of the difference says which is better.
+
+    Attributes:
+        baseline: Name of the baseline.
+        system: Name of the system.
+        bleu_difference: System minus baseline, BLEU points.
+        bleu_p_value: Of the BLEU difference.
+        chrf_difference: System minus baseline, chrF points.
+        chrf_p_value: Of the chrF difference.
+        signatures: Metric name to signature, with the resampling's seed and count.
+    """
+
+    baseline: str
+    system: str
+    bleu_difference: float
+    bleu_p_value: float
+    chrf_difference: float
+    chrf_p_value: float
+    signatures: dict[str, str]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return a JSON-able dictionary."""
+        return asdict(self)
+
+
+def _bleu(target_language: str) -> BLEU:
+    """BLEU with the tokenizer for the target language: zh for Chinese, 13a for most."""
+    try:
+        return BLEU(tokenize=_BLEU_TOKENIZERS.get(target_language, "13a"))
+    except (ImportError, RuntimeError) as error:
+        raise MixMoEError(
+            f"BLEU into {target_language!r} needs sacreBLEU's optional tokenizer: "
+            f"pip install 'sacrebleu[{target_language}]'."
+        ) from error
+
+
+@contextmanager
+def _quiet_sacrebleu() -> Iterator[None]:
+    """Keep sacreBLEU's report of each resampling step off the screen."""
+    logger = logging.getLogger("sacrebleu")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_counts(hypotheses: Sequence[str], references: Sequence[str], name: str) -> None:
+    if len(hypotheses) != len(references):
+        raise MixMoEError(f"{name} has {len(hypotheses)} hypotheses for {len(references)} references.")
+    if not references:
+        raise MixMoEError("There is no segment to score.")
+
+
+def score(hypotheses: Sequence[str], references: Sequence[str], target_language: str) -> Scores:
+    """Score a system's translations against one reference each.
+
+    Args:
+        hypotheses: Detokenised translations.
+        references: Their references, same length and order.
+        target_language: Language code; it chooses BLEU's tokenizer.
+
+    Raises:
+        MixMoEError: Counts differ, nothing to score, or the language's tokenizer is not installed.
+    """
+    _check_counts(hypotheses, references, "The system")
+    metrics = (_bleu(target_language), CHRF(), CHRF(word_order=2))
+    values = [metric.corpus_score(list(hypotheses), [list(references)]).score for metric in metrics]
+    signatures = {name: str(metric.get_signature()) for name, metric in zip(METRIC_NAMES, metrics, strict=True)}
+    return Scores(values[0], values[1], values[2], signatures)
+
+
+def compare(
+    baseline: tuple[str, Sequence[str]],
+    system: tuple[str, Sequence[str]],
+    references: Sequence[str],
+    target_language: str,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Comparison:
+    """Test whether a system's BLEU and chrF differ from a baseline's (`sacrebleu --paired-bs`).
+
+    Args:
+        baseline: Name and hypotheses.
+        system: Name and hypotheses.
+        references: One reference a segment.
+        target_language: Language code; it chooses BLEU's tokenizer.
+        num_resamples: Bootstrap resamples; the smallest possible p-value is 1 / (num_resamples + 1).
+
+    Raises:
+        MixMoEError: Counts differ, nothing to score, or the language's tokenizer is not installed.
+    """
+    for name, hypotheses in (baseline, system):
+        _check_counts(hypotheses, references, f"System {name!r}")
+    with _quiet_sacrebleu():
+        signatures, results = PairedTest(
+            [(name, list(hypotheses)) for name, hypotheses in (baseline, system)],
+            {"BLEU": _bleu(target_language), "chrF2": CHRF()},
+            [list(references)],
+            test_type="bs",
+            n_samples=num_resamples,
+        )()
+    (bleu_baseline, bleu), (chrf_baseline, chrf) = (cast(list[Result], results[key]) for key in ("BLEU", "chrF2"))
+    return Comparison(
+        baseline=baseline[0],
+        system=system[0],
+        bleu_difference=bleu.score - bleu_baseline.score,
+        bleu_p_value=cast(float, bleu.p_value),
+        chrf_difference=chrf.score - chrf_baseline.score,
+        chrf_p_value=cast(float, chrf.p_value),
+        signatures={"bleu": str(signatures["BLEU"]), "chrf": str(signatures["chrF2"])},
+    )

@@ -1,0 +1,47 @@
+"""What a result came from: package versions, the commit, and JSON files written by earlier steps."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import package_versions as checkpoint_versions
+
+_SCORING_PACKAGES = ("sacrebleu", "tokenizers", "matplotlib")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, of the packages that shape a checkpoint, and of those that score and draw."""
+    return checkpoint_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
+
+
+def git_commit() -> str | None:
+    """Return the commit of this repository, ``-dirty`` behind it when tracked files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40",
+               "--exclude=*"]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        MixMoEError: The file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MixMoEError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise MixMoEError(f"Cannot read {path} as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise MixMoEError(f"{path} should hold a JSON object.")
+    return value

@@ -1,0 +1,151 @@
+"""Where a Mix-MoE model sends the tokens of each language: shares per layer, group and expert.
+
+Shape legend: T tokens, G expert groups (LM, MT), n experts per group, k chosen per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.models import LoadedModel
+from mixmoe_megatron.evaluation.perplexity import (
+    MAX_WINDOW,
+    TOKENS_PER_BATCH,
+    batches_by_length,
+    pad_right,
+    split_windows,
+)
+
+GROUP_NAMES = ("lm", "mt")
+
+
+@dataclass(frozen=True)
+class GroupRouting:
+    """Routing of one text collection in one layer and one expert group.
+
+    Attributes:
+        share: Share of the routed (token, slot) pairs that each expert got; n numbers that sum to 1.
+        mean_prob: Mean router probability of each expert; n numbers that sum to 1.
+        load_balance: The aux loss n * sum_i share_i * mean_prob_i: 1 when balanced, up to n at collapse (eq. 8-9).
+        top_prob: Mean of each token's highest router probability: 1/n when undecided, 1 when saturated.
+    """
+
+    share: list[float]
+    mean_prob: list[float]
+    load_balance: float
+    top_prob: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing of one text collection.
+
+    Attributes:
+        tokens: Tokens seen, padding and the first token's artificial context left out.
+        layers: 0-based layer number, as text, to {group name: statistics}.
+    """
+
+    tokens: int
+    layers: dict[str, dict[str, GroupRouting]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dictionary."""
+        layers = {layer: {name: vars(group) for name, group in groups.items()} for layer, groups in self.layers.items()}
+        return {"tokens": self.tokens, "layers": layers}
+
+
+def is_mixmoe(loaded: LoadedModel) -> bool:
+    """Tell whether the model has Mix-MoE routers."""
+    return getattr(loaded.model.config, "model_type", None) == "mixmoe"
+
+
+def group_sums(logits: torch.Tensor, num_groups: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum routing over tokens, in each group by itself.
+
+    Args:
+        logits: [T, G*n] router logits, LM experts first.
+        num_groups: G.
+        top_k: k.
+
+    Returns:
+        counts: [G, n] float64, how often an expert was chosen. probs: [G, n] float64, summed probabilities.
+        top_probs: [G] float64, summed highest probabilities.
+    """
+    probs = logits.float().unflatten(-1, (num_groups, -1)).softmax(dim=-1).double()
+    top = probs.topk(top_k, dim=-1)
+    counts = torch.zeros_like(probs).scatter_(-1, top.indices, 1.0).sum(dim=0)
+    return counts, probs.sum(dim=0), top.values[..., 0].sum(dim=0)
+
+
+def _group_routing(counts: torch.Tensor, probs: torch.Tensor, top_probs: torch.Tensor, tokens: int) -> GroupRouting:
+    """Turn one group's sums ([n], [n], scalar) into its statistics."""
+    share, mean_prob = counts / counts.sum(), probs / tokens
+    return GroupRouting(
+        share=share.tolist(),
+        mean_prob=mean_prob.tolist(),
+        load_balance=(share.shape[0] * (share * mean_prob).sum()).item(),
+        top_prob=top_probs.item() / tokens,
+    )
+
+
+@torch.inference_mode()
+def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
+    """Count where the tokens of some texts go.
+
+    Args:
+        loaded: A Mix-MoE model.
+        texts: Texts of one language, or prompts of one direction.
+
+    Raises:
+        MixMoEError: The model has no Mix-MoE routers, or there is no text.
+    """
+    if not is_mixmoe(loaded):
+        raise MixMoEError(f"System {loaded.name!r} is not a Mix-MoE model: it has no routers to inspect.")
+    config = loaded.model.config
+    window = min(MAX_WINDOW, loaded.max_positions or MAX_WINDOW)
+    encoded = loaded.tokenizer.encode(list(texts), add_special_tokens=False)
+    tokens = sum(map(len, encoded))
+    if tokens == 0:
+        raise MixMoEError("There is no text to route.")
+    sequences = [piece for ids in encoded for piece in split_windows(ids, loaded.start_id, window)]
+    sums: dict[int, tuple[torch.Tensor, ...]] = {}
+    for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
+        input_ids, mask = pad_right(batch, loaded.tokenizer.pad_id, loaded.device)
+        output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+        mask[:, 0] = 0  # context only: already counted, or no token of the text
+        kept = mask.flatten().bool()
+        for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
+            new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
+            sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
+    layers = {
+        str(layer): {
+            name: _group_routing(sums[layer][0][group], sums[layer][1][group], sums[layer][2][group], tokens)
+            for group, name in enumerate(GROUP_NAMES[: config.stage])
+        }
+        for layer in config.moe_layers
+    }
+    return Routing(tokens, layers)
+
+
+def language_distance(first: Routing, second: Routing) -> dict[str, dict[str, float]]:
+    """Compare two languages' shares: the total variation distance, per layer and group.
+
+    Args:
+        first: One language's routing.
+        second: Another's, from the same model.
+
+    Returns:
+        {layer: {group: distance}}: 0 when both use the experts alike, 1 when they share none.
+    """
+    return {
+        layer: {
+            name: sum(abs(a - b) for a, b in zip(group.share, second.layers[layer][name].share, strict=True)) / 2
+            for name, group in groups.items()
+        }
+        for layer, groups in first.layers.items()
+    }

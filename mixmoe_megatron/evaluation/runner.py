@@ -1,0 +1,281 @@
+"""Evaluate several systems on the same segments; everything finished is kept on disk and skipped by the next run.
+
+Layout of the output directory:
+
+- ``manifest.json``: options and fingerprints of what the results belong to; a run with others is refused.
+- ``hypotheses/{direction}.{system}.txt``: one hypothesis a line; ``.source.txt`` and ``.reference.txt`` beside them, so
+  that the `sacrebleu` command can be run on the very same files.
+- ``hypotheses/{direction}.{system}.partial.jsonl``: finished batches of an unfinished translation.
+- ``measurements/{system}.json``: perplexity, routing and seconds.
+- ``evaluation.json``: all results.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.data.languages import check_language
+from mixmoe_megatron.data.prompts import PromptTemplate
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
+from mixmoe_megatron.evaluation.metrics import METRIC_NAMES, compare, score
+from mixmoe_megatron.evaluation.models import LoadedModel, fingerprint, load_model
+from mixmoe_megatron.evaluation.perplexity import measure_perplexity
+from mixmoe_megatron.evaluation.provenance import git_commit, package_versions, read_json
+from mixmoe_megatron.evaluation.routing import is_mixmoe, measure_routing
+from mixmoe_megatron.evaluation.segments import Direction, sha256_of_texts
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_RESERVED_NAMES = {"source", "reference"}
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What to evaluate.
+
+    Attributes:
+        systems: System name to model directory, in the order of the tables.
+        directions: Test segments of each translation direction.
+        monolingual: Language code to texts, for perplexity and routing.
+        generation: How to decode.
+        template: The prompt.
+        baseline: System that the others are tested against; None for no test.
+        dtype: Of the models, ``float32`` by default.
+        device: A torch device.
+        selection: How segments were chosen (files, limit, seed), for the record.
+
+    Raises:
+        MixMoEError: No system, nothing to do, an unusable system name, or an unknown language or baseline.
+    """
+
+    systems: dict[str, Path]
+    directions: list[Direction]
+    monolingual: dict[str, list[str]]
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    template: PromptTemplate = field(default_factory=PromptTemplate)
+    baseline: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    selection: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.systems:
+            raise MixMoEError("Name at least one system to evaluate.")
+        if not self.directions and not self.monolingual:
+            raise MixMoEError("Give a translation test set, monolingual text, or both: there is nothing to evaluate.")
+        for name in self.systems:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in _RESERVED_NAMES:
+                raise MixMoEError(
+                    f"{name!r} cannot name a system: use letters, digits, _ and -, not source, reference."
+                )
+        if self.baseline is not None and self.baseline not in self.systems:
+            raise MixMoEError(f"The baseline {self.baseline!r} is not among the systems {', '.join(self.systems)}.")
+        for language in self.monolingual:
+            check_language(language)
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that results depend on; the batch size and the device are not part of it."""
+        generation = asdict(self.generation)
+        del generation["batch_size"]
+        if self.generation.decoding == "greedy":
+            del generation["num_beams"]
+        return {
+            "format_version": FORMAT_VERSION,
+            **generation,
+            "prompt_template": self.template.text,
+            "dtype": self.dtype,
+            "systems": {name: fingerprint(path) for name, path in self.systems.items()},
+            "test_sets": {d.name: sha256_of_texts([*d.sources, *d.references]) for d in self.directions},
+            "monolingual": {language: sha256_of_texts(texts) for language, texts in self.monolingual.items()},
+        }
+
+
+def _merge_identity(old: dict[str, Any], new: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """Return the union of both; systems, test sets and languages may be added, nothing may differ."""
+    flat_old, flat_new = (
+        {(key, inner): value for key, block in identity.items()
+         for inner, value in (block.items() if isinstance(block, dict) else [("", block)])}
+        for identity in (old, new)
+    )  # fmt: skip
+    for (key, inner), value in flat_new.items():
+        before = flat_old.get((key, inner), value)
+        if before != value:
+            what = f"{key} {inner}".strip().replace("_", " ")
+            raise MixMoEError(
+                f"{output_dir} holds results of another run ({what} was {before!r} and is now {value!r}): "
+                "choose another output directory, or overwrite it with --overwrite."
+            )
+    return {key: {**old.get(key, {}), **value} if isinstance(value, dict) else value for key, value in new.items()}
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    """Write lines atomically; every line must be free of newlines."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def _read_lines(path: Path, count: int) -> list[str]:
+    """Read back what `_write_lines` wrote and check the number of lines."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(lines) != count:
+        raise MixMoEError(f"{path} has {len(lines)} hypotheses for {count} references: delete it to decode anew.")
+    return lines
+
+
+class _SystemRun:
+    """Evaluates one system; the model is loaded only if something is left to do."""
+
+    def __init__(self, name: str, plan: EvaluationPlan, output_dir: Path) -> None:
+        self.name = name
+        self.plan = plan
+        self.hypotheses_dir = output_dir / "hypotheses"
+        self.measurements_path = output_dir / "measurements" / f"{name}.json"
+        self.measurements: dict[str, Any] = {"perplexity": {}, "routing": {}, "seconds": {}}
+        if self.measurements_path.exists():
+            self.measurements = read_json(self.measurements_path)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return load_model(self.name, self.plan.systems[self.name], dtype=self.plan.dtype, device=self.plan.device)
+
+    def _timed(self, step: str, work: Callable[[], Any]) -> Any:
+        """Do some work, log and note its seconds."""
+        self.loaded  # noqa: B018 - loading is not part of the step
+        start = time.perf_counter()
+        result = work()
+        self.measurements["seconds"][step] = round(time.perf_counter() - start, 2)
+        logger.info("%s: %s took %.1f s", self.name, step, self.measurements["seconds"][step])
+        return result
+
+    def translate(self, direction: Direction) -> None:
+        """Translate a direction unless its hypotheses are on disk."""
+        path = self.hypotheses_dir / f"{direction.name}.{self.name}.txt"
+        if path.exists():
+            _read_lines(path, len(direction.sources))
+            return
+        partial = path.with_suffix(".partial.jsonl")
+        languages = (direction.source_language, direction.target_language)
+        prompts = [self.plan.template.render(source, *languages) for source in direction.sources]
+        label = f"{self.name} {direction.name}"
+        hypotheses = self._timed(
+            f"translate {direction.name}",
+            lambda: translate(self.loaded, prompts, direction.sources, self.plan.generation, partial, label),
+        )
+        write_json(self.measurements_path, self.measurements)
+        _write_lines(path, hypotheses)
+        partial.unlink()
+
+    def measure(self, language: str, texts: list[str]) -> None:
+        """Measure perplexity, and routing where there is any, unless they are on disk."""
+        if language in self.measurements["perplexity"]:
+            return
+        perplexity = self._timed(f"perplexity {language}", lambda: measure_perplexity(self.loaded, texts))
+        if is_mixmoe(self.loaded):
+            routing = self._timed(f"routing {language}", lambda: measure_routing(self.loaded, texts))
+            self.measurements["routing"][language] = routing.to_dict()
+        self.measurements["perplexity"][language] = perplexity.to_dict()
+        write_json(self.measurements_path, self.measurements)
+
+
+def _score_direction(plan: EvaluationPlan, direction: Direction, output_dir: Path) -> dict[str, Any]:
+    """Score all systems in one direction and test them against the baseline."""
+    hypotheses = {
+        name: _read_lines(output_dir / "hypotheses" / f"{direction.name}.{name}.txt", len(direction.references))
+        for name in plan.systems
+    }
+    scores = {name: score(lines, direction.references, direction.target_language)
+              for name, lines in hypotheses.items()}  # fmt: skip
+    comparisons = {
+        name: compare((plan.baseline, hypotheses[plan.baseline]), (name, lines), direction.references,
+                      direction.target_language).to_dict()
+        for name, lines in hypotheses.items() if plan.baseline is not None and name != plan.baseline
+    }  # fmt: skip
+    return {
+        "scores": {name: {metric: getattr(value, metric) for metric in METRIC_NAMES} for name, value in scores.items()},
+        "signatures": next(iter(scores.values())).signatures,
+        "significance": comparisons,
+    }
+
+
+def evaluate(plan: EvaluationPlan, output_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Run a plan, write evaluation.json and return its content.
+
+    Args:
+        plan: What to evaluate.
+        output_dir: Created if absent. Results of the same plan found there are kept, an interrupted one is continued.
+        overwrite: Discard results found there.
+
+    Raises:
+        MixMoEError: The directory holds results of another plan, or any mistake in models or data.
+    """
+    identity = plan.identity()
+    manifest_path = output_dir / "manifest.json"
+    if overwrite:
+        for name in ("hypotheses", "measurements"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        manifest_path.unlink(missing_ok=True)
+    if manifest_path.exists():
+        identity = _merge_identity(read_json(manifest_path), identity, output_dir)
+    for name in ("hypotheses", "measurements"):
+        (output_dir / name).mkdir(parents=True, exist_ok=True)
+    write_json(manifest_path, identity)
+    for direction in plan.directions:
+        _write_lines(output_dir / "hypotheses" / f"{direction.name}.source.txt", direction.sources)
+        _write_lines(output_dir / "hypotheses" / f"{direction.name}.reference.txt", direction.references)
+    measurements = {}
+    for name in plan.systems:
+        run = _SystemRun(name, plan, output_dir)
+        for direction in plan.directions:
+            run.translate(direction)
+        for language, texts in plan.monolingual.items():
+            run.measure(language, texts)
+        measurements[name] = run.measurements
+    result = _collect(plan, identity, measurements, output_dir)
+    write_json(output_dir / "evaluation.json", result)
+    return result
+
+
+def _collect(
+    plan: EvaluationPlan, identity: dict[str, Any], measurements: dict[str, Any], output_dir: Path
+) -> dict[str, Any]:
+    """Put all results into one dictionary: the content of evaluation.json."""
+    scored = {direction.name: _score_direction(plan, direction, output_dir) for direction in plan.directions}
+    return {
+        "format_version": FORMAT_VERSION,
+        "baseline": plan.baseline,
+        "systems": {name: str(path) for name, path in plan.systems.items()},
+        "num_test_segments": {direction.name: len(direction.references) for direction in plan.directions},
+        "directions": {name: value["scores"] for name, value in scored.items()},
+        "signatures": {name: value["signatures"] for name, value in scored.items()},
+        "significance": {name: value["significance"] for name, value in scored.items()},
+        "perplexity": {
+            language: {name: measurements[name]["perplexity"][language] for name in plan.systems}
+            for language in plan.monolingual
+        },
+        "routing": {
+            name: {
+                language: value["routing"][language] for language in plan.monolingual if language in value["routing"]
+            }
+            for name, value in measurements.items()
+            if value["routing"]
+        },
+        "seconds": {name: value["seconds"] for name, value in measurements.items()},
+        "selection": plan.selection,
+        "options": identity,
+        "versions": package_versions(),
+        "commit": git_commit(),
+    }

@@ -1,0 +1,120 @@
+"""Results as tables that read well both on a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF", "chrf_plus_plus": "chrF++"}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """Return an aligned Markdown table.
+
+    Args:
+        header: Column titles.
+        rows: Cells, as many a row as there are titles.
+        text_columns: How many columns, from the left, are aligned left; the others are aligned right.
+    """
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (cell.ljust(width) if column < text_columns else cell.rjust(width)
+                  for column, (cell, width) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """Return a number with its sign, as in +1.5."""
+    return f"{value:+.{digits}f}"
+
+
+def p_value_text(p_value: float) -> str:
+    """Return `p = 0.012`, or `p < 0.001` below what three digits show."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def score_table(evaluation: dict[str, Any]) -> str:
+    """Return the table of translation scores; differences are against the baseline, with the bootstrap's p-value.
+
+    Args:
+        evaluation: Content of evaluation.json.
+    """
+    baseline = evaluation["baseline"]
+    header = ["direction", "system", *METRIC_TITLES.values()]
+    if baseline is not None:
+        header += [f"chrF against {baseline}", f"BLEU against {baseline}"]
+    rows = []
+    for direction, systems in evaluation["directions"].items():
+        for system, scores in systems.items():
+            row = [direction, system, *(f"{scores[metric]:.1f}" for metric in METRIC_TITLES)]
+            test = evaluation["significance"].get(direction, {}).get(system)
+            if baseline is not None:
+                row += [
+                    f"{signed(test[f'{metric}_difference'], 2)} ({p_value_text(test[f'{metric}_p_value'])})"
+                    if test
+                    else ""
+                    for metric in ("chrf", "bleu")
+                ]
+            rows.append(row)
+    return table(header, rows, text_columns=2)
+
+
+def perplexity_table(evaluation: dict[str, Any]) -> str:
+    """Return the table of perplexities; the last column is the change of bits per byte against the baseline.
+
+    Args:
+        evaluation: Content of evaluation.json.
+    """
+    baseline = evaluation["baseline"]
+    header = ["language", "system", "perplexity", "bits per byte"]
+    if baseline is not None:
+        header.append(f"change against {baseline}")
+    rows = []
+    for language, systems in evaluation["perplexity"].items():
+        for system, value in systems.items():
+            row = [language, system, f"{value['perplexity']:.2f}", f"{value['bits_per_byte']:.3f}"]
+            if baseline is not None:
+                change = value["bits_per_byte"] / systems[baseline]["bits_per_byte"] - 1.0
+                row.append("" if system == baseline else f"{signed(100 * change)} %")
+            rows.append(row)
+    return table(header, rows, text_columns=2)
+
+
+def routing_table(routing: dict[str, Any]) -> str:
+    """Return one model's expert shares, a row for each layer, group and language.
+
+    Args:
+        routing: Language to the content of `Routing.to_dict`.
+    """
+    rows = [
+        [layer, group, language, *(f"{100 * share:.0f} %" for share in value["share"]), f"{value['load_balance']:.2f}",
+         f"{value['top_prob']:.2f}"]
+        for layer in next(iter(routing.values()))["layers"]
+        for group in next(iter(routing.values()))["layers"][layer]
+        for language, measured in routing.items()
+        for value in [measured["layers"][layer][group]]
+    ]  # fmt: skip
+    experts = len(rows[0]) - 5
+    header = ["layer", "group", "language", *(f"expert {index}" for index in range(experts)), "n Σ f P", "top prob"]
+    return table(header, rows, text_columns=3)
+
+
+def format_tables(evaluation: dict[str, Any]) -> str:
+    """Return all tables of an evaluation for the terminal.
+
+    Args:
+        evaluation: Content of evaluation.json.
+    """
+    parts = []
+    if evaluation["directions"]:
+        counts = ", ".join(f"{name}: {count} segments" for name, count in evaluation["num_test_segments"].items())
+        parts.append(f"Translation, sacreBLEU ({counts})\n\n{score_table(evaluation)}")
+    if evaluation["perplexity"]:
+        parts.append(f"Perplexity on monolingual text\n\n{perplexity_table(evaluation)}")
+    parts += [f"Routing of {name}\n\n{routing_table(routing)}" for name, routing in evaluation["routing"].items()]
+    return "\n\n".join(parts)

@@ -1,0 +1,92 @@
+"""The Mix-MoE layer: Megatron's MoELayer with the group router and the two expert groups.
+
+Per token, with L the chosen LM experts, M the chosen MT experts, s the expert scale and p the groups' softmax:
+
+    stage 1:  y = sum_L s p E(h)
+    stage 2:  y = c (sum_L s p E(h) + sum_M s p E(h)),   c = 1/2 ("mean") or 1 ("sum")
+
+The groups combine in the router's probs, which carry c s p: one dispatch takes each token to its experts of both
+groups, and the dispatcher's sum over a token's experts is y. All else (dispatchers, recomputation, overlap) is
+Megatron's.
+
+Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mixmoe_megatron.config import options_and_stage
+from mixmoe_megatron.experts import MixMoEExperts
+from mixmoe_megatron.router import MixMoERouter
+
+
+def mixmoe_submodules(mixmoe_stage: int | None = None) -> MoESubmodules:
+    """Return the router and experts of a Mix-MoE layer; the stage is needed for a plain TransformerConfig."""
+    return MoESubmodules(
+        experts=partial(MixMoEExperts, mixmoe_stage=mixmoe_stage),
+        router=partial(MixMoERouter, mixmoe_stage=mixmoe_stage),
+    )
+
+
+class MixMoELayer(MoELayer):
+    """A Mix-MoE layer in place of a dense FFN.
+
+    Args:
+        config: a MixMoETransformerConfig, or a plain TransformerConfig together with `mixmoe_stage`.
+        submodules: router and experts; None: `mixmoe_submodules(mixmoe_stage)`.
+        layer_number: 1-based, or None until `set_layer_number`.
+        pg_collection: Megatron's process groups; None: the global ones.
+        is_mtp_layer, name: passed on to Megatron.
+        mixmoe_stage: 1 or 2, needed for a plain TransformerConfig.
+        kwargs: arguments of other Megatron versions, passed on.
+
+    Raises:
+        MixMoEError: the config does not go with Mix-MoE, for one num_experts_per_group not divisible by the
+            expert-parallel size.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        mixmoe_stage: int | None = None,
+        **kwargs: Any,
+    ):
+        _, self.stage = options_and_stage(config, mixmoe_stage)
+        super().__init__(
+            config=config,
+            submodules=submodules or mixmoe_submodules(mixmoe_stage),
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def initialize_mt_from_lm(self) -> None:
+        """Start the MT group as a copy of the LM group: experts always, the router unless mt_router_init is "random".
+
+        With the group combination "mean", stage 2 then begins exactly where stage 1 ended.
+
+        Source: Mix-MoE (arXiv:2605.24681) section III-A, MT Experts.
+        """
+        assert self.stage == 2, "only stage 2 has an MT group"
+        pairs = [(self.experts.lm_experts, self.experts.mt_experts)]
+        if self.router.options.mt_router_init == "copy":
+            pairs.append((self.router.lm, self.router.mt))
+        for source, target in pairs:
+            for (name, lm), (mt_name, mt) in zip(source.named_parameters(), target.named_parameters(), strict=True):
+                assert name == mt_name
+                mt.copy_(lm)

@@ -1,0 +1,1 @@
+"""The training entry: stock `megatron.training.pretrain` with Mix-MoE arguments, model, data and start-up hooks."""

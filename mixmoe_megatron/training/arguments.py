@@ -1,0 +1,154 @@
+"""Command-line arguments: Megatron's own plus a handful of ours, completed from the checkpoint that a run starts from.
+
+The architecture and the Mix-MoE options were fixed when the checkpoint was made, and are recorded in its
+`mixmoe_metadata.json`. They are put *before* the user's words on the command line, so nobody has to repeat a model's
+sizes, everything goes through Megatron's own parser, and a flag that the user gives still wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, mixmoe_megatron_args
+from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
+
+#: stage to train -> (stages of the checkpoint it may start from, how to get one)
+PARENT_STAGES = {
+    0: (("dense",), "convert one with checkpoints_conversion/hf_to_mixmoe.py --dense."),
+    1: (("upcycled",), "upcycle a dense model with checkpoints_conversion/hf_to_mixmoe.py."),
+    2: (("stage1",), "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1)."),
+}
+STAGE_NAMES = {0: "dense", 1: "stage1", 2: "stage2"}
+
+#: Megatron defaults that suit this project; the user's flags come later and win.
+_DEFAULTS = {
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "ckpt_format": "torch_dist",
+    "dist_ckpt_optim_fully_reshardable": True,
+    "no_create_attention_mask_in_dataloader": True,
+    "moe_aux_loss_coeff": 0.01,
+    "expert_tensor_parallel_size": 1,
+    "eval_interval": 1000,
+    "moe_token_dispatcher_type": "alltoall",  # exchanges different numbers of tokens; allgather cannot
+}
+#: argument that is switched off by a flag of another name
+_OFF_FLAGS = {"add_bias_linear": "--disable-bias-linear"}
+
+
+def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser (for `parse_and_validate_args(extra_args_provider=...)`)."""
+    group = parser.add_argument_group("Mix-MoE")
+    group.add_argument(
+        "--mixmoe-stage",
+        type=int,
+        choices=sorted(PARENT_STAGES),
+        required=True,
+        help="1: LM experts on monolingual text; 2: MT experts on parallel text; 0: the dense model, all parameters.",
+    )
+    group.add_argument(
+        "--init-from",
+        metavar="DIR",
+        help="Checkpoint to start from: upcycled for stage 1, stage 1 for stage 2, dense for stage 0. "
+        "Not used once --load holds a checkpoint of this run.",
+    )
+    group.add_argument(
+        "--experts-backend",
+        choices=EXPERTS_BACKENDS,
+        default="auto",
+        help="Grouped GEMM of the experts; auto: Transformer Engine when it is installed, else torch.",
+    )
+    group.add_argument(
+        "--loss-on",
+        choices=("target", "all"),
+        default="target",
+        help="Parallel text: count the loss on target + EOS only, or on all tokens.",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="Print the report of trainable and frozen parameters, and stop."
+    )
+    return parser
+
+
+def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
+    """Put what the checkpoint and the machine determine in front of the user's words.
+
+    Args:
+        words: the command line, without the program's name.
+
+    Returns:
+        The completed command line, and the metadata of the checkpoint that the run starts from or goes on from.
+
+    Raises:
+        MixMoEError: no checkpoint is named, or it is of the wrong stage.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--load")
+    early.add_argument("--init-from")
+    early.add_argument("--mixmoe-stage", type=int)
+    early.add_argument("--padded-vocab-size")
+    early.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    known, _ = early.parse_known_args(words)
+    stage = known.mixmoe_stage
+    if stage not in PARENT_STAGES:
+        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, PARENT_STAGES))}, got {stage}.")
+    directory, metadata = _source_checkpoint(known.load, known.init_from, stage)
+    model = dict(metadata.megatron_args)
+    if stage > 0:
+        options = MixMoEOptions.from_dict(metadata.options or {})
+        model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
+    divisor = model["make_vocab_size_divisible_by"] * known.tensor_model_parallel_size
+    model.setdefault("padded_vocab_size", -(-model["vocab_size"] // divisor) * divisor)
+    front = _words({**_DEFAULTS, "tokenizer_model": str(directory / "tokenizer"), **model})
+    if is_cpu_mode():
+        front = cpu_mode_arguments() + front
+    return front + words, metadata
+
+
+def _source_checkpoint(load: str | None, init_from: str | None, stage: int) -> tuple[Path, Metadata]:
+    """The directory whose metadata describes the model: a run of this stage to go on with, else its parent."""
+    if load is not None and has_checkpoint(Path(load)):
+        metadata = read_metadata(load)
+        require_stage(metadata, STAGE_NAMES[stage], f"--load {load} must be a run of --mixmoe-stage {stage}.")
+        return Path(load), metadata
+    if init_from is None:
+        raise MixMoEError(
+            "give --init-from DIR, the checkpoint to start from"
+            + (f" (--load {load} holds no checkpoint yet)." if load else ", or --load DIR, the run to go on with.")
+        )
+    metadata = read_metadata(init_from)
+    wanted, what_to_run = PARENT_STAGES[stage]
+    require_stage(metadata, wanted, what_to_run)
+    return Path(init_from), metadata
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether `directory` holds a complete Megatron checkpoint with this project's metadata."""
+    return (directory / "latest_checkpointed_iteration.txt").is_file() and (directory / METADATA_FILE).is_file()
+
+
+def _words(arguments: dict[str, Any]) -> list[str]:
+    """Megatron argument names and values as command-line words; True is a bare flag; False, None are the default."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        if value is False and name in _OFF_FLAGS:
+            words.append(_OFF_FLAGS[name])
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value).replace(" ", "") if isinstance(value, list) else str(value))
+    return words
+
+
+def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
+    """Put the recorded Mix-MoE options on Megatron's arguments, from where its config builder takes them by name."""
+    if metadata.options is not None:
+        for field in dataclasses.fields(MixMoEOptions):
+            setattr(args, field.name, metadata.options[field.name])

@@ -1,0 +1,167 @@
+"""Datasets for Megatron: stock GPTDataset for monolingual token files, ParallelDataset for translation pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from mixmoe_megatron.data.parallel import ParallelDataset, collate
+from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
+from mixmoe_megatron.data.tokenizers import check_tokenizer_fits_model, open_tokenizer
+from mixmoe_megatron.errors import MixMoEError
+
+Splits = tuple[Any, Any, Any]
+
+
+def data_prefixes(args: Any) -> list[str]:
+    """The path prefixes that the data flags name, blend weights left out.
+
+    Raises:
+        MixMoEError: no data flag was given.
+    """
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend] if blend else [part for part in per_split or [] if part]
+    if not blends:
+        raise MixMoEError("no training data: give --data-path P (see tools/preprocess_data.py).")
+    return [prefix for prefixes, _ in blends for prefix in prefixes]
+
+
+def data_kind(args: Any) -> str:
+    """What the token files hold, "monolingual" or "parallel"; checks that the model's tokenizer made them.
+
+    Raises:
+        MixMoEError: a file is missing, both kinds are mixed, or another tokenizer built them.
+    """
+    prefixes = data_prefixes(args)
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    kinds = {manifest["kind"] for manifest in manifests}
+    if len(kinds) > 1:
+        raise MixMoEError(f"--data-path mixes {' and '.join(sorted(kinds))} data: {', '.join(prefixes)}.")
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        tokenizer = open_tokenizer(args.tokenizer_model)
+        check_tokenizer_fits_model(tokenizer, args.padded_vocab_size)
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            check_same_tokenizer(prefix, manifest, tokenizer)
+    return kinds.pop()
+
+
+def configure_data(args: Any) -> None:
+    """Set what the kind of data demands of Megatron's arguments. Call before they are validated.
+
+    Parallel samples have their own lengths: they come by an own loader ("external"), and pipeline stages exchange
+    shapes. The loss is averaged over the tokens of the global batch, so that a micro-batch of long targets weighs more.
+    """
+    if data_kind(args) == "parallel":
+        args.dataloader_type = "external"
+        args.calculate_per_token_loss = True
+        args.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+
+
+def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Splits:
+    """Build (train, valid, test) for Megatron's `pretrain`.
+
+    Args:
+        num_samples: samples wanted of each split.
+        vp_stage: virtual pipeline stage, not used: every stage reads the same batch.
+
+    Returns:
+        Monolingual: map-style datasets. Parallel: iterators of micro-batches.
+    """
+    args = get_args()
+    if args.dataloader_type == "external":
+        return _parallel_loaders(args, num_samples)
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), _is_built_here, config)
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: every rank calls the provider
+
+
+def _is_built_here() -> bool:
+    """Only tensor-parallel rank 0 reads data; it broadcasts to its group."""
+    return mpu.get_tensor_model_parallel_rank() == 0
+
+
+def _parallel_loaders(args: Any, num_samples: Sequence[int]) -> Splits:
+    """Iterators over padded micro-batches; the training one goes on from the samples already consumed."""
+    if not _is_built_here():
+        return None, None, None
+    blend, per_split = get_blend_and_blend_per_split(args)
+    parts = list(per_split) if per_split else [blend, None, None]
+    consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
+    loaders: list[Iterator[Any] | None] = []
+    for part, wanted, used in zip(parts, num_samples, consumed, strict=True):
+        loaders.append(_parallel_loader(args, part, wanted, used) if part and wanted else None)
+    train, valid, test = loaders
+    return train, valid, test
+
+
+def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+    prefixes, weights = blend
+    if weights is not None:
+        raise MixMoEError("parallel data takes no blend weights: give the prefixes alone in --data-path.")
+    data_parallel_size = mpu.get_data_parallel_world_size()
+    dataset = ParallelDataset(
+        prefixes,
+        num_samples,
+        seed=args.seed,
+        group_size=args.global_batch_size,
+        max_length=args.seq_length,
+        loss_on=args.loss_on,
+    )
+    sampler = MegatronPretrainingSampler(
+        total_samples=len(dataset),
+        consumed_samples=consumed,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_size=data_parallel_size,
+    )
+    tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    tokenizer = open_tokenizer(Path(args.tokenizer_model))
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=partial(
+            collate,
+            pad_id=tokenizer.eos_id,
+            pad_multiple=tensor_parallel * context_parallel,
+            max_length=args.seq_length,
+            # The allgather dispatcher needs micro-batches of one length on all ranks that share experts.
+            pad_to_max=args.expert_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather",
+        ),
+    )
+    return iter(loader)

@@ -1,0 +1,97 @@
+"""The training program: complete the command line, build the Mix-MoE model config, call stock Megatron."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.errors import MixMoEError
+
+
+def main() -> None:
+    """Run one stage of training; the command line is Megatron's plus `arguments.add_mixmoe_args`.
+
+    Raises:
+        MixMoEError: a wrong checkpoint, data file or option; one sentence.
+    """
+    _stand_alone_environment()
+    enable_cpu_mode()
+    with warnings.catch_warnings():  # Megatron's optional packages, on import
+        warnings.simplefilter("ignore")
+        from megatron.training import pretrain
+        from megatron.training.arguments import parse_args, validate_args
+        from megatron.training.global_vars import set_global_variables
+
+    from megatron.core.enums import ModelType
+
+    from mixmoe_megatron.metrics import install_metrics_tracker
+    from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
+    from mixmoe_megatron.training.datasets import configure_data, datasets_provider
+    from mixmoe_megatron.training.startup import prepare_save_directory
+    from mixmoe_megatron.training.step import forward_step
+
+    words, metadata = complete_arguments(sys.argv[1:])
+    sys.argv[1:] = words
+    args = parse_args(add_mixmoe_args)
+    apply_options(args, metadata)
+    if not args.dry_run:
+        configure_data(args)
+    try:
+        validate_args(args, {})
+    except AssertionError as error:
+        raise MixMoEError(f"Megatron refuses these arguments: {error}") from error
+    set_global_variables(args)
+    source = Path(args.tokenizer_model).parent
+    if args.rank == 0 and not args.dry_run:
+        prepare_save_directory(args.save, source, metadata, args.mixmoe_stage)
+    if args.mixmoe_stage:
+        install_metrics_tracker(args.mixmoe_stage)
+    pretrain(build_config(args), datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+def _stand_alone_environment() -> None:
+    """Without torchrun (no RANK), be a job of one process on a free port of this machine."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+
+
+def build_config(args: Any) -> Any:
+    """Build Megatron's config container with the Mix-MoE model and its start-up hooks.
+
+    Args:
+        args: Megatron's validated namespace, options applied.
+
+    Returns:
+        A PretrainConfigContainer.
+
+    Raises:
+        MixMoEError: the options contradict each other or Megatron's settings.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from mixmoe_megatron.config import MixMoETransformerConfig
+    from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
+    from mixmoe_megatron.training.arguments import has_checkpoint
+    from mixmoe_megatron.training.startup import freeze_and_report, guard_first_gradient, load_parent
+
+    stage = args.mixmoe_stage
+    transformer = core_transformer_config_from_args(args, config_class=MixMoETransformerConfig)
+    transformer.finalize_model_grads_func = guard_first_gradient(stage)
+    model = gpt_config_from_args(args, config=transformer)
+    model.transformer_layer_spec = mixmoe_decoder_block_spec
+    model.rope_scaling_factor = args.rope_scaling_factor
+    resumes = args.load is not None and has_checkpoint(Path(args.load))
+    if not resumes:
+        model.pre_wrap_hooks.append(load_parent(Path(args.init_from), stage))
+    model.pre_wrap_hooks.append(freeze_and_report(stage, dry_run=args.dry_run))
+    return pretrain_cfg_container_from_args(args, model)

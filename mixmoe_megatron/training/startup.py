@@ -1,0 +1,175 @@
+"""What happens once before the first step: load the parent checkpoint, freeze, report, and guard the first gradients."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.training import get_args
+
+from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, weights_sha256, write_metadata
+from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.training.arguments import STAGE_NAMES
+
+logger = logging.getLogger(__name__)
+
+ModelChunks = list[torch.nn.Module]
+
+
+def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChunks]:
+    """A pre-wrap hook that fills a fresh model from its parent, under whatever parallel layout this run has.
+
+    Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`).
+
+    Args:
+        directory: the parent, see `arguments.PARENT_STAGES`.
+        stage: the stage to train.
+
+    Returns:
+        A function of the model chunks, which it returns.
+    """
+
+    def hook(chunks: ModelChunks) -> ModelChunks:
+        path = iteration_directory(directory)
+        for chunk in chunks:
+            state = chunk.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(path)))
+            if stage == 2:
+                state = {key: value for key, value in state.items() if not _is_mt(key)}
+            loaded = dist_checkpointing.load(state, str(path))
+            missing = [key for key in chunk.load_state_dict(loaded, strict=False).missing_keys if not _is_mt(key)]
+            if missing := [key for key in missing if not key.endswith("_extra_state")]:
+                raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
+            if stage == 2:
+                for module in chunk.modules():
+                    if isinstance(module, MixMoELayer):
+                        module.initialize_mt_from_lm()
+        _log(f"weights loaded from {path}")
+        return chunks
+
+    return hook
+
+
+def _is_mt(key: str) -> bool:
+    return ".router.mt." in key or ".mt_experts." in key
+
+
+def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], ModelChunks]:
+    """A pre-wrap hook that freezes what the stage does not train (Table I) and logs what trains.
+
+    Args:
+        stage: 0, 1 or 2.
+        dry_run: stop the process after the report, with status 0.
+
+    Returns:
+        A function of the model chunks, which it returns.
+    """
+
+    def hook(chunks: ModelChunks) -> ModelChunks:
+        freeze_for_stage(chunks, stage)
+        _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
+        if dry_run:
+            raise SystemExit(0)
+        return chunks
+
+    return hook
+
+
+def guard_first_gradient(stage: int) -> Callable[..., Any]:
+    """Megatron's `finalize_model_grads`, which on its first call also demands a gradient that is not zero.
+
+    A frozen base with activation recompute can lose its whole backward pass without a word; training would go on and
+    change nothing.
+
+    Args:
+        stage: for the message.
+
+    Returns:
+        A replacement for `config.finalize_model_grads_func`.
+
+    Raises (when called):
+        MixMoEError: on every rank, when no trainable parameter of any rank has a gradient.
+    """
+    checked = False
+
+    def finalize(model: ModelChunks, *args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
+        result = finalize_model_grads(model, *args, **kwargs)
+        if not checked:
+            checked = True
+            _demand_gradient(model, stage)
+        return result
+
+    return finalize
+
+
+def _demand_gradient(model: ModelChunks, stage: int) -> None:
+    args = get_args()
+    largest = torch.zeros(1, device=torch.cuda.current_device())
+    trainable = 0
+    for chunk in model:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                trainable += 1
+                largest = torch.maximum(largest, parameter.main_grad.detach().abs().max().float())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    if largest.item() == 0.0:
+        raise MixMoEError(
+            f"the gradient of the first step is zero on every rank (stage {stage}, {trainable} trainable tensors here, "
+            f"recompute {args.recompute_granularity or 'off'}): nothing would be trained. Check that the batch has "
+            "tokens that count in the loss (--loss-on), or run without activation recompute."
+        )
+
+
+def prepare_save_directory(save: str | None, source: Path, metadata: Metadata, stage: int) -> None:
+    """Write `mixmoe_metadata.json` and the tokenizer next to the checkpoints of this run (rank 0 only).
+
+    Args:
+        save: --save, None when nothing is saved.
+        source: the checkpoint directory that the run starts from or goes on from.
+        metadata: of `source`.
+        stage: the stage that this run trains.
+
+    Raises:
+        MixMoEError: `save` holds a checkpoint of another stage.
+    """
+    if save is None:
+        return
+    directory = Path(save)
+    if (directory / METADATA_FILE).is_file():
+        found = read_metadata(directory).stage
+        if found != STAGE_NAMES[stage]:
+            raise MixMoEError(f"--save {save} holds a checkpoint of stage {found!r}: choose another directory.")
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "tokenizer").is_dir():
+        temporary = directory / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source / "tokenizer", temporary)
+        temporary.rename(directory / "tokenizer")
+    parent = metadata.parent
+    if metadata.stage != STAGE_NAMES[stage] or stage == 0:
+        digest = weights_sha256(iteration_directory(source))
+        parent = {"path": str(source), "stage": metadata.stage, "weights_sha256": digest}
+    child = Metadata(
+        stage=STAGE_NAMES[stage],
+        options=metadata.options,
+        megatron_args=metadata.megatron_args,
+        hf_config=metadata.hf_config,
+        parent=parent,
+        created_by="tools/pretrain_mixmoe.py",
+    )
+    write_metadata(directory, child)
+
+
+def _log(message: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        logger.info(message)

@@ -1,0 +1,94 @@
+"""One forward step: fetch and distribute a batch, run the model, sum the masked loss.
+
+Shape legend: B samples of a micro-batch, S sequence length (padded; the local part of it under context parallelism).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu, tensor_parallel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, get_timers
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
+
+
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
+    """Fetch one micro-batch on tensor-parallel rank 0 and give every rank of the group its part.
+
+    Args:
+        data_iterator: yields dicts of [B, S] tensors; None on ranks that build no dataset.
+
+    Returns:
+        tokens, labels, position_ids: [B, S] int64. loss_mask: [B, S] float32. padding_mask: [B, S] bool, True = padding.
+    """
+    batch = None
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        batch = next(data_iterator)
+        if "padding_mask" not in batch:
+            batch["padding_mask"] = torch.zeros_like(batch["tokens"])
+        batch = {key: batch[key].to(torch.int64) for key in BATCH_KEYS}
+    batch = tensor_parallel.broadcast_data(BATCH_KEYS, batch, torch.int64)
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch["loss_mask"] = batch["loss_mask"].float()
+    batch["padding_mask"] = batch["padding_mask"].bool()
+    return batch
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the token losses where the mask counts (eq. 8 and 9, first term; Megatron divides).
+
+    Args:
+        loss_mask: [B, S] float32, 1 where the label counts.
+        output_tensor: [B, S] per-token cross entropy, nats.
+
+    Returns:
+        The summed loss (nats), the number of tokens that count (int32), and the pair of both for the log.
+    """
+    loss_mask = loss_mask.view(-1)
+    loss = torch.sum(output_tensor.view(-1).float() * loss_mask)
+    num_tokens = loss_mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=lambda x: not torch.isfinite(x),
+            message="the loss of a micro-batch is not a finite number",
+            tolerance=0.0,
+            fatal=True,
+        )
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """Run one micro-batch through the model (Megatron's `forward_step_func`).
+
+    Args:
+        data_iterator: see `get_batch`.
+        model: the (wrapped) model chunk.
+
+    Returns:
+        The model's output, per-token losses [B, S] on the last pipeline stage, and the loss function.
+    """
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    # Without padding no mask is passed, so that the aux losses count all tokens without a masked copy.
+    padding_mask = batch["padding_mask"] if bool(batch["padding_mask"].any()) else None
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        padding_mask=padding_mask,
+    )
+    return output, partial(loss_func, batch["loss_mask"])

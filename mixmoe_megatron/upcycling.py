@@ -1,0 +1,123 @@
+"""Upcycling: where the tensors of a Mix-MoE layer come from. Pure tensor functions, torch only.
+
+Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN, the MT experts are copies
+of the stage-1-trained LM experts. Sizes come as arguments; nothing here knows Megatron or Hugging Face.
+
+Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice`, F for
+`copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixmoe_megatron.errors import MixMoEError
+
+EXPERT_INITS = ("slice", "copy")
+
+
+def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: str) -> int:
+    """Return F', the inner size of one expert.
+
+    Args:
+        ffn_hidden_size: F of the dense FFN.
+        num_experts: n, experts per group.
+        expert_init: `slice` (F' = F / n) or `copy` (F' = F).
+
+    Raises:
+        MixMoEError: F is not divisible by n, or expert_init is unknown.
+    """
+    if expert_init not in EXPERT_INITS:
+        raise MixMoEError(f"expert_init must be one of {', '.join(EXPERT_INITS)}, not {expert_init!r}.")
+    if expert_init == "copy":
+        return ffn_hidden_size
+    if ffn_hidden_size % num_experts:
+        raise MixMoEError(
+            f"ffn_hidden_size {ffn_hidden_size} is not divisible by {num_experts} experts per group; "
+            "choose a divisor with --num-experts-per-group, or use --expert-init copy."
+        )
+    return ffn_hidden_size // num_experts
+
+
+def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """Stack gate and up projections, gate rows first.
+
+    Args:
+        gate: [F, H].
+        up: [F, H].
+
+    Returns:
+        [2F, H], the dtype of the inputs.
+    """
+    return torch.cat((gate, up), dim=0)
+
+
+def experts_from_dense_gate_up(gate: Tensor, up: Tensor, num_experts: int, expert_init: str) -> Tensor:
+    """Cut the dense gate and up projections into the experts' packed first layer (eq. 1-2).
+
+    Expert e of `slice` gets rows [e F', (e+1) F') of gate, then the same rows of up.
+
+    Args:
+        gate: [F, H].
+        up: [F, H].
+        num_experts: n.
+        expert_init: `slice` or `copy`.
+
+    Returns:
+        [n, 2F', H], the dtype of the inputs, contiguous.
+
+    Raises:
+        MixMoEError: F is not divisible by n, or expert_init is unknown.
+    """
+    inner = expert_ffn_hidden_size(gate.shape[0], num_experts, expert_init)
+    if expert_init == "copy":
+        return pack_gate_up(gate, up).unsqueeze(0).repeat(num_experts, 1, 1)
+    pair = torch.stack((gate.view(num_experts, inner, -1), up.view(num_experts, inner, -1)), dim=1)
+    return pair.reshape(num_experts, 2 * inner, -1).contiguous()
+
+
+def experts_from_dense_down(down: Tensor, num_experts: int, expert_init: str) -> Tensor:
+    """Cut the dense down projection into the experts' second layer (eq. 1-2).
+
+    Expert e of `slice` gets columns [e F', (e+1) F'), so that the experts' sum is the dense FFN.
+
+    Args:
+        down: [H, F].
+        num_experts: n.
+        expert_init: `slice` or `copy`.
+
+    Returns:
+        [n, H, F'], the dtype of the input, contiguous.
+
+    Raises:
+        MixMoEError: F is not divisible by n, or expert_init is unknown.
+    """
+    inner = expert_ffn_hidden_size(down.shape[1], num_experts, expert_init)
+    if expert_init == "copy":
+        return down.unsqueeze(0).repeat(num_experts, 1, 1)
+    return down.view(down.shape[0], num_experts, inner).permute(1, 0, 2).contiguous()
+
+
+def init_router_weight(num_experts: int, hidden_size: int, init_std: float, generator: torch.Generator) -> Tensor:
+    """Draw a router weight (W_h or W_f of eq. 4-5) from normal(0, init_std).
+
+    Args:
+        num_experts: n.
+        hidden_size: H.
+        init_std: the base model's initialiser standard deviation.
+        generator: a CPU generator; the draw depends on nothing else.
+
+    Returns:
+        [n, H] float32.
+    """
+    return torch.empty(num_experts, hidden_size, dtype=torch.float32).normal_(0.0, init_std, generator=generator)
+
+
+def copy_group(tensor: Tensor) -> Tensor:
+    """Return the MT group's start from a stage-1-trained LM tensor (experts or router): an independent copy.
+
+    Args:
+        tensor: any shape and dtype.
+    """
+    return tensor.detach().clone()

@@ -1,0 +1,109 @@
+"""Megatron in this process, on the CPU, without its training loop: process groups, configs, layers, small models."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
+from mixmoe_megatron.moe_layer import MixMoELayer
+
+VOCAB_SIZE = 64
+
+
+def initialize_megatron(**sizes: int) -> None:
+    """Start gloo with one process and Megatron's groups (once); seed its random states, clear its logged metrics.
+
+    Args:
+        sizes: arguments of `parallel_state.initialize_model_parallel`.
+    """
+    enable_cpu_mode()
+    if not torch.distributed.is_initialized():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(port))
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(**sizes)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    destroy_moe_metrics_tracker()  # its size is that of the first model it saw
+
+
+def process_groups() -> ProcessGroupCollection:
+    """Return Megatron's process groups."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def make_options(**overrides: Any) -> MixMoEOptions:
+    """Return options; "preset" chooses the preset that the others override."""
+    return MixMoEOptions.from_preset(overrides.pop("preset", "recommended"), **overrides)
+
+
+def make_config(options: MixMoEOptions, stage: int, **overrides: Any) -> MixMoETransformerConfig:
+    """Return a small config: 4 layers, H 24, F 48, 4 heads, 2 KV heads, one MoE layer in two."""
+    settings: dict[str, Any] = {
+        "num_layers": 4, "hidden_size": 24, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
+        "use_cpu_initialization": True, "params_dtype": torch.float32, "pipeline_dtype": torch.float32,
+        "normalization": "RMSNorm", "add_bias_linear": False, "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu, "bias_activation_fusion": False, "hidden_dropout": 0.0,
+        "attention_dropout": 0.0, "transformer_impl": "local", "moe_token_dispatcher_type": "alltoall",
+        "moe_aux_loss_coeff": 0.0, "init_method_std": 0.2, "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": False, "persist_layer_norm": False,
+    }  # fmt: skip
+    settings.update(overrides)
+    if "kv_channels" not in settings and settings["hidden_size"] % settings["num_attention_heads"]:
+        settings["kv_channels"] = 8
+    return MixMoETransformerConfig.build(options, stage, **settings)
+
+
+def make_layer(config: MixMoETransformerConfig, seed: int = 0) -> MixMoELayer:
+    """Return one MoE layer, its router biases random too."""
+    torch.manual_seed(seed)
+    layer = MixMoELayer(config, pg_collection=process_groups())
+    layer.set_layer_number(config.moe_layer_freq.index(1) + 1)
+    with torch.no_grad():
+        for group in layer.router.group_routers():
+            if group.bias is not None:
+                group.bias.normal_(std=0.2)
+    return layer
+
+
+def make_model(config: MixMoETransformerConfig, seed: int = 0, spec: Any = None, **kwargs: Any) -> GPTModel:
+    """Return a small GPT model of `config`, RoPE, tied embedding."""
+    torch.manual_seed(seed)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=mixmoe_decoder_block_spec(config) if spec is None else spec,
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=32,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+        **kwargs,
+    )
+
+
+def model_loss(model: GPTModel, batch_size: int = 2, length: int = 8, seed: int = 1, **kwargs: Any) -> torch.Tensor:
+    """Return the mean next-token loss of random tokens (a 0-dim float32 tensor)."""
+    tokens = torch.randint(0, VOCAB_SIZE, (batch_size, length + 1), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(length).expand(batch_size, length)
+    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous(), **kwargs)
+    return losses.float().mean()
+
+
+def gradients(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the gradients of `loss()` by parameter name; parameters without a gradient are left out."""
+    module.zero_grad(set_to_none=True)
+    loss().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

@@ -1,0 +1,100 @@
+"""Run the real training command on a tiny model and tiny text, and read what it logged and saved."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.helpers.tiny_hf import SENTENCES, save_tiny_dense
+
+ROOT = Path(__file__).resolve().parents[2]
+_LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
+_GRAD_NORM = re.compile(r"iteration +(\d+)/.*?grad norm: ([0-9.E+-]+)")
+
+#: Flags of every run: small steps that still move the weights, one log line a step.
+TINY_RUN = (
+    "--seq-length 32 --micro-batch-size 4 --global-batch-size 8 --lr 1e-3 --log-interval 1 --eval-iters 0 "
+    "--split 100,0,0 --num-workers 0 --seed 7"
+)
+
+
+def run_command(*words: str | Path, processes: int = 0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script of this repository in a process of its own, or under torchrun.
+
+    Args:
+        words: the script, relative to the repository, and its arguments.
+        processes: 0: plain Python; else torchrun with so many processes.
+        check: fail the test, with the output, when the command fails.
+    """
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launcher, *map(str, words)], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=280
+    )
+    assert not check or done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done
+
+
+def make_tiny_world(directory: Path, tokenizer: str = "sentencepiece", **options: str) -> None:
+    """Write base/, upcycled/, and the token files mono and pairs below `directory`.
+
+    Args:
+        directory: an empty directory.
+        tokenizer: kind of tokenizer, see `tiny_hf.tiny_tokenizer`.
+        options: flags of hf_to_mixmoe.py, underscores for dashes.
+    """
+    save_tiny_dense(directory / "base", "qwen2", tokenizer=tokenizer)
+    flags = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
+    run_command(
+        "checkpoints_conversion/hf_to_mixmoe.py", "--hf-dir", directory / "base", "--output-dir",
+        directory / "upcycled", "--moe-every", "2", *flags,
+    )  # fmt: skip
+    make_tiny_data(directory, directory / "upcycled" / "tokenizer")
+
+
+def make_tiny_data(directory: Path, tokenizer: Path) -> None:
+    """Write the token files `mono` and `pairs` (de-en, both directions) from the test sentences."""
+    text = directory / "text.txt"
+    text.write_text("\n".join(f"{line} {number}" for number in range(20) for line in SENTENCES) + "\n", "utf-8")
+    rows = [f"{a}\t{b} {n}" for n, (a, b) in enumerate(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))]
+    pairs = directory / "pairs.tsv"
+    pairs.write_text("de\ten\n" + "\n".join(row.replace("\n", " ") for row in rows * 1) + "\n", "utf-8")
+    common = ["--tokenizer", tokenizer]
+    script = "tools/preprocess_data.py"
+    run_command(script, "mono", "--input", text, *common, "--output-prefix", directory / "mono", "--min-tokens", "1")
+    run_command(
+        script, "parallel", "--input", pairs, *common, "--output-prefix", directory / "pairs", "--both-directions",
+        "--source-language", "de", "--target-language", "en",
+    )  # fmt: skip
+
+
+def train(
+    stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "", processes: int = 0
+) -> tuple[list[float], list[float]]:
+    """Train `steps` steps and return the losses (nats a token) and gradient norms of all steps."""
+    words = ["tools/pretrain_mixmoe.py", "--mixmoe-stage", str(stage), "--init-from", parent, "--data-path", data]
+    words += [*TINY_RUN.split(), "--train-iters", str(steps), "--data-cache-path", parent.parent / "cache"]
+    if save is not None:
+        words += ["--save", save, "--load", save, "--save-interval", "1000"]
+    if stage == 2:
+        words += ["--seq-length", "160"]
+    output = run_command(*words, *extra.split(), processes=processes).stdout
+    losses = [float(value) for _, value in _LOSS.findall(output)]
+    norms = [float(value) for _, value in _GRAD_NORM.findall(output)]
+    assert len(losses) == len(norms), output
+    return losses, norms
+
+
+def checkpoint_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the model tensors of the newest iteration of a checkpoint, by their names in the model."""
+    from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
+
+    reader = TorchDistReader(iteration_directory(directory))
+    return {name: reader.read(name) for name in reader.names()}

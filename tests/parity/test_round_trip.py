@@ -1,0 +1,176 @@
+"""Hugging Face -> Megatron -> Hugging Face is bit-equal, for dense and Mix-MoE models of both families."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
+from mixmoe_megatron.metadata import read_metadata, weights_sha256
+from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
+from tests.helpers.tiny_hf import randomize, save_tiny_dense, tiny_mixmoe, tiny_mixmoe_config
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_dense(tmp_path: Path, family: str, tied: bool) -> None:
+    hf, checkpoint, back = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "back"
+    save_tiny_dense(hf, family, tied, dtype=torch.bfloat16, **base_fields(family))
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", hf, "--output-dir", checkpoint, "--dense") == 0
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", checkpoint, "--output-dir", back) == 0
+    assert_bit_equal(load_weights_of(back), load_weights_of(hf))
+    before, after = AutoConfig.from_pretrained(hf).to_dict(), AutoConfig.from_pretrained(back).to_dict()
+    assert {k: v for k, v in after.items() if k != "_name_or_path"} == {
+        k: v for k, v in before.items() if k != "_name_or_path"
+    }
+    metadata = read_metadata(checkpoint)
+    assert metadata.stage == "dense" and metadata.parent == {
+        "path": str(hf), "stage": "dense", "weights_sha256": weights_sha256(hf)
+    }  # fmt: skip
+    text = "Das Haus ist alt."
+    assert AutoTokenizer.from_pretrained(back)(text) == AutoTokenizer.from_pretrained(hf)(text)
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "fields"),
+    [
+        ("llama", 1, {"tie_word_embeddings": True}),
+        ("llama", 2, {}),
+        ("qwen2", 2, {"tie_word_embeddings": True, "router_bias": False, "group_combine": "sum", "expert_scale": 1.0}),
+        ("qwen2", 1, {"moe_layers": [0, 1], "topk_per_group": 2, "router_prob_scaling": False}),
+        (
+            "llama",
+            2,
+            {"moe_intermediate_size": 64, "num_experts_per_group": 2, "mixmoe": {"spectral_transform": "none"}},
+        ),
+    ],
+    ids=["stage1-tied", "stage2", "qwen2-stage2-tied", "qwen2-stage1-top2", "stage2-copies-no_transform"],
+)
+def test_mixmoe(tmp_path: Path, family: str, stage: int, fields: dict) -> None:
+    hf, checkpoint, back = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "back"
+    model = tiny_mixmoe(family, stage, **{**base_fields(family), **fields})
+    model.save_pretrained(hf)
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", hf, "--output-dir", checkpoint) == 0
+    assert (
+        run_conversion("mixmoe_to_hf", "--checkpoint-dir", checkpoint, "--output-dir", back, "--max-shard-size", "40KB")
+        == 0
+    )
+    assert_bit_equal(load_weights_of(back), load_weights_of(hf))
+    assert len(list(back.glob("model-*.safetensors"))) > 1
+    assert read_metadata(checkpoint).stage == f"stage{stage}"
+    again = AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).eval()
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        # not bit-equal: torch may choose another kernel for differently aligned memory
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    for name in (
+        "base_model_type",
+        "moe_layers",
+        "stage",
+        "expert_scale",
+        "group_combine",
+        "rope_theta",
+        "rope_scaling",
+    ):
+        assert getattr(again.config, name) == getattr(model.config, name), name
+
+
+def test_exported_directory_is_complete(tmp_path: Path) -> None:
+    hf, checkpoint, out = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "out"
+    save_tiny_dense(hf, "llama", **base_fields("llama"))
+    (hf / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    (hf / "LICENSE").write_text("licence of the base")
+    assert (
+        run_conversion(
+            "hf_to_mixmoe", "--hf-dir", hf, "--output-dir", checkpoint, "--preset", "paper", "--moe-every", "2"
+        )
+        == 0
+    )
+    arguments = ["--checkpoint-dir", checkpoint, "--output-dir", out, "--base-model", "tiny/llama"]
+    assert run_conversion("mixmoe_to_hf", *arguments) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "modeling_mixmoe.py", "configuration_mixmoe.py", "tokenizer.json",
+        "LICENSE", "tokenizer.model", "generation_config.json", "chat_template.jinja", "README.md",
+        "mixmoe_metadata.json",
+    }  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["stage"] == 1 and config["moe_layers"] == [1, 3] and config["expert_scale"] == 1.0
+    assert config["mixmoe"]["spectral_norm"] == "backward" and config["auto_map"]["AutoModelForCausalLM"]
+    card = (out / "README.md").read_text()
+    assert "base_model: tiny/llama" in card and "upcycled" in card and "licence applies" in card
+    # an upcycled model that comes back is still an upcycled one
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", tmp_path / "again") == 0
+    before, after = read_metadata(checkpoint), read_metadata(tmp_path / "again")
+    assert (after.stage, after.options, after.hf_config) == (before.stage, before.options, before.hf_config)
+
+
+def test_upcycling_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    save_tiny_dense(tmp_path / "hf", "qwen2")
+    weights = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        arguments = ["--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / name, "--seed", seed]
+        assert run_conversion("hf_to_mixmoe", *arguments) == 0
+        reader = TorchDistReader(tmp_path / name / "release")
+        weights.append({key: reader.read(key) for key in reader.names()})
+    assert_bit_equal(weights[0], weights[1])
+    differing = {key for key in weights[0] if not torch.equal(weights[0][key], weights[2][key])}
+    assert differing == {f"decoder.layers.3.mlp.router.lm.{kind}" for kind in ("weight", "spectral_weight")}
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    save_tiny_dense(tmp_path / "hf", "qwen2", tokenizer=None)
+    arguments = ["--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "half", "--dtype", "bf16"]
+    assert run_conversion("hf_to_mixmoe", *arguments) == 0
+    reader = TorchDistReader(tmp_path / "half" / "release")
+    assert {key for key in reader.names() if reader.dtype(key) is torch.float32} == {
+        key for key in reader.names() if "router" in key
+    }
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "half", "--output-dir", tmp_path / "out") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True).dtype is torch.bfloat16
+    arguments = ["--checkpoint-dir", tmp_path / "half", "--output-dir", tmp_path / "wide", "--dtype", "fp32"]
+    assert run_conversion("mixmoe_to_hf", *arguments) == 0
+    assert {t.dtype for t in load_weights_of(tmp_path / "wide").values()} == {torch.float32}
+
+
+def test_vocabulary_is_padded_and_trimmed(tmp_path: Path) -> None:
+    save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, vocab_size=509, **base_fields("llama"))
+    arguments = [
+        "--hf-dir",
+        tmp_path / "hf",
+        "--output-dir",
+        tmp_path / "m",
+        "--dense",
+        "--make-vocab-size-divisible-by",
+        "64",
+    ]
+    assert run_conversion("hf_to_mixmoe", *arguments) == 0
+    assert TorchDistReader(tmp_path / "m" / "release").shape("output_layer.weight") == (512, 32)
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "back") == 0
+    assert_bit_equal(load_weights_of(tmp_path / "back"), load_weights_of(tmp_path / "hf"))
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, **base_fields("llama"))
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "decoder.layers.3.mlp.experts.lm_experts.experts.linear_fc1.weight" in shown and "bytes -> " in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_config_only_models_come_back_without_metadata(tmp_path: Path) -> None:
+    from mixmoe_megatron.hf import MixMoEForCausalLM
+
+    model = MixMoEForCausalLM(tiny_mixmoe_config("qwen2", 2))
+    randomize(model)
+    model.save_pretrained(tmp_path / "hf")
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m") == 0
+    metadata = read_metadata(tmp_path / "m")
+    assert (
+        metadata.hf_config["architectures"] == ["Qwen2ForCausalLM"] and metadata.options["moe_layer_placement"] == "1,3"
+    )

@@ -1,0 +1,176 @@
+"""Who may import whom (the layers of the package), and that importing needs no GPU library and does nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from fnmatch import fnmatch
+
+import pytest
+
+from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, is_within, module_name
+
+# megatron.core and torch, nothing above them
+MATHS_MODULES = [
+    "attention",
+    "backends",
+    "config",
+    "expert_sharding",
+    "experts",
+    "freezing",
+    "layer_specs",
+    "moe_layer",
+]
+MATHS_MODULES += ["router", "spectral", "upcycling"]
+MODEL_MODULES = [f"{PACKAGE}.{name}" for name in MATHS_MODULES if name not in ("config", "spectral")] + [
+    f"{PACKAGE}.hf"
+]
+NOT_THE_PACKAGE = ["tools", "examples", "checkpoints_conversion", "tests"]
+
+# files -> what they may not import, with exceptions
+FORBIDDEN: list[tuple[str, list[str], list[str]]] = [
+    ("mixmoe_megatron/**", NOT_THE_PACKAGE, []),
+    *(
+        (f"mixmoe_megatron/{name}.py", ["megatron.training", "transformers", f"{PACKAGE}.training"], [])
+        for name in MATHS_MODULES
+    ),
+    ("mixmoe_megatron/data/**", ["megatron", *MODEL_MODULES], ["megatron.core.datasets"]),
+    ("mixmoe_megatron/evaluation/**", ["megatron", *MODEL_MODULES], ["megatron.core.datasets", f"{PACKAGE}.hf"]),
+]
+
+# files -> the only modules outside the standard library that they may import
+ALLOWED: list[tuple[str, list[str]]] = [
+    ("mixmoe_megatron/hf/**", ["torch", "transformers", f"{PACKAGE}.hf"]),
+    ("mixmoe_megatron/upcycling.py", ["torch", f"{PACKAGE}.errors"]),
+    (
+        "mixmoe_megatron/conversion/*mapping*.py",
+        ["torch", f"{PACKAGE}.errors", f"{PACKAGE}.upcycling", f"{PACKAGE}.conversion"],
+    ),
+]
+
+
+def package_files(pattern: str) -> list[str]:
+    return [name for name in files_ending(".py", below=f"{PACKAGE}/") if fnmatch(name, pattern)]
+
+
+@pytest.mark.parametrize(("pattern", "forbidden", "exceptions"), FORBIDDEN, ids=[row[0] for row in FORBIDDEN])
+def test_forbidden_imports(pattern: str, forbidden: list[str], exceptions: list[str]) -> None:
+    found = []
+    for file in package_files(pattern):
+        for name, line in imported_names(file):
+            # "from megatron.core import datasets" names megatron.core too: a parent of an exception is let pass
+            excepted = any(is_within(name, ok) or is_within(ok, name) for ok in exceptions)
+            if not excepted and any(is_within(name, bad) for bad in forbidden):
+                found.append(f"{file}:{line} imports {name}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("pattern", "allowed"), ALLOWED, ids=[row[0] for row in ALLOWED])
+def test_self_contained_modules(pattern: str, allowed: list[str]) -> None:
+    found = []
+    for file in package_files(pattern):
+        for name, line in imported_names(file):
+            standard = name.split(".")[0] in sys.stdlib_module_names
+            if not standard and name != PACKAGE and not any(is_within(name, ok) for ok in allowed):
+                found.append(f"{file}:{line} imports {name}; allowed: {', '.join(allowed)}")
+    assert not found, "\n".join(found)
+
+
+def test_only_training_imports_megatron_training() -> None:
+    """The one exception replaces Megatron functions on a machine without CUDA, and imports them when it is asked to."""
+    cpu_mode = f"{PACKAGE}/cpu_mode.py"
+    at_module_level = [name for name, _ in imported_names(cpu_mode, module_level_only=True)]
+    assert not any(is_within(name, "megatron.training") for name in at_module_level)
+    found = [
+        f"{file}:{line} imports {name}"
+        for file in package_files("*")
+        if not file.startswith((f"{PACKAGE}/training/", cpu_mode))
+        for name, line in imported_names(file)
+        if is_within(name, "megatron.training") or is_within(name, f"{PACKAGE}.training")
+    ]
+    assert not found, "\n".join(found)
+
+
+# Runs in a process of its own. Third-party modules come first, so that what they do at import is not put down to ours.
+IMPORT_EVERYTHING = """
+import importlib, importlib.machinery, importlib.util, json, logging, os, signal, sys, warnings
+
+root, package, hf_modules, third_party, modules, scripts = json.loads(sys.argv[1])
+sys.path.insert(0, root)
+
+def find_spec(name, path=None, target=None, find=importlib.machinery.PathFinder.find_spec):
+    # GPU libraries look uninstalled, both to import and to importlib.util.find_spec
+    return None if name.split(".")[0] in ("transformer_engine", "apex", "flash_attn") else find(name, path, target)
+
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+problems, raised = [], []
+
+def attempt(label, action):
+    try:
+        action()
+    except BaseException as error:
+        problems.append(f"{label}: {type(error).__name__}: {error}")
+
+def run_script(path):
+    spec = importlib.util.spec_from_file_location("script_" + os.path.basename(path)[:-3], path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+def state():
+    import numpy, torch
+    return {
+        "environment": dict(os.environ),
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "root logger": (logging.root.level, list(logging.root.handlers)),
+        "torch threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "torch seed": torch.initial_seed(),
+        "numpy state": numpy.random.get_state()[1].tobytes(),
+        "CUDA": (torch.cuda.is_initialized(), torch.cuda.is_available),
+        "process group": torch.distributed.is_initialized(),
+    }
+
+warnings.simplefilter("ignore")
+for name in hf_modules:
+    attempt(name, lambda: importlib.import_module(name))
+loaded = [name for name in ("megatron", "transformer_engine") if name in sys.modules]
+if loaded:
+    problems.append(f"importing {package}.hf loads {loaded}")
+for name in third_party:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass  # optional, or a name and not a module: our own import shows it
+before = state()
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, category, filename, line, *rest: raised.append((filename, line, str(message)))
+for name in modules:
+    attempt(name, lambda: importlib.import_module(name))
+for path in scripts:
+    attempt(path, lambda: run_script(path))
+after = state()
+problems += [f"importing changes: {what}" for what in before if before[what] != after[what]]
+problems += [f"warning at {file}:{line}: {text}" for file, line, text in raised
+             if file.startswith(root) and "site-packages" not in file]
+print("RESULT" + json.dumps(problems))
+"""
+
+
+def test_every_module_imports_without_gpu_libraries_warnings_or_side_effects() -> None:
+    modules = [module_name(name) for name in files_ending(".py", below=f"{PACKAGE}/")]
+    scripts = [name for folder in ("tools/", "checkpoints_conversion/") for name in files_ending(".py", below=folder)]
+    third_party = {
+        name
+        for file in files_ending(".py", below=f"{PACKAGE}/") + scripts
+        for name, _ in imported_names(file, module_level_only=True)
+        if name.split(".")[0] not in {*sys.stdlib_module_names, PACKAGE, *NOT_THE_PACKAGE}
+    }
+    hf_modules = [name for name in modules if is_within(name, f"{PACKAGE}.hf")]
+    work = [str(ROOT), PACKAGE, hf_modules, sorted(third_party), modules, [str(ROOT / name) for name in scripts]]
+    command = [sys.executable, "-c", IMPORT_EVERYTHING, json.dumps(work)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed, _, answer = result.stdout.partition("RESULT")
+    problems = json.loads(answer)
+    assert not problems, "\n".join(problems)
+    assert not printed.strip(), f"importing prints: {printed}"

@@ -1,0 +1,180 @@
+"""Options, presets, layer placements, derived Megatron arguments, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mixmoe_megatron.config import (
+    MixMoEOptions,
+    MixMoETransformerConfig,
+    mixmoe_megatron_args,
+    options_and_stage,
+    resolve_moe_layers,
+)
+from mixmoe_megatron.errors import MixMoEError
+from tests.helpers.megatron import make_config, make_options
+
+
+def test_presets() -> None:
+    recommended, paper = MixMoEOptions.from_preset("recommended"), MixMoEOptions.from_preset("paper")
+    assert recommended == MixMoEOptions()
+    assert (recommended.group_combine, recommended.spectral_norm, recommended.resolved_expert_scale) == (
+        "mean", "ortho", 4.0,
+    )  # fmt: skip
+    assert (paper.group_combine, paper.spectral_norm, paper.resolved_expert_scale) == ("sum", "backward", 1.0)
+    assert MixMoEOptions.from_preset("paper", expert_scale=2.0).resolved_expert_scale == 2.0
+
+
+def test_dictionary_round_trip() -> None:
+    options = MixMoEOptions.from_preset("paper", topk_per_group=2, moe_layer_placement="3,7")
+    assert MixMoEOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"preset": "best"}, "preset must be one of recommended, paper"),
+        ({"spectral_transform": "wavelet"}, "spectral_transform must be one of fft, dct, random, none"),
+        ({"spectral_norm": "forward"}, "spectral_norm must be one of"),
+        ({"group_combine": "max"}, "group_combine must be one of mean, sum"),
+        ({"lb_reduction": "max"}, "lb_reduction must be one of"),
+        ({"num_experts_per_group": 0}, "num_experts_per_group must be a positive integer"),
+        ({"num_experts_per_group": 4.0}, "num_experts_per_group must be a positive integer"),
+        ({"topk_per_group": 5}, "topk_per_group=5 exceeds num_experts_per_group=4"),
+        ({"expert_scale": 0.0}, "expert_scale must be positive"),
+        ({"spectral_scale": float("nan")}, "spectral_scale must be finite"),
+        ({"moe_layer_placement": "middle"}, "moe_layer_placement must be one of last, uniform-first"),
+        ({"moe_layer_placement": "3,3"}, "distinct layer indices"),
+        ({"moe_layer_placement": "-1"}, "distinct layer indices"),
+        ({"typo": 1}, "unknown Mix-MoE option 'typo'"),
+    ],
+)
+def test_bad_options(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(MixMoEError, match=sentence):
+        MixMoEOptions.from_dict(values)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(MixMoEError, match="preset must be one of"):
+        MixMoEOptions.from_preset("best")
+
+
+@pytest.mark.parametrize(
+    ("placement", "layers"),
+    [
+        ("last", [3, 7, 11, 15]),
+        ("uniform-first", [0, 4, 8, 12]),
+        ("bottom", [0, 1, 2, 3]),
+        ("top", [12, 13, 14, 15]),
+        ("dense_bottom", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("7, 3", [3, 7]),
+    ],
+)
+def test_placements_of_table_vi(placement: str, layers: list[int]) -> None:
+    assert resolve_moe_layers(MixMoEOptions(moe_layer_placement=placement), 16) == layers
+
+
+def test_placement_of_a_layer_count_that_is_no_multiple() -> None:
+    assert resolve_moe_layers(MixMoEOptions(), 30) == [3, 7, 11, 15, 19, 23, 27]
+
+
+def test_placements_without_a_layer() -> None:
+    with pytest.raises(MixMoEError, match="no MoE layer in a model of 3 layers"):
+        resolve_moe_layers(MixMoEOptions(), 3)
+    with pytest.raises(MixMoEError, match=r"names layer 16, the model has layers 0..15"):
+        resolve_moe_layers(MixMoEOptions(moe_layer_placement="16"), 16)
+
+
+def test_megatron_args() -> None:
+    args = mixmoe_megatron_args(MixMoEOptions(topk_per_group=2), 2, 8, 64)
+    assert (args["num_experts"], args["moe_router_topk"], args["moe_ffn_hidden_size"]) == (8, 4, 16)
+    assert args["moe_layer_freq"] == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert mixmoe_megatron_args(MixMoEOptions(), 1, 8, 64)["num_experts"] == 4
+    assert mixmoe_megatron_args(MixMoEOptions(expert_init="copy"), 1, 8, 64)["moe_ffn_hidden_size"] == 64
+    assert mixmoe_megatron_args(MixMoEOptions(), 0, 8, 64)["num_experts"] is None
+
+
+def test_megatron_args_mistakes() -> None:
+    with pytest.raises(MixMoEError, match="ffn_hidden_size=66 is not divisible by num_experts_per_group=4"):
+        mixmoe_megatron_args(MixMoEOptions(), 1, 8, 66)
+    with pytest.raises(MixMoEError, match="mixmoe_stage must be 0"):
+        mixmoe_megatron_args(MixMoEOptions(), 3, 8, 64)
+
+
+def test_transformer_config_carries_the_options() -> None:
+    options = make_options(preset="paper", moe_every=2, spectral_transform="dct")
+    config = make_config(options, 2)
+    assert config.options() == options
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_layer_freq) == (8, 2, [0, 1, 0, 1])
+
+
+def test_a_dense_config() -> None:
+    config = make_config(make_options(moe_every=2), 0)
+    assert config.num_moe_experts is None
+    with pytest.raises(MixMoEError, match="mixmoe_stage=0 is the dense model"):
+        make_config(make_options(moe_every=2), 0, num_moe_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"moe_router_fusion": True}, "the fused router knows no expert groups"),
+        ({"moe_router_num_groups": 2}, "moe_router_num_groups=2 does not go with Mix-MoE"),
+        ({"moe_router_enable_expert_bias": True}, "balance is kept by the aux loss"),
+        ({"moe_expert_capacity_factor": 1.5}, "Mix-MoE drops no token"),
+        ({"moe_z_loss_coeff": 0.1}, "the paper has no z-loss"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "one aux loss per group"),
+        ({"moe_shared_expert_intermediate_size": 8}, "no shared expert"),
+        ({"moe_router_pre_softmax": False}, "--moe-router-pre-softmax"),
+        ({"add_bias_linear": True}, "--disable-bias-linear"),
+        ({"gated_linear_unit": False}, "--swiglu"),
+        ({"experts_backend": "cutlass"}, "experts_backend must be one of auto, torch, te, sequential"),
+        ({"expert_model_parallel_size": 3}, "num_experts_per_group=4 is not divisible by expert_model_parallel_size=3"),
+        ({"expert_tensor_parallel_size": 5}, "moe_ffn_hidden_size=12 is not divisible by expert_tensor_parallel_size"),
+        ({"num_moe_experts": 6}, "num_moe_experts=6 contradicts the Mix-MoE options, which give 8"),
+        ({"moe_router_topk": 1}, "moe_router_topk=1 contradicts"),
+        ({"moe_layer_freq": [1, 0, 0, 1]}, "moe_layer_freq=.* contradicts"),
+        ({"moe_aux_loss_coeff": [0.1, 0.1]}, "moe_aux_loss_coeff must be one number"),
+        ({"mixmoe_stage": 7}, "mixmoe_stage must be 0"),
+    ],
+)
+def test_settings_that_do_not_go_with_mixmoe(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(MixMoEError, match=sentence) as error:
+        make_config(make_options(moe_every=2), 2, **settings)
+    assert str(error.value).count(". ") == 0, "one sentence"
+
+
+def test_config_from_an_args_namespace() -> None:
+    """`core_transformer_config_from_args` copies the fields that the namespace has."""
+    options = make_options(moe_every=2, topk_per_group=2)
+    args = SimpleNamespace(**make_config(options, 1).to_dict())
+    fields = {name: getattr(args, name) for name in MixMoETransformerConfig.__dataclass_fields__ if hasattr(args, name)}
+    rebuilt = MixMoETransformerConfig(**fields)
+    assert (rebuilt.options(), rebuilt.mixmoe_stage) == (options, 1)
+
+
+def plain_config(**settings: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    defaults = {
+        "num_layers": 4, "hidden_size": 24, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_moe_experts": 8,
+        "moe_router_topk": 2, "moe_ffn_hidden_size": 12, "moe_layer_freq": [0, 1, 0, 1], "moe_router_pre_softmax": True,
+        "add_bias_linear": False, "gated_linear_unit": True, "use_cpu_initialization": True,
+    }  # fmt: skip
+    return TransformerConfig(**{**defaults, **settings})
+
+
+def test_a_plain_config_gives_the_recommended_preset() -> None:
+    options, stage = options_and_stage(plain_config(), 2)
+    assert (options.num_experts_per_group, options.topk_per_group, stage) == (4, 1, 2)
+    assert resolve_moe_layers(options, 4) == [1, 3]
+    with pytest.raises(MixMoEError, match="give mixmoe_stage 1 or 2"):
+        options_and_stage(plain_config())
+    with pytest.raises(MixMoEError, match="must be divisible by it"):
+        options_and_stage(plain_config(num_moe_experts=7), 2)
+    with pytest.raises(MixMoEError, match="drops no token"):
+        options_and_stage(plain_config(moe_expert_capacity_factor=2.0), 2)

@@ -1,0 +1,191 @@
+"""Batched decoding equals one segment at a time, stops early without changing the result, and can be resumed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation import generation
+from mixmoe_megatron.evaluation.generation import FirstLineOrBudget, GenerationOptions, LineTable, first_line, translate
+from mixmoe_megatron.evaluation.models import LoadedModel, fingerprint, load_model
+from tests.helpers.tiny_hf import save_tiny_dense, tiny_mixmoe, tiny_tokenizer
+
+SOURCES = ["Das Haus ist alt.", "Der Fluss fließt durch die Stadt, und die Kinder spielen im Garten.", "Ja", "河流 мир"]
+PROMPTS = [f"Translate this from German to English:\nGerman: {source}\nEnglish:" for source in SOURCES]
+GREEDY = GenerationOptions("greedy", max_new_tokens=12, batch_size=3)
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "bpe"])
+def loaded(request, tmp_path_factory) -> LoadedModel:
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_dense(path, tokenizer=request.param)
+    return load_model("base", path)
+
+
+def reference_line(loaded: LoadedModel, prompt: str, max_new_tokens: int, **options) -> str:
+    """One segment, no padding, no early stop: cut to the first line afterwards."""
+    ids = loaded.tokenizer.encode([prompt], add_special_tokens=True)
+    output = loaded.model.generate(input_ids=torch.tensor(ids), attention_mask=torch.ones(1, len(ids[0])).long(),
+                                   max_new_tokens=max_new_tokens, do_sample=False, **options)  # fmt: skip
+    return first_line(loaded.tokenizer.decode(output[0, len(ids[0]) :].tolist()))
+
+
+def test_batches_equal_single_segments(loaded, tmp_path) -> None:
+    lines = translate(loaded, PROMPTS, SOURCES, GREEDY, tmp_path / "partial.jsonl")
+    assert lines == [reference_line(loaded, prompt, 12) for prompt in PROMPTS]
+    assert any(lines)
+
+
+def test_beam_search_batches_equal_single_segments(loaded, tmp_path) -> None:
+    options = GenerationOptions("beam", num_beams=3, max_new_tokens=6, batch_size=4)
+    lines = translate(loaded, PROMPTS, SOURCES, options, tmp_path / "partial.jsonl")
+    for index, prompt in enumerate(PROMPTS):
+        single = translate(loaded, [prompt], [SOURCES[index]], options, tmp_path / f"{index}.jsonl")
+        assert single == [lines[index]]
+
+
+def test_mixmoe_models_decode_alike_in_batches(tmp_path) -> None:
+    tiny_mixmoe(stage=2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
+    mixmoe = load_model("mixmoe", tmp_path / "model")
+    lines = translate(mixmoe, PROMPTS, SOURCES, GREEDY, tmp_path / "partial.jsonl")
+    assert lines == [reference_line(mixmoe, prompt, 12) for prompt in PROMPTS]
+
+
+def test_stopping_at_the_line_end_does_not_change_the_line(loaded, tmp_path) -> None:
+    """With newlines made likely, decoding stops early and still gives what cutting afterwards gives."""
+    newline = loaded.tokenizer.encode(["a\n"], add_special_tokens=False)[0][-1]
+    weight = loaded.model.get_output_embeddings().weight
+    original = weight[newline].clone()
+    with torch.no_grad():
+        weight[newline] *= 3
+        lines = translate(loaded, PROMPTS, SOURCES, GREEDY, tmp_path / "partial.jsonl")
+        expected, stopped = [], 0
+        for prompt in PROMPTS:
+            ids = torch.tensor(loaded.tokenizer.encode([prompt], add_special_tokens=True))
+            new = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+            text = loaded.tokenizer.decode(new[0, ids.shape[1] :].tolist())
+            expected.append(first_line(text))
+            stopped += "\n" in text.strip()
+        weight[newline] = original
+    assert lines == expected
+    assert stopped > 0
+
+
+def test_first_line() -> None:
+    assert first_line("\n  The house.\nGerman: x") == "The house."
+    assert first_line(" a\u2028b") == "a"
+    assert first_line("\r\n ") == ""
+
+
+def test_line_table_agrees_with_first_line(loaded) -> None:
+    """A row is complete exactly when more text cannot change its first line."""
+    table = LineTable(loaded.tokenizer, loaded.vocab_size, torch.device("cpu"))
+    texts = ["The house", "The house\n", "\n\n", "\nThe house\n", "\nThe", "The\nhouse and", " \n"]
+    for text in texts:
+        ids = loaded.tokenizer.encode([text], add_special_tokens=False)
+        expected = len(text.lstrip().splitlines(keepends=True)) > 0 and "\n" in text.lstrip()
+        assert table.is_complete(torch.tensor(ids)).tolist() == [expected], text
+    assert table.has_break.any() and table.has_content.any()
+    assert table.has_break.shape == (loaded.vocab_size,)
+
+
+def test_budget_holds_for_each_row_and_its_beams(loaded) -> None:
+    table = LineTable(loaded.tokenizer, loaded.vocab_size, torch.device("cpu"))
+    criterion = FirstLineOrBudget(table, prompt_length=2, budgets=torch.tensor([1, 3]))
+    content = loaded.tokenizer.encode(["Haus"], add_special_tokens=False)[0][-1]
+    rows = torch.full((4, 4), content)
+    assert criterion(rows, None).tolist() == [True, True, False, False]
+    assert criterion(torch.full((2, 5), content), None).tolist() == [True, True]
+
+
+def test_budget_follows_the_source(loaded, tmp_path) -> None:
+    options = GenerationOptions("greedy", max_new_tokens=100, max_length_ratio=2.0)
+    assert [options.budget(tokens) for tokens in (0, 5, 50)] == [16, 26, 100]
+    assert GenerationOptions().budget(3) == 256
+    tight = GenerationOptions("greedy", max_new_tokens=3, batch_size=4)
+    lines = translate(loaded, PROMPTS, SOURCES, tight, tmp_path / "partial.jsonl")
+    assert lines == [reference_line(loaded, prompt, 3) for prompt in PROMPTS]
+
+
+def test_an_interrupted_translation_is_continued(loaded, tmp_path, monkeypatch) -> None:
+    whole = translate(loaded, PROMPTS, SOURCES, GREEDY, tmp_path / "whole.jsonl")
+    partial = tmp_path / "partial.jsonl"
+    options = GenerationOptions("greedy", max_new_tokens=12, batch_size=2)
+    original, calls = generation._generate_batch, []
+
+    def fail_in_second_batch(*args):
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(generation, "_generate_batch", fail_in_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        translate(loaded, PROMPTS, SOURCES, options, partial)
+    assert len(partial.read_text(encoding="utf-8").splitlines()) == 2
+    with partial.open("a", encoding="utf-8") as stream:
+        stream.write('{"index": 0, "hypo')  # killed while writing
+    assert translate(loaded, PROMPTS, SOURCES, options, partial) == whole
+    assert calls == [2, 2, 2]
+    assert sorted(json.loads(line)["index"] for line in partial.read_text(encoding="utf-8").splitlines()) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    with pytest.raises(MixMoEError, match="more segments"):
+        translate(loaded, PROMPTS[:1], SOURCES[:1], options, partial)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"decoding": "sample"}, {"num_beams": 1}, {"batch_size": 0}, {"max_new_tokens": 0}, {"max_length_ratio": 0.0}],
+)
+def test_options_out_of_range(fields) -> None:
+    with pytest.raises(MixMoEError):
+        GenerationOptions(**fields)
+
+
+def test_models_that_cannot_be_loaded(tmp_path) -> None:
+    with pytest.raises(MixMoEError, match=r"'base'.*no config\.json"):
+        load_model("base", tmp_path)
+    save_tiny_dense(tmp_path / "model")
+    with pytest.raises(MixMoEError, match="dtype"):
+        load_model("base", tmp_path / "model", dtype="int8")
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    tokens = tmp_path / "model" / "special_tokens_map.json"
+    for path in (settings, tokens):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["eos_token"] = None
+        path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(MixMoEError, match="no end-of-sequence token"):
+        load_model("base", tmp_path / "model")
+
+
+def test_absolute_positions_are_not_exceeded(loaded, tmp_path, monkeypatch) -> None:
+    options = GenerationOptions("greedy", max_new_tokens=300)
+    monkeypatch.setattr(LoadedModel, "has_rotary_positions", False)
+    with pytest.raises(MixMoEError, match="exceed the model's 256 positions"):
+        translate(loaded, PROMPTS, SOURCES, options, tmp_path / "partial.jsonl")
+
+
+def test_shipped_sampling_settings_are_ignored(tmp_path) -> None:
+    model = save_tiny_dense(tmp_path)
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[2, 5])
+    model.generation_config.save_pretrained(tmp_path)
+    loaded = load_model("base", tmp_path)
+    assert loaded.eos_ids == (2, 5)
+    lines = [translate(loaded, PROMPTS, SOURCES, GREEDY, tmp_path / f"{run}.jsonl") for run in range(2)]
+    assert lines[0] == lines[1]
+
+
+def test_fingerprint_sees_weights_and_not_the_place(tmp_path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        save_tiny_dense(tmp_path / name, seed=seed)
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b") != fingerprint(tmp_path / "c")
+    with pytest.raises(MixMoEError, match="no model directory"):
+        fingerprint(tmp_path / "d")

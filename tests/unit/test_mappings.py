@@ -1,0 +1,166 @@
+"""The mapping tables: every row crosses and comes back, and every key of the source is accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
+from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
+from mixmoe_megatron.errors import MixMoEError
+
+DENSE = Sizes(
+    num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, kv_channels=3,
+    vocab_size=10, padded_vocab_size=16, tied=False, qkv_bias=True,
+)  # fmt: skip
+MOE = replace(DENSE, moe_layers=(1,), num_groups=2, num_experts_per_group=2, moe_ffn_hidden_size=6)
+CONTEXT = Context(fold=lambda w, f: w if f is None else w + f, generator=lambda where: torch.Generator().manual_seed(0))
+
+
+class Memory:
+    """Tensors in memory as a source."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def random_hf(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Memory:
+    return Memory({n: torch.randn(s).to(dtype) for unit in expand(TABLES["same"], sizes) for n, s in unit.hf})
+
+
+def carry(source: Memory, sizes: Sizes, to: str, table: str = "same", dtype: str = "keep") -> Memory:
+    plan = make_plan(expand(TABLES[table], sizes), source, sizes, CONTEXT, to, dtype)
+    return Memory({tensor.name: tensor.read() for tensor in plan})
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [DENSE, replace(DENSE, tied=True, qkv_bias=False), MOE, replace(MOE, num_groups=1), replace(MOE, spectral=False),
+     replace(MOE, router_bias=False, num_groups=1), replace(MOE, moe_layers=(0, 1, 2))],
+    ids=["dense", "tied", "stage2", "stage1", "no_spectral", "no_bias", "all_moe"],
+)  # fmt: skip
+def test_there_and_back_is_bit_equal(sizes: Sizes) -> None:
+    start = random_hf(sizes)
+    megatron = carry(start, sizes, "megatron")
+    assert not set(megatron.tensors) & set(start.tensors)
+    back = carry(megatron, sizes, "hf")
+    assert list(back.tensors) == list(start.tensors)
+    assert all(torch.equal(back.tensors[name], value) for name, value in start.tensors.items())
+
+
+def test_qkv_is_interleaved_by_query_group() -> None:
+    source = random_hf(DENSE)
+    merged = carry(source, DENSE, "megatron").tensors["decoder.layers.2.self_attention.linear_qkv.weight"]
+    q, k, v = (source.tensors[f"model.layers.2.self_attn.{name}_proj.weight"] for name in "qkv")
+    expected = torch.cat([q[:6], k[:3], v[:3], q[6:], k[3:], v[3:]])
+    assert torch.equal(merged, expected)
+
+
+def test_vocabulary_padding_is_zero() -> None:
+    source = random_hf(DENSE)
+    for name, origin in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        padded = carry(source, DENSE, "megatron").tensors[name]
+        assert torch.equal(padded[:10], source.tensors[origin]) and not padded[10:].any() and len(padded) == 16
+
+
+def test_groups_keep_their_experts() -> None:
+    source = random_hf(MOE)
+    megatron = carry(source, MOE, "megatron").tensors
+    packed = source.tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(megatron["decoder.layers.1.mlp.experts.lm_experts.experts.linear_fc1.weight"], packed[:2])
+    assert torch.equal(megatron["decoder.layers.1.mlp.experts.mt_experts.experts.linear_fc1.weight"], packed[2:])
+    assert not megatron["decoder.layers.1.mlp.router.lm.spectral_weight"].any()
+
+
+def test_upcycling_a_dense_model() -> None:
+    sizes = replace(MOE, num_groups=1)
+    source = random_hf(DENSE)
+    result = carry(source, sizes, "megatron", "upcycle").tensors
+    expected = {name for unit in expand(TABLES["same"], sizes) for name, _ in unit.megatron}
+    assert set(result) == expected
+    gate, up = (source.tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    fc1 = result["decoder.layers.1.mlp.experts.lm_experts.experts.linear_fc1.weight"]
+    assert torch.equal(fc1[1], torch.cat((gate[6:], up[6:])))
+    assert (
+        result["decoder.layers.1.mlp.router.lm.weight"].std() > 0
+        and not result["decoder.layers.1.mlp.router.lm.bias"].any()
+    )
+
+
+def test_routers_are_never_cast() -> None:
+    megatron = carry(random_hf(MOE), MOE, "megatron", dtype="bf16").tensors
+    halves = {name for name, value in megatron.items() if value.dtype is torch.bfloat16}
+    assert {name for name in megatron if "router" not in name} == halves
+    folded = carry(Memory({n: t.bfloat16() for n, t in megatron.items()}), MOE, "hf").tensors
+    assert folded["model.layers.1.mlp.router.weight"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("to", ["megatron", "hf"])
+def test_every_key_is_accounted_for(to: str) -> None:
+    hf = random_hf(MOE)
+    source = hf if to == "megatron" else carry(hf, MOE, "megatron")
+    name = sorted(n for n in source.tensors if "layers.1" in n and "mlp" in n and "experts" in n)[0]
+    whole = dict(source.tensors)
+
+    def refusal(tensors: dict[str, Tensor]) -> str:
+        with pytest.raises(MixMoEError) as error:
+            carry(Memory(tensors), MOE, to)
+        return str(error.value)
+
+    assert f"lack {name}" in refusal({k: v for k, v in whole.items() if k != name})
+    assert "no mapping uses: extra.weight" in refusal({**whole, "extra.weight": torch.zeros(1)})
+    assert f"{name} has shape" in refusal({**whole, name: whole[name][1:]})
+    assert f"{name} has dtype torch.int8" in refusal({**whole, name: whole[name].to(torch.int8)})
+
+
+def test_parts_of_one_tensor_must_agree_in_dtype() -> None:
+    source = random_hf(DENSE)
+    source.tensors["model.layers.0.self_attn.k_proj.weight"] = source.tensors[
+        "model.layers.0.self_attn.k_proj.weight"
+    ].half()
+    with pytest.raises(MixMoEError, match=r"k_proj.*differ in dtype"):
+        carry(source, DENSE, "megatron")
+
+
+def test_many_missing_keys_make_one_short_sentence() -> None:
+    with pytest.raises(MixMoEError, match=r"and \d+ more\.$"):
+        carry(Memory({}), DENSE, "megatron")
+
+
+def test_nothing_is_read_before_it_is_written() -> None:
+    class NotReadable(Memory):
+        def read(self, name: str) -> Tensor:
+            raise AssertionError(name)
+
+    source = NotReadable(random_hf(DENSE).tensors)
+    plan = make_plan(expand(TABLES["same"], DENSE), source, DENSE, CONTEXT, "megatron")
+    text = describe_plan(plan, "somewhere")
+    assert text.endswith(f"{len(plan)} tensors, {sum(t.num_bytes for t in plan)} bytes -> somewhere")
+    assert isinstance(plan[0], LazyTensor) and plan[0].num_bytes == 16 * 8 * 4
+
+
+def test_extra_state_keys() -> None:
+    dense, moe = extra_state_keys(DENSE), extra_state_keys(MOE)
+    assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_2_3" in dense
+    assert "decoder.layers.2.mlp.linear_fc1._extra_state/shard_0_1" in moe
+    assert "decoder.layers.1.mlp.experts.mt_experts.experts.linear_fc2._extra_state/shard_1_2" in moe
+    assert not any("layers.1.mlp.linear" in key for key in moe)
+    assert len(set(moe)) == len(moe) and len(set(dense)) == len(dense)

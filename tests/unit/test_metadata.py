@@ -1,0 +1,91 @@
+"""mixmoe_metadata.json: round trip, refusals, and the hash of the parent's weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import (
+    METADATA_FILE,
+    Metadata,
+    read_metadata,
+    require_stage,
+    weights_sha256,
+    write_metadata,
+)
+
+
+def make_metadata(**fields) -> Metadata:
+    return Metadata(
+        **{"stage": "stage1", "options": {"a": 1}, "megatron_args": {"num_layers": 4}, "hf_config": {}, **fields}
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = make_metadata(parent={"path": "base", "stage": "dense", "weights_sha256": "0" * 64}, created_by="test")
+    write_metadata(tmp_path, written)
+    assert read_metadata(tmp_path) == written
+    assert written.versions["torch"] and [p.name for p in tmp_path.iterdir()] == [METADATA_FILE]
+    assert json.loads((tmp_path / METADATA_FILE).read_text())["format_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stage": "stage3"}, "stage 'stage3'"),
+        ({"options": None}, "must have options"),
+        ({"stage": "dense"}, "must not have options"),
+        ({"format_version": 2}, "format_version 2"),
+    ],
+)
+def test_inconsistent_metadata_is_not_written(tmp_path: Path, fields, message) -> None:
+    with pytest.raises(MixMoEError, match=message):
+        write_metadata(tmp_path, make_metadata(**fields))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "lacks"),
+        ('{"stage": "dense"}', "lacks hf_config, megatron_args, options"),
+        (
+            '{"stage": "dense", "options": null, "megatron_args": {}, "hf_config": {}, "extra": 1}',
+            "unknown fields: extra",
+        ),
+    ],
+)
+def test_broken_file(tmp_path: Path, text, message) -> None:
+    (tmp_path / METADATA_FILE).write_text(text)
+    with pytest.raises(MixMoEError, match=message):
+        read_metadata(tmp_path)
+
+
+def test_missing_file_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(MixMoEError, match=r"hf_to_mixmoe\.py"):
+        read_metadata(tmp_path)
+
+
+def test_wrong_stage_says_what_to_run() -> None:
+    require_stage(make_metadata(), ("upcycled", "stage1"), "unused")
+    with pytest.raises(MixMoEError, match=r"'stage1'.*needs 'stage2': run stage 2 first"):
+        require_stage(make_metadata(), "stage2", "run stage 2 first")
+
+
+def test_hash_follows_content_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    first = weights_sha256(tmp_path)
+    (tmp_path / "config.json").write_text("{ }")
+    assert weights_sha256(tmp_path) == first and len(first) == 64
+    (tmp_path / "a.safetensors").write_bytes(b"y")
+    assert weights_sha256(tmp_path) != first
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    assert weights_sha256(tmp_path) != first
+    with pytest.raises(MixMoEError, match="no weight file"):
+        weights_sha256(tmp_path / "nowhere")

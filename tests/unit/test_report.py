@@ -1,0 +1,208 @@
+"""The report says what the evaluation measured: tables, summary.json, pictures, and logs in all three formats."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.figures import smooth
+from mixmoe_megatron.evaluation.report import TOY_NOTE, ReportInputs, build_summary, render_report, write_report
+from mixmoe_megatron.evaluation.tables import format_tables, p_value_text, table
+from mixmoe_megatron.evaluation.training_log import read_training_log
+
+SYSTEMS = ("base", "stage1", "mixmoe")
+
+
+def routing(share: list[float]) -> dict[str, Any]:
+    group = {"share": share, "mean_prob": [0.25] * 4, "load_balance": 1.0, "top_prob": 0.4}
+    return {"tokens": 100, "layers": {layer: {"lm": group, "mt": group} for layer in ("3", "7")}}
+
+
+def comparison(system: str, difference: float, p_value: float) -> dict[str, Any]:
+    return {"baseline": "base", "system": system, "bleu_difference": difference, "bleu_p_value": p_value,
+            "chrf_difference": difference, "chrf_p_value": p_value, "signatures": {}}  # fmt: skip
+
+
+@pytest.fixture
+def evaluation() -> dict[str, Any]:
+    directions = ("de-en", "en-de")
+    return {
+        "baseline": "base",
+        "num_test_segments": dict.fromkeys(directions, 2),
+        "directions": {
+            name: {system: {"bleu": 1.0 + rank, "chrf": 10.0 + rank, "chrf_plus_plus": 9.0 + rank}
+                   for rank, system in enumerate(SYSTEMS)} for name in directions
+        },
+        "signatures": {name: {"bleu": "tok:13a|x", "chrf": "nc:6|x"} for name in directions},
+        "significance": {
+            name: {"stage1": comparison("stage1", -0.5, 0.4), "mixmoe": comparison("mixmoe", 2.0, 0.000999)}
+            for name in directions
+        },
+        "perplexity": {
+            language: {system: {"perplexity": 10.0 + rank, "bits_per_byte": 1.0 + rank / 10}
+                       for rank, system in enumerate(SYSTEMS)} for language in ("de", "en")
+        },
+        "routing": {"mixmoe": {"de": routing([0.7, 0.1, 0.1, 0.1]), "en": routing([0.25] * 4)}},
+        "seconds": {"base": {"translate de-en": 1.0}},
+        "options": {"decoding": "greedy", "systems": {"base": "abc"}},
+        "versions": {"python": "3.12"},
+        "commit": "0123abc",
+    }  # fmt: skip
+
+
+def curves(steps: int = 40) -> dict[str, list[tuple[int, float]]]:
+    return {"lm_loss": [(step, 5.0 / step) for step in range(1, steps + 1)],
+            "lm_load_balancing_loss": [(step, 1.1) for step in range(1, steps + 1)]}  # fmt: skip
+
+
+@pytest.fixture
+def hypotheses_dir(tmp_path) -> Path:
+    folder = tmp_path / "hypotheses"
+    folder.mkdir()
+    for direction in ("de-en", "en-de"):
+        for name in ("source", "reference", *SYSTEMS):
+            (folder / f"{direction}.{name}.txt").write_text(f"{name} one | x\n\n", encoding="utf-8")
+    return folder
+
+
+def test_summary_has_the_agreed_form(evaluation) -> None:
+    summary = build_summary(ReportInputs(evaluation, {"Stage 1": curves()}, {"stage 1": 12.5}, toy=True))
+    assert summary["pair"] == "de-en"
+    assert summary["directions"]["de-en"]["mixmoe"]["chrf"] == 12.0
+    assert summary["perplexity"] == {name: {"base": 10.0, "stage1": 11.0, "mixmoe": 12.0} for name in ("de", "en")}
+    assert summary["significance"]["de-en"]["system"] == "mixmoe"
+    assert summary["significance"]["de-en"]["chrf_p_value"] == 0.000999
+    assert set(summary["significance"]["de-en"]["systems"]) == {"stage1", "mixmoe"}
+    assert summary["seconds"] == {"stage 1": 12.5}
+    assert summary["training"]["Stage 1"]["steps"] == 40
+    assert {"signatures", "versions", "commit", "routing", "num_test_segments"} <= set(summary)
+    json.dumps(summary)
+
+
+def test_report_text(evaluation, hypotheses_dir) -> None:
+    inputs = ReportInputs(
+        evaluation, {"Stage 1": curves()}, {"a": 1.0, "b": 2.0}, toy=True, hypotheses_dir=hypotheses_dir
+    )
+    text = render_report(inputs)
+    assert TOY_NOTE in text
+    assert "mixmoe is better than base by chrF (+2.0, paired bootstrap p < 0.001)" in text
+    assert "stage1 is not distinguishable from base by chrF (-0.5, paired bootstrap p = 0.400)" in text
+    assert "`tok:13a|x`" in text
+    assert "0123abc" in text
+    assert "mixmoe one \\| x" in text
+    assert "(empty)" in text
+    assert "| total |       3 |" in text
+    assert "+20.0 %" in text
+    assert TOY_NOTE not in render_report(ReportInputs(evaluation))
+
+
+def test_files_and_pictures(evaluation, tmp_path) -> None:
+    stages = {"Stage 1": curves(), "Stage 2": {**curves(), "mt_load_balancing_loss": [(1, 1.2), (2, 1.1)]}}
+    summary = write_report(ReportInputs(evaluation, stages), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.md", "summary.json", "scores.png", "loss_curves.png", "routing_mixmoe.png"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == summary
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert all(f"]({name})" in text for name in names if name.endswith(".png"))
+    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names if name.endswith(".png"))
+
+
+def test_a_report_of_perplexity_alone(evaluation, tmp_path) -> None:
+    evaluation.update(directions={}, significance={}, signatures={}, num_test_segments={}, routing={}, baseline=None)
+    write_report(ReportInputs(evaluation), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Mix-MoE report: de, en")
+    assert "## Translation" not in text
+
+
+def test_mistakes(evaluation, tmp_path) -> None:
+    with pytest.raises(MixMoEError, match="baseline is missing"):
+        ReportInputs({})
+    with pytest.raises(MixMoEError, match=r"no .*de-en\.source\.txt"):
+        render_report(ReportInputs(evaluation, hypotheses_dir=tmp_path))
+
+
+def test_tables() -> None:
+    assert table(["a", "b"], [["x", "1"]]) == "| a   |   b |\n| --- | --: |\n| x   |   1 |"
+    assert [p_value_text(value) for value in (0.0004, 0.001, 0.0512)] == ["p < 0.001", "p = 0.001", "p = 0.051"]
+
+
+def test_screen_tables(evaluation) -> None:
+    text = format_tables(evaluation)
+    assert "de-en: 2 segments" in text
+    assert "+2.00 (p < 0.001)" in text
+    assert "Routing of mixmoe" in text
+
+
+def test_smoothing_keeps_level_and_length() -> None:
+    assert smooth([2.0] * 50) == [2.0] * 50
+    assert smooth([3.0]) == [3.0]
+    line = [float(value) for value in range(100)]
+    assert smooth(line)[10:90] == pytest.approx(line[10:90])
+
+
+def test_jsonl_log_with_a_resumed_run(tmp_path) -> None:
+    path = tmp_path / "log.jsonl"
+    records = [{"iteration": 1, "lm_loss": 3.0, "note": "x"}, {"iteration": 2, "lm_loss": 9.0, "grad_norm": 1},
+               {"iteration": 2, "lm_loss": 2.0}]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
+    assert read_training_log(path) == {"lm_loss": [(1, 3.0), (2, 2.0)], "grad_norm": [(2, 1.0)]}
+    path.write_text('{"iteration": 1, "lm_loss": 3.0}\n{"lm_loss": 2}\n', encoding="utf-8")
+    with pytest.raises(MixMoEError, match="line 2: not a JSON object with an 'iteration'"):
+        read_training_log(path)
+
+
+def test_megatron_log(tmp_path) -> None:
+    path = tmp_path / "train.log"
+    path.write_text(
+        "loading\n [2026-01-01 10:00:00] iteration        5/     100 | consumed samples:         40 | elapsed time per"
+        " iteration (ms): 123.4 | learning rate: 1.000000E-05 | lm loss: 1.033E+01 | lm load balancing loss: 1.02E+00 |"
+        " loss scale: 1.0 | grad norm: 0.913 |\n",
+        encoding="utf-8",
+    )
+    log = read_training_log(path)
+    assert log["lm_loss"] == [(5, 10.33)]
+    assert log["lm_load_balancing_loss"] == [(5, 1.02)]
+    assert log["grad_norm"] == [(5, 0.913)]
+
+
+def test_tensorboard_log(tmp_path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in (1, 2):
+            writer.add_scalar("lm loss", 4.0 / step, step)
+            writer.add_scalar("grad-norm", 0.5, step)
+    assert read_training_log(tmp_path) == {"lm_loss": [(1, 4.0), (2, 2.0)], "grad_norm": [(1, 0.5), (2, 0.5)]}
+
+
+def test_logs_that_hold_nothing(tmp_path) -> None:
+    with pytest.raises(MixMoEError, match="no training log"):
+        read_training_log(tmp_path / "absent.jsonl")
+    (tmp_path / "empty.log").write_text("nothing\n", encoding="utf-8")
+    with pytest.raises(MixMoEError, match="no training step"):
+        read_training_log(tmp_path / "empty.log")
+
+
+def test_the_command(evaluation, tmp_path, repo_root, monkeypatch, capsys) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "lm_loss": 3.0}\n', encoding="utf-8")
+    (tmp_path / "seconds.json").write_text('{"stage 1": 5}', encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("write_report", repo_root / "tools" / "write_report.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    options = ["--evaluation", "evaluation.json", "--stage1-log", "log.jsonl", "--seconds", "seconds.json", "--toy",
+               "--output-dir", "out"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["write_report.py", *options])
+    assert tool.main() == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["seconds"] == {"stage 1": 5}
+    monkeypatch.setattr(sys, "argv", ["write_report.py", "--evaluation", "absent.json", "--output-dir", "out"])
+    assert tool.main() == 2
+    assert capsys.readouterr().err == "error: There is no file absent.json.\n"

@@ -1,0 +1,94 @@
+"""Opening tokenizers, what they tell of themselves, and the sentences for unfit ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mixmoe_megatron.data.tokenizers import TextTokenizer, check_tokenizer_fits_model, open_tokenizer
+from mixmoe_megatron.errors import MixMoEError
+from tests.helpers.tiny_tokenizers import KINDS, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextTokenizer]:
+    base = tmp_path_factory.mktemp("tokenizers")
+    return {kind: open_tokenizer(make_tokenizer(kind, base)) for kind in KINDS}
+
+
+def edit_config(source: Path, target: Path, **changes: object) -> Path:
+    """Copy a tokenizer folder and change its tokenizer_config.json; None removes an entry."""
+    shutil.copytree(source, target)
+    path = target / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (target / "special_tokens_map.json").unlink()
+    return target
+
+
+def test_ids_and_sizes(tokenizers: dict[str, TextTokenizer]) -> None:
+    llama, bpe, bare = (tokenizers[kind] for kind in KINDS)
+    assert llama.vocab_size == len(llama.hf) and bpe.vocab_size == len(bpe.hf)
+    assert (llama.bos_id, llama.eos_id, llama.pad_id) == (bpe.bos_id, bpe.eos_id, bpe.pad_id) == (1, 2, 0)
+    assert bare.bos_id is None
+    assert llama.adds_prefix_space and not bpe.adds_prefix_space
+    assert {"<s>", "</s>"} <= set(llama.special_tokens)
+    assert llama.holds_special_token("about </s> tags") and not llama.holds_special_token("about s tags")
+
+
+def test_padding_id_falls_back_to_eos(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
+    folder = edit_config(tokenizers["bpe"].directory, tmp_path / "copy", pad_token=None)
+    assert open_tokenizer(folder).pad_id == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_and_decode(tokenizers: dict[str, TextTokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    text = "Grüße, 世界!\nПривет  мир"
+    bare, special = (tokenizer.encode([text], add_special_tokens=flag)[0] for flag in (False, True))
+    assert special == ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + bare
+    assert tokenizer.decode(special) == text
+    assert tokenizer.encode([], add_special_tokens=True) == []
+
+
+def test_fingerprint_is_of_the_behaviour_not_of_the_files(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
+    for tokenizer in tokenizers.values():
+        folder = tmp_path / tokenizer.directory.name
+        tokenizer.hf.save_pretrained(folder)
+        assert open_tokenizer(folder).fingerprint() == tokenizer.fingerprint()
+    assert len({tokenizer.fingerprint() for tokenizer in tokenizers.values()}) == len(KINDS)
+
+
+def test_missing_and_empty_directories(tmp_path: Path) -> None:
+    with pytest.raises(MixMoEError, match="does not exist"):
+        open_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(MixMoEError, match="No tokenizer in"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(MixMoEError, match="Cannot read the tokenizer"):
+        open_tokenizer(tmp_path)
+
+
+def test_no_eos(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
+    folder = edit_config(tokenizers["bpe"].directory, tmp_path / "copy", eos_token=None)
+    with pytest.raises(MixMoEError, match="no end-of-sequence token"):
+        open_tokenizer(folder)
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
+    folder = edit_config(tokenizers["sentencepiece"].directory, tmp_path / "copy", add_eos_token=True)
+    with pytest.raises(MixMoEError, match="add_eos_token"):
+        open_tokenizer(folder)
+
+
+def test_tokenizer_against_model(tokenizers: dict[str, TextTokenizer]) -> None:
+    tokenizer = tokenizers["bpe"]
+    check_tokenizer_fits_model(tokenizer, tokenizer.vocab_size, eos_ids=[2, 7])
+    too_few = tokenizer.vocab_size - 1
+    with pytest.raises(MixMoEError, match=f"{tokenizer.vocab_size} ids but the model's embedding has only {too_few}"):
+        check_tokenizer_fits_model(tokenizer, too_few)
+    with pytest.raises(MixMoEError, match=r"end-of-sequence ids are \[7\]"):
+        check_tokenizer_fits_model(tokenizer, 512, eos_ids=[7])

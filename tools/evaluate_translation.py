@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Compare Hugging Face models on translation (BLEU, chrF) and on monolingual text (perplexity, expert routing).
+
+Example:
+    python tools/evaluate_translation.py --system base=models/base --system mixmoe=models/mixmoe --baseline base \
+        --test examples/data/de-en.test.tsv.gz --source-language de --target-language en \
+        --source-column xx --target-column en --both-directions --limit 300 \
+        --mono de=examples/data/mono.de.test.txt.gz --mono en=examples/data/mono.en.test.txt.gz --output-dir runs/eval
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.errors import MixMoEError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--system", action="append", default=[], metavar="NAME=DIR", help="a model; repeatable")
+    models.add_argument("--baseline", metavar="NAME", help="test the other systems against this one")
+    models.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    models.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
+    data = parser.add_argument_group("test data")
+    data.add_argument("--test", type=Path, help="table of segments: TSV with a header, or JSONL; gzip or not")
+    data.add_argument("--source-language", metavar="CODE")
+    data.add_argument("--target-language", metavar="CODE")
+    data.add_argument("--source-column", metavar="NAME", help="default: the source language's code")
+    data.add_argument("--target-column", metavar="NAME", help="default: the target language's code")
+    data.add_argument("--both-directions", action="store_true", help="also translate target to source")
+    data.add_argument("--mono", action="append", default=[], metavar="CODE=FILE", help="monolingual text; repeatable")
+    data.add_argument("--limit", type=int, default=0, help="test segments, a seeded choice (default: 0, all)")
+    data.add_argument("--mono-limit", type=int, default=0, help="lines of each monolingual file (default: 0, all)")
+    data.add_argument("--seed", type=int, default=0, help="of the choice of segments (default: 0)")
+    decoding = parser.add_argument_group("decoding (defaults are the paper's)")
+    decoding.add_argument("--decoding", choices=("beam", "greedy"), default="beam")
+    decoding.add_argument("--num-beams", type=int, default=5)
+    decoding.add_argument("--max-new-tokens", type=int, default=256)
+    decoding.add_argument("--max-length-ratio", type=float, help="also stop at RATIO * source tokens + 16")
+    decoding.add_argument("--batch-size", type=int, default=32, help="segments (default: 32)")
+    decoding.add_argument("--prompt-template", type=Path, help="file with {source_language} {target_language} {source}")
+    parser.add_argument("--output-dir", type=Path, required=True, help="results; an interrupted run continues there")
+    parser.add_argument("--overwrite", action="store_true", help="discard results of another run found there")
+    return parser
+
+
+def read_directions(args: argparse.Namespace) -> list:
+    """Read the test set named on the command line, in one or both directions."""
+    from mixmoe_megatron.evaluation.segments import read_direction
+
+    if args.test is None:
+        return []
+    if args.source_language is None or args.target_language is None:
+        raise MixMoEError("--test needs --source-language and --target-language.")
+    languages = (args.source_language, args.target_language)
+    columns = (args.source_column or languages[0], args.target_column or languages[1])
+    direction = read_direction(args.test, languages, columns, limit=args.limit, seed=args.seed)
+    return [direction, direction.reverse()] if args.both_directions else [direction]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print the tables."""
+    from mixmoe_megatron.data.prompts import load_template
+    from mixmoe_megatron.evaluation.generation import GenerationOptions
+    from mixmoe_megatron.evaluation.runner import EvaluationPlan, evaluate
+    from mixmoe_megatron.evaluation.segments import named_paths, read_monolingual
+    from mixmoe_megatron.evaluation.tables import format_tables
+
+    mono = named_paths(args.mono, "--mono")
+    plan = EvaluationPlan(
+        systems=named_paths(args.system, "--system"),
+        directions=read_directions(args),
+        monolingual={
+            name: read_monolingual(path, limit=args.mono_limit, seed=args.seed) for name, path in mono.items()
+        },
+        generation=GenerationOptions(
+            args.decoding, args.num_beams, args.max_new_tokens, args.max_length_ratio, args.batch_size
+        ),
+        template=load_template(args.prompt_template),
+        baseline=args.baseline,
+        dtype=args.dtype,
+        device=args.device,
+        selection={
+            "test": str(args.test),
+            "limit": args.limit,
+            "monolingual": {name: str(path) for name, path in mono.items()},
+            "monolingual_limit": args.mono_limit,
+            "seed": args.seed,
+        },
+    )
+    print(format_tables(evaluate(plan, args.output_dir, overwrite=args.overwrite)))
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args()
+    setup_logging()
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Turn text into token files for training: `mono` for stage 1, `parallel` for stage 2. See examples/data/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mixmoe_megatron.cli import run_command, setup_logging
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of both subcommands."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, gzip or not")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer directory")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep documents or pairs that came before")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    mono = commands.add_parser("mono", help="monolingual text, one document a line", allow_abbrev=False)
+    add_common_arguments(mono)
+    mono.add_argument("--min-tokens", type=int, default=10, metavar="N", help="keep documents of more than N tokens")
+    mono.add_argument(
+        "--columns",
+        "--column",
+        metavar="A[,B]",
+        help="read TSV (with a header) or JSONL and take this column; several: their texts in turn",
+    )
+    mono.add_argument("--group-by", metavar="COLUMN", help="join consecutive rows of equal COLUMN to one document")
+    mono.set_defaults(run=run_mono)
+
+    parallel = commands.add_parser("parallel", help="translation pairs of TSV or JSONL", allow_abbrev=False)
+    add_common_arguments(parallel)
+    parallel.add_argument("--source-language", required=True, metavar="XX", help="language code, such as de")
+    parallel.add_argument("--target-language", required=True, metavar="XX", help="language code, such as en")
+    parallel.add_argument("--source-column", metavar="NAME", help="default: the source language's code")
+    parallel.add_argument("--target-column", metavar="NAME", help="default: the target language's code")
+    parallel.add_argument("--both-directions", action="store_true", help="write each pair in both directions")
+    parallel.add_argument(
+        "--min-words", type=int, default=1, metavar="N", help="least words a side (zh, ja: characters)"
+    )
+    parallel.add_argument("--max-words", type=int, default=200, metavar="N", help="most words a side")
+    parallel.add_argument(
+        "--max-tokens", type=int, metavar="N", help="drop pairs of more tokens (prompt + target + EOS); seq-length + 1"
+    )
+    parallel.add_argument("--prompt-template", metavar="FILE", help="default: ALMA's wording")
+    parallel.set_defaults(run=run_parallel)
+    return parser
+
+
+def run_mono(args: argparse.Namespace) -> None:
+    """Build monolingual data."""
+    from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
+    from mixmoe_megatron.data.tokenizers import open_tokenizer
+
+    options = MonolingualOptions(
+        min_tokens=args.min_tokens,
+        columns=tuple(args.columns.split(",")) if args.columns else None,
+        group_by=args.group_by,
+        keep_duplicates=args.keep_duplicates,
+    )
+    build_monolingual(args.input, open_tokenizer(args.tokenizer), args.output_prefix, options)
+
+
+def run_parallel(args: argparse.Namespace) -> None:
+    """Build parallel data."""
+    from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel
+    from mixmoe_megatron.data.prompts import load_template
+    from mixmoe_megatron.data.tokenizers import open_tokenizer
+
+    options = ParallelOptions(
+        source_language=args.source_language,
+        target_language=args.target_language,
+        source_column=args.source_column,
+        target_column=args.target_column,
+        both_directions=args.both_directions,
+        min_words=args.min_words,
+        max_words=args.max_words,
+        max_tokens=args.max_tokens,
+        keep_duplicates=args.keep_duplicates,
+        template=load_template(args.prompt_template),
+    )
+    build_parallel(args.input, open_tokenizer(args.tokenizer), args.output_prefix, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args(argv)
+    setup_logging()
+    return run_command(lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
