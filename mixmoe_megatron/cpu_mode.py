@@ -104,6 +104,7 @@ def enable_cpu_mode() -> bool:
     if is_cpu_mode():
         return True
     _check_megatron_version()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for tensor parallelism
     _replace_cuda_functions()
     _replace_factories()
     _replace_tensor_methods()
@@ -196,7 +197,7 @@ def _replace_tensor_methods() -> None:
         result = tensor_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 

@@ -204,15 +204,17 @@ class MixMoERouter(TopKRouter):
         if valid is not None:
             scores, routing_map = scores * valid.unsqueeze(-1), routing_map & valid.unsqueeze(-1)
         num_local_tokens = scores.new_full((), len(scores), dtype=torch.long) if valid is None else valid.sum()
+        ranks = utils.get_pg_size(self.tp_cp_group)
         with torch.no_grad():
             # Expert counts and the token count of all ranks that share this batch's sequences, in one reduction.
             counts = torch.cat([routing_map.sum(dim=0), num_local_tokens.reshape(1)])
-            if utils.get_pg_size(self.tp_cp_group) > 1:
+            if ranks > 1:
                 torch.distributed.all_reduce(counts, group=self.tp_cp_group)
+        num_tokens = counts[-1].clamp_min(1)
         aux_loss = switch_load_balancing_loss_func(
             probs=scores,
             tokens_per_expert=counts[:-1],
-            total_num_tokens=counts[-1].clamp_min(1),
+            total_num_tokens=num_tokens,
             topk=self.options.topk_per_group,
             num_experts=self.options.num_experts_per_group,
             moe_aux_loss_coeff=self.group_aux_loss_coeff,
@@ -223,7 +225,9 @@ class MixMoERouter(TopKRouter):
             aux_loss,
             aux_loss_name(group),
             self.tp_cp_group,
-            valid_token_count=num_local_tokens,
+            # With --calculate-per-token-loss Megatron multiplies by this times the number of ranks. The mean, not this
+            # rank's own count: padding is not spread evenly over the sequence shards.
+            valid_token_count=num_tokens / ranks,
         )
 
     def _to_physical_order(self, columns: torch.Tensor) -> torch.Tensor:

@@ -60,12 +60,20 @@ def configure_data(args: Any) -> None:
     """Set what the kind of data demands of Megatron's arguments. Call before they are validated.
 
     Parallel samples have their own lengths: they come by an own loader ("external"), and pipeline stages exchange
-    shapes. The loss is averaged over the tokens of the global batch, so that a micro-batch of long targets weighs more.
+    shapes.
+
+    Raises:
+        MixMoEError: --calculate-per-token-loss with a loss on the target only.
     """
-    if data_kind(args) == "parallel":
-        args.dataloader_type = "external"
-        args.calculate_per_token_loss = True
-        args.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    if data_kind(args) != "parallel":
+        return
+    args.dataloader_type = "external"
+    args.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    if args.calculate_per_token_loss and args.loss_on == "target":
+        raise MixMoEError(
+            "--calculate-per-token-loss divides the aux losses by the target tokens alone, while they are taken over "
+            "all tokens: leave it out, or count the loss on all tokens (--loss-on all)."
+        )
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Splits:

@@ -1,4 +1,4 @@
-"""What happens once before the first step: load the parent checkpoint, freeze, report, and guard the first gradients."""
+"""What happens once before the first step: load the parent checkpoint, freeze, report, guard the first gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixmoe_megatron.training.arguments import STAGE_NAMES
 
 logger = logging.getLogger(__name__)
 
-ModelChunks = list[torch.nn.Module]
+ModelChunks = list[Any]
 
 
 def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChunks]:
@@ -119,7 +119,8 @@ def _demand_gradient(model: ModelChunks, stage: int) -> None:
         for parameter in chunk.parameters():
             if parameter.requires_grad:
                 trainable += 1
-                largest = torch.maximum(largest, parameter.main_grad.detach().abs().max().float())
+                gradient: torch.Tensor = parameter.main_grad
+                largest = torch.maximum(largest, gradient.abs().max().float())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     if largest.item() == 0.0:
         raise MixMoEError(

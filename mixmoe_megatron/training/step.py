@@ -25,7 +25,8 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[s
         data_iterator: yields dicts of [B, S] tensors; None on ranks that build no dataset.
 
     Returns:
-        tokens, labels, position_ids: [B, S] int64. loss_mask: [B, S] float32. padding_mask: [B, S] bool, True = padding.
+        tokens, labels, position_ids: [B, S] int64. loss_mask: [B, S] float32. padding_mask: [B, S] bool, True where
+        there is padding.
     """
     batch = None
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -51,12 +52,14 @@ def loss_func(
         output_tensor: [B, S] per-token cross entropy, nats.
 
     Returns:
-        The summed loss (nats), the number of tokens that count (int32), and the pair of both for the log.
+        The summed loss (nats), the number of tokens that Megatron divides it by (int32), sum and count for the log.
     """
+    args = get_args()
     loss_mask = loss_mask.view(-1)
     loss = torch.sum(output_tensor.view(-1).float() * loss_mask)
-    num_tokens = loss_mask.sum().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
+    num_tokens = loss_mask.sum()
+    report = {"lm loss": torch.stack([loss.detach(), num_tokens])}
+    if args.check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             result=loss,
             rejection_func=lambda x: not torch.isfinite(x),
@@ -64,7 +67,12 @@ def loss_func(
             tolerance=0.0,
             fatal=True,
         )
-    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+    if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        # Megatron divides by this rank's count and averages over ranks; targets are not spread evenly over them.
+        all_tokens = num_tokens.clone()
+        torch.distributed.all_reduce(all_tokens, group=mpu.get_context_parallel_group())
+        loss = loss * num_tokens.clamp_min(1) * args.context_parallel_size / all_tokens.clamp_min(1)
+    return loss, num_tokens.to(torch.int), report
 
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:

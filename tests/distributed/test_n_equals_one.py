@@ -48,7 +48,8 @@ def test_two_processes_equal_one(
     assert_frozen_tensors_kept(world / parent, tmp_path / "run", stage)
     expected = checkpoint_tensors(world / f"stage{stage}")
     for name, tensor in checkpoint_tensors(tmp_path / "run").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+        difference = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-3)
+        assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
