@@ -322,6 +322,20 @@ _REQUIRED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def check_expert_parallel(num_experts_per_group: int, expert_model_parallel_size: int) -> None:
+    """Check that every expert-parallel rank gets the same number of experts of each group.
+
+    Raises:
+        MixMoEError: the number of experts is not divisible by the number of ranks.
+    """
+    if num_experts_per_group % expert_model_parallel_size:
+        raise MixMoEError(
+            f"num_experts_per_group={num_experts_per_group} is not divisible by "
+            f"expert_model_parallel_size={expert_model_parallel_size}: "
+            "every expert-parallel rank holds the same number of LM and of MT experts."
+        )
+
+
 def check_transformer_config(config: TransformerConfig, options: MixMoEOptions, stage: int) -> None:
     """Check a TransformerConfig against the options of an MoE stage (1 or 2).
 
@@ -337,12 +351,7 @@ def check_transformer_config(config: TransformerConfig, options: MixMoEOptions, 
     backend = getattr(config, "experts_backend", "auto")
     if backend not in EXPERTS_BACKENDS:
         raise MixMoEError(f"experts_backend must be one of {', '.join(EXPERTS_BACKENDS)}, got {backend!r}.")
-    ep, n = config.expert_model_parallel_size, options.num_experts_per_group
-    if n % ep:
-        raise MixMoEError(
-            f"num_experts_per_group={n} is not divisible by expert_model_parallel_size={ep}: "
-            "every expert-parallel rank holds the same number of LM and of MT experts."
-        )
+    check_expert_parallel(options.num_experts_per_group, config.expert_model_parallel_size)
     etp = config.expert_tensor_parallel_size or 1
     if config.moe_ffn_hidden_size and config.moe_ffn_hidden_size % etp:
         raise MixMoEError(

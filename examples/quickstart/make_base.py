@@ -17,6 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from sentencepiece import sentencepiece_model_pb2
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
 
 LANGUAGES = ("cs", "de", "ru", "tr", "zh", "fi", "et")
@@ -61,8 +62,9 @@ def train_tokenizer(data_dir: Path, output_dir: Path) -> LlamaTokenizerFast:
             pad_id=3,
             minloglevel=1,
         )
+        vocabulary = drop_dummy_prefix(prefix.with_suffix(".model"))
         tokenizer = LlamaTokenizerFast(
-            vocab_file=f"{prefix}.model",
+            vocab_file=str(vocabulary),
             legacy=False,
             add_bos_token=True,
             add_eos_token=False,
@@ -71,8 +73,16 @@ def train_tokenizer(data_dir: Path, output_dir: Path) -> LlamaTokenizerFast:
             clean_up_tokenization_spaces=False,
         )
         tokenizer.save_pretrained(output_dir)
-        (output_dir / "tokenizer.model").write_bytes(prefix.with_suffix(".model").read_bytes())
+        (output_dir / "tokenizer.model").write_bytes(vocabulary.read_bytes())
     return tokenizer
+
+
+def drop_dummy_prefix(path: Path) -> Path:
+    """Let the sentencepiece model put no space before a text, as the fast tokenizer doesn't: both then agree."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = False
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 def make_model(tokenizer: LlamaTokenizerFast) -> LlamaForCausalLM:

@@ -27,10 +27,11 @@ settings="PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
 echo "$settings" > "$OUT/settings"
 
 
-# The newest sign of life in a log: Megatron's iteration and loss, or the last line (a progress bar ends in \r).
+# The newest sign of life in a log: Megatron's iteration and loss, or the last line that is no warning or memory table.
 sign_of_life() {
-  tr '\r' '\n' < "$1" | grep -E 'iteration +[0-9]+/|[^[:space:]]' | tail -1 \
-    | sed -E 's/.*iteration +([0-9]+)\/ *([0-9]+).*lm loss: ([0-9.E+-]+).*/step \1 of \2, loss \3/' | cut -c1-110
+  tr '\r' '\n' < "$1" | grep -vE '^[[:space:]]*$|warn|memory|WARNING|^> |datetime' | tail -400 \
+    | { grep -E 'iteration +[0-9]+/' || tail -1 "$1" | grep -vE 'warn' || true; } | tail -1 \
+    | sed -E 's/.*iteration +([0-9]+)\/ *([0-9]+).*lm loss: ([0-9.]+)E\+00.*/step \1 of \2, loss \3/' | cut -c1-110
 }
 
 # step NAME "what it says" COMMAND...: runs once, tells how far it is, keeps its output and its seconds.

@@ -51,7 +51,7 @@ RELEASE = "release"
 CHECKPOINT_VERSION = 3.0
 _COMMON_STATE_KEY = "common_state/shard_0_1"
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.*)")
-_NOT_WEIGHTS = re.compile(r"^(optimizer|opt_param_scheduler|rng_state|rerun_state|chained_)")
+NOT_WEIGHTS = re.compile(r"^(optimizer|opt_param_scheduler|rng_state|rerun_state|chained_)")
 _SAFE_CLASS_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "planner", "filesystem"))
 _SAFE_NAMES = {
     ("torch", "Size"),
@@ -139,7 +139,7 @@ class TorchDistReader:
         stored = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._tensors: dict[str, tuple[str, int | None, TensorStorageMetadata]] = {}
         for key, info in stored.items():
-            if _NOT_WEIGHTS.match(key) or key.endswith("_extra_state"):
+            if NOT_WEIGHTS.match(key) or key.endswith("_extra_state"):
                 continue
             if key.startswith("decoder.layers.") and not _LAYER.match(key):
                 rest = key.removeprefix("decoder.layers.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig
-from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.conversion.megatron_checkpoint import NOT_WEIGHTS, iteration_directory
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, padded_vocab_size
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
@@ -151,7 +151,7 @@ def load_weights(model: torch.nn.Module, directory: Path) -> None:
     state, beyond, lacking = dist_checkpointing.load(wanted, str(directory), strict="return_all")
     if lacking:
         raise MixMoEError(f"{directory} lacks {sorted(lacking)[0]}.")
-    if weights := sorted(key for key in beyond if not key.endswith("_extra_state") and not key.startswith("optimizer")):
+    if weights := sorted(key for key in beyond if not key.endswith("_extra_state") and not NOT_WEIGHTS.match(key)):
         raise MixMoEError(f"{directory} holds {weights[0]}, which the model has no place for.")
     model.load_state_dict(state["model"])
 

@@ -5,6 +5,7 @@ A reader demands the manifest, so an interrupted build is never taken for a whol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,8 +41,10 @@ class TokenFileWriter:
         self.prefix = str(prefix)
         if self.prefix.endswith(SUFFIXES):
             raise MixMoEError(f"Give the output prefix without a suffix: {self.prefix} gets .bin, .idx and .json.")
+        folder = Path(self.prefix).absolute().parent
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
-            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MixMoEError(f"Cannot make the directory of {self.prefix}: {error.strerror}.") from error
         self.dtype = DType.optimal_dtype(vocab_size)
@@ -57,10 +60,13 @@ class TokenFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove whatever was not committed."""
+        """Remove whatever was not committed, and the directories made for it."""
         self._builder.data_file.close()
         for suffix in SUFFIXES:
             Path(self._temporary + suffix).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that holds something stays
+            for path in self._made:
+                path.rmdir()
 
     def add(self, sequences: Sequence[Sequence[int]], mode: int = 0) -> None:
         """Append one document.

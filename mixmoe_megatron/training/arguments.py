@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, mixmoe_megatron_args
+from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
 from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
@@ -43,7 +44,13 @@ _OFF_FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 
 
 def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this project's flags to Megatron's parser (for `parse_and_validate_args(extra_args_provider=...)`)."""
+    """Add this project's flags to Megatron's parser (for `parse_args(extra_args_provider=...)`).
+
+    The parser then refuses a word with one sentence, not with the usage of Megatron's 700 lines.
+    """
+    parser.error = _refuse  # type: ignore[method-assign]
+    for action in parser._actions:  # a lone % in Megatron's own texts breaks --help
+        action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
     group = parser.add_argument_group("Mix-MoE")
     group.add_argument(
         "--mixmoe-stage",
@@ -76,6 +83,10 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse(message: str) -> NoReturn:
+    raise MixMoEError(f"{message} (--help lists the flags).")
+
+
 def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     """Put what the checkpoint and the machine determine in front of the user's words.
 
@@ -86,9 +97,10 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
         The completed command line, and the metadata of the checkpoint that the run starts from or goes on from.
 
     Raises:
-        MixMoEError: no checkpoint is named, or it is of the wrong stage.
+        MixMoEError: no checkpoint is named, it is of the wrong stage, or a number is not one.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.error = _refuse  # type: ignore[method-assign]
     early.add_argument("--load")
     early.add_argument("--init-from")
     early.add_argument("--mixmoe-stage", type=int)
@@ -97,7 +109,8 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     known, _ = early.parse_known_args(words)
     stage = known.mixmoe_stage
     if stage not in PARENT_STAGES:
-        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, PARENT_STAGES))}, got {stage}.")
+        got = "it is missing" if stage is None else f"got {stage}"
+        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, PARENT_STAGES))}; {got}.")
     directory, metadata = _source_checkpoint(known.load, known.init_from, stage)
     model = dict(metadata.megatron_args)
     if stage > 0:
@@ -148,7 +161,12 @@ def _words(arguments: dict[str, Any]) -> list[str]:
 
 
 def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
-    """Put the recorded Mix-MoE options on Megatron's arguments, from where its config builder takes them by name."""
+    """Put the recorded Mix-MoE options on Megatron's arguments, from where its config builder takes them by name.
+
+    Raises:
+        MixMoEError: the experts cannot be spread evenly over the expert-parallel ranks.
+    """
     if metadata.options is not None:
         for field in dataclasses.fields(MixMoEOptions):
             setattr(args, field.name, metadata.options[field.name])
+        check_expert_parallel(args.num_experts_per_group, args.expert_model_parallel_size)

@@ -93,8 +93,8 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
+        blend=_weighted(blend),
+        blend_per_split=[_weighted(part) for part in blend_per_split] if blend_per_split else None,
         split=args.split,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
@@ -110,6 +110,13 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
     builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), _is_built_here, config)
     train, valid, test = builder.build()
     return train, valid, test
+
+
+def _weighted(blend: Any) -> Any:
+    """Give a blend without weights the files' token counts: without any, Megatron reads each file once and stops."""
+    if not blend or blend[1] is not None:
+        return blend
+    return blend[0], [float(read_manifest(prefix)["tokens"]) for prefix in blend[0]]
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: every rank calls the provider

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def main() -> None:
     Raises:
         MixMoEError: a wrong checkpoint, data file or option; one sentence.
     """
-    _stand_alone_environment()
+    stand_alone_environment()
     enable_cpu_mode()
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
@@ -32,9 +33,12 @@ def main() -> None:
     from mixmoe_megatron.metrics import install_metrics_tracker
     from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
     from mixmoe_megatron.training.datasets import configure_data, datasets_provider
+    from mixmoe_megatron.training.resume import mend_distributed_optimizer
     from mixmoe_megatron.training.startup import prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
 
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parse_args(add_mixmoe_args)  # prints the flags and exits
     words, metadata = complete_arguments(sys.argv[1:])
     sys.argv[1:] = words
     args = parse_args(add_mixmoe_args)
@@ -44,17 +48,20 @@ def main() -> None:
     try:
         validate_args(args, {})
     except AssertionError as error:
-        raise MixMoEError(f"Megatron refuses these arguments: {error}") from error
+        reason = str(error) or f"it demands: {traceback.extract_tb(error.__traceback__)[-1].line}"
+        raise MixMoEError(f"Megatron refuses these arguments: {reason}") from error
+    config = build_config(args)  # checks the options; only then is anything written
     set_global_variables(args)
     source = Path(args.tokenizer_model).parent
     if args.rank == 0 and not args.dry_run:
         prepare_save_directory(args.save, source, metadata, args.mixmoe_stage)
     if args.mixmoe_stage:
         install_metrics_tracker(args.mixmoe_stage)
-    pretrain(build_config(args), datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    mend_distributed_optimizer()
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
-def _stand_alone_environment() -> None:
+def stand_alone_environment() -> None:
     """Without torchrun (no RANK), be a job of one process on a free port of this machine."""
     if "RANK" not in os.environ:
         with socket.socket() as free:

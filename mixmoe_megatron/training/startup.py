@@ -76,6 +76,8 @@ def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], M
     def hook(chunks: ModelChunks) -> ModelChunks:
         freeze_for_stage(chunks, stage)
         _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
+        if stage and get_args().spectral_transform != "none":
+            _log(f"routers: {get_args().spectral_transform} folded into their weights; no activation is transformed")
         if dry_run:
             raise SystemExit(0)
         return chunks

@@ -1,0 +1,101 @@
+"""One training step of the engine outside `pretrain`: no checkpoint, no data files, several models in one process."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.metadata import Metadata, write_metadata
+from mixmoe_megatron.training.arguments import PARENT_STAGES, add_mixmoe_args, apply_options, complete_arguments
+from mixmoe_megatron.training.pretrain import build_config, stand_alone_environment
+
+
+def random_batch(vocab_size: int, batch_size: int, seq_length: int) -> dict[str, torch.Tensor]:
+    """Return a batch of random tokens that all count in the loss, as a data iterator gives it; [B, S] each."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (batch_size, seq_length + 1), generator=generator)
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(batch_size, seq_length),
+        "position_ids": torch.arange(seq_length).expand(batch_size, seq_length),
+    }
+
+
+def engine_step(hf_config: dict[str, Any], batch: dict[str, torch.Tensor], stage: int) -> Callable[[], None]:
+    """Build a randomly initialised model as the training command does and return Megatron's `train_step` of it.
+
+    Call `enable_cpu_mode` first. The returned step is forward, backward, gradient clipping at 1 and AdamW. The models
+    of one process share Megatron's process groups; each step puts its own arguments in place.
+
+    Args:
+        hf_config: config.json of the dense base.
+        batch: what `step.get_batch` reads of a data iterator; tensors [B, S].
+        stage: 0 (dense), 1 or 2.
+
+    Raises:
+        MixMoEError: the config is not of a supported dense model.
+    """
+    stand_alone_environment()
+    with warnings.catch_warnings():  # Megatron's optional packages, on import
+        warnings.simplefilter("ignore")
+        from megatron.training import global_vars, initialize, training
+
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    from mixmoe_megatron.training.startup import freeze_and_report
+    from mixmoe_megatron.training.step import forward_step
+
+    args = _arguments(hf_config, batch["tokens"].shape, stage)
+    if torch.distributed.is_initialized():
+        global_vars.set_args(args)
+    else:
+        global_vars.set_global_variables(args, build_tokenizer=False)
+        initialize.initialize_megatron(allow_no_cuda=True)
+    container = build_config(args)
+    container.model.pre_wrap_hooks[:] = [freeze_and_report(stage, dry_run=False)]  # no parent to load
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, scheduler = training.setup_model_and_optimizer(
+        None, cfg_container=container, pg_collection=groups
+    )
+    config = training.get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    model[0].train()
+
+    def step() -> None:
+        global_vars.set_args(args)
+        data, schedule = RerunDataIterator(iter([batch])), get_forward_backward_func()
+        training.train_step(forward_step, data, model, optimizer, scheduler, config, schedule, iteration=1)
+
+    return step
+
+
+def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int) -> Any:
+    """Megatron's validated arguments, completed from the metadata of a parent that holds nothing else."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    options = MixMoEOptions().to_dict() if stage else None
+    with tempfile.TemporaryDirectory() as parent:
+        parent_stage = PARENT_STAGES[stage][0][0]
+        write_metadata(parent, Metadata(parent_stage, options, megatron_args_from_hf(hf_config), hf_config))
+        line = f"--mixmoe-stage {stage} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
+        line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000"
+        words, metadata = complete_arguments(line.split())
+    own_words, sys.argv[1:] = sys.argv[1:], words
+    try:
+        args = parse_args(add_mixmoe_args)
+    finally:
+        sys.argv[1:] = own_words
+    apply_options(args, metadata)
+    args.calculate_per_token_loss = stage == 2  # as `configure_data` sets it for parallel text
+    validate_args(args, {})
+    return args

@@ -1,0 +1,82 @@
+"""CPU mode: nothing with CUDA, the supported Megatron only, once, and factories that take device="cuda".
+
+Each test runs a program of its own: what CPU mode replaces must not reach other tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+from tests.helpers.training import ROOT
+
+SNAPSHOT = """
+import torch
+from mixmoe_megatron import cpu_mode
+
+def snapshot():
+    places = [torch, torch.cuda, torch.cuda.nvtx, torch.Tensor, torch.nn.Module]
+    return [dict(vars(place)) for place in places]
+"""
+
+
+def run_program(text: str) -> None:
+    """Run a program after `SNAPSHOT`; fail the test, with its output, when the program fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    program = SNAPSHOT + textwrap.dedent(text)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inert_with_cuda_and_a_sentence_for_another_megatron() -> None:
+    run_program("""
+        import megatron.core
+        before = snapshot()
+        available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+        assert cpu_mode.enable_cpu_mode() is False
+        torch.cuda.is_available = available
+        assert snapshot() == before and not cpu_mode.is_cpu_mode(), "CUDA is there: nothing is touched"
+
+        supported, megatron.core.__version__ = megatron.core.__version__, "0.20.1"
+        try:
+            cpu_mode.enable_cpu_mode()
+            raise SystemExit("0.20.1 was accepted")
+        except cpu_mode.MixMoEError as error:
+            assert str(error).startswith("CPU mode supports megatron-core 0.19.x, found 0.20.1: install"), error
+        assert snapshot() == before and not cpu_mode.is_cpu_mode(), "another Megatron: nothing is touched"
+    """)
+
+
+def test_enabled_once_and_on_the_cpu() -> None:
+    run_program("""
+        plain_randn = torch.randn
+        assert cpu_mode.enable_cpu_mode() is True and cpu_mode.is_cpu_mode()
+        first = snapshot()
+        assert cpu_mode.enable_cpu_mode() is True
+        assert snapshot() == first, "a second call changes nothing"
+        assert torch.randn.__wrapped__ is plain_randn
+
+        for device in ("cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 1), "cpu", None):
+            for tensor in (torch.zeros(2, device=device), torch.empty((2, 3), device=device),
+                           torch.tensor([1.5], device=device), torch.full((2,), 7, device=device),
+                           torch.arange(3, device=device), torch.randint(0, 5, (2,), device=device)):
+                assert tensor.device.type == "cpu"
+        assert torch.zeros(1, device="meta").device.type == "meta", "other devices are left alone"
+        assert torch.zeros(2, device=torch.cuda.current_device()).cuda().device.type == "cpu"
+        assert torch.nn.Linear(2, 2).cuda().weight.device.type == "cpu"
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor", "Megatron's optimizers ask for this name"
+        assert torch.zeros(1).type(torch.float64).dtype is torch.float64
+
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            start.record()
+        end.record()
+        assert start.elapsed_time(end) >= 0 and end.query()
+        torch.cuda.manual_seed(3)
+        state = torch.cuda.get_rng_state()
+        one = torch.rand(2)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.rand(2), one)
+    """)
