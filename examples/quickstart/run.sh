@@ -15,11 +15,13 @@ SOURCE="${PAIR%-en}" TARGET=en
 
 fail() { echo "error: $*" >&2; exit 2; }
 [ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first (or 'make quickstart', which does)."
-[ -f "$DATA/$PAIR.train.tsv.gz" ] || fail "PAIR=$PAIR has no data; choose one of: $(cd $DATA && ls ./*-en.train.tsv.gz | sed 's/\.train.*//; s/^\.\///' | tr '\n' ' ')"
+pairs=$(cd $DATA && printf '%s ' *-en.train.tsv.gz | sed 's/\.train\.tsv\.gz//g')
+[ -f "$DATA/$PAIR.train.tsv.gz" ] || fail "PAIR=$PAIR has no data in $DATA; choose one of: $pairs"
 [ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
 [[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
 
-export PYTHONPATH="$PWD" OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 mkdir -p "$OUT/logs" "$OUT/steps"
 settings="PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
 [ ! -f "$OUT/settings" ] || [ "$(cat "$OUT/settings")" = "$settings" ] \
@@ -56,7 +58,8 @@ step() {
   echo "$((SECONDS - start))" > "$OUT/steps/$name.tmp"; mv "$OUT/steps/$name.tmp" "$OUT/steps/$name"
 }
 
-fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }  # run a command after removing what a killed run left of its output (last word)
+# Run a command after removing what a killed run left of its output, the last word.
+fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 
 prepare_data() {
   for language in $SOURCE $TARGET; do
@@ -72,9 +75,9 @@ train() { # stage, steps, parent, then the stage's own flags
   local stage=$1 steps=$2 parent=$3; shift 3
   "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
     --load "$OUT/stage$stage" --save "$OUT/stage$stage" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
-    --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 --lr-decay-style cosine --lr-warmup-fraction 0.03 \
-    --weight-decay 0.0 --clip-grad 1.0 --log-interval 5 --tensorboard-dir "$OUT/stage$stage/tensorboard" \
-    --tensorboard-log-interval 1 "$@"
+    --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
+    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval 5 \
+    --tensorboard-dir "$OUT/stage$stage/tensorboard" --tensorboard-log-interval 1 "$@"
 }
 
 # An export must load where this package can't be imported.
@@ -107,8 +110,9 @@ steps = sorted((pathlib.Path(sys.argv[1]) / "steps").iterdir(), key=lambda path:
 seconds = {path.name: int(path.read_text()) for path in steps}
 (pathlib.Path(sys.argv[1]) / "seconds.json").write_text(json.dumps(seconds))
 PY
-  "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" --stage1-log "$OUT/stage1/tensorboard" \
-    --stage2-log "$OUT/stage2/tensorboard" --seconds "$OUT/seconds.json" --pair "$PAIR" --toy --output-dir "$OUT"
+  "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
+    --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
+    --seconds "$OUT/seconds.json" --pair "$PAIR" --toy --output-dir "$OUT"
 }
 
 SEQUENCE=256
@@ -128,7 +132,7 @@ step stage2 "$STAGE2_STEPS steps on $PAIR, both directions: MT experts and route
 step export2 "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_conversion/mixmoe_to_hf.py \
   --checkpoint-dir "$OUT/stage2" --output-dir "$OUT/hf_mixmoe" "$OUT/hf_mixmoe"
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"
-step evaluate "translate $TEST_SEGMENTS test segments each way with base, stage 1 and Mix-MoE; score; perplexity" evaluate
+step evaluate "translate $TEST_SEGMENTS test segments each way with base, stage 1, Mix-MoE; score; perplexity" evaluate
 step report "write $OUT/report.md and $OUT/summary.json" report
 tr '\r' '\n' < "$OUT/logs/evaluate.log" | grep -vE '^[0-9-]+ [0-9:,]+ (INFO|WARNING)|it/s|%\|' | sed -n '/./,$p'
 echo "Toy-sized figures of a toy-sized model. Report: $OUT/report.md"

@@ -40,4 +40,4 @@ prepare mono.en 6 --input "$DATA/mono.en.train.txt.gz" --min-tokens 3
   --lr-wsd-decay-iters $((TRAIN_ITERS / 5)) --override-opt-param-scheduler --lr-warmup-iters 100 \
   --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --seed 1234 \
   --log-interval 20 --tensorboard-dir "$OUT/tensorboard" --tensorboard-log-interval 1
-"$PYTHON" checkpoints_conversion/mixmoe_to_hf.py --checkpoint-dir "$OUT/checkpoints" --output-dir "$OUT/base" --dtype fp32
+"$PYTHON" checkpoints_conversion/mixmoe_to_hf.py --checkpoint-dir "$OUT/checkpoints" --output-dir "$OUT/base"

@@ -1,0 +1,65 @@
+"""Data flags: the blend that Megatron gets, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.training import datasets
+
+
+def write_manifest(prefix: Path, kind: str, tokens: int) -> str:
+    """Write a token file of no content with a manifest that says `kind` and `tokens`."""
+    prefix.with_suffix(".idx").write_bytes(b"")
+    prefix.with_suffix(".bin").write_bytes(b"")
+    manifest = {"format_version": 1, "kind": kind, "tokens": tokens, "dtype": "uint16", "tokenizer": {"sha256": "x"}}
+    prefix.with_suffix(".json").write_text(json.dumps(manifest))
+    return str(prefix)
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read manifests without the check that the files beside them are whole."""
+    monkeypatch.setattr(datasets, "read_manifest", lambda prefix: json.loads(Path(f"{prefix}.json").read_text()))
+
+
+def arguments(*prefixes: str, **fields: object) -> SimpleNamespace:
+    empty = dict.fromkeys(("data_args_path", "train_data_path", "valid_data_path", "test_data_path"))
+    more = {"per_split_data_args_path": None, "tokenizer_type": "NullTokenizer", "pipeline_model_parallel_size": 1}
+    more |= {"calculate_per_token_loss": False, "loss_on": "target", "dataloader_type": "single"}
+    return SimpleNamespace(data_path=list(prefixes) or None, **empty, **{**more, **fields})
+
+
+def test_a_blend_without_weights_gets_the_files_token_counts(tmp_path: Path) -> None:
+    """Without weights Megatron reads each file once and then stops with a bare StopIteration."""
+    prefixes = [write_manifest(tmp_path / "a", "monolingual", 300), write_manifest(tmp_path / "b", "monolingual", 100)]
+    assert datasets._weighted((prefixes, None)) == (prefixes, [300.0, 100.0])
+    assert datasets._weighted((prefixes, [0.5, 0.5])) == (prefixes, [0.5, 0.5])
+    assert datasets._weighted(None) is None
+
+
+def test_no_data_is_refused() -> None:
+    with pytest.raises(MixMoEError, match="no training data: give --data-path"):
+        datasets.data_prefixes(arguments())
+
+
+def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
+    prefixes = [write_manifest(tmp_path / "a", "monolingual", 300), write_manifest(tmp_path / "b", "parallel", 100)]
+    with pytest.raises(MixMoEError, match="mixes monolingual and parallel data"):
+        datasets.data_kind(arguments(*prefixes))
+
+
+def test_parallel_data_sets_the_loader_and_refuses_a_loss_that_scales_the_aux_losses_wrongly(tmp_path: Path) -> None:
+    args = arguments(write_manifest(tmp_path / "a", "parallel", 100), pipeline_model_parallel_size=2)
+    datasets.configure_data(args)
+    assert args.dataloader_type == "external"
+    assert args.variable_seq_lengths
+    args.calculate_per_token_loss = True
+    with pytest.raises(MixMoEError, match="calculate-per-token-loss"):
+        datasets.configure_data(args)
+    args.loss_on = "all"
+    datasets.configure_data(args)
