@@ -28,6 +28,13 @@ settings="PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
   || fail "OUT=$OUT holds a run with $(cat "$OUT/settings"); remove it or choose another OUT."
 echo "$settings" > "$OUT/settings"
 
+# One run at a time in OUT (a killed one needs a moment to let go). A step that outlived it is stopped and done again.
+exec 9> "$OUT/lock"
+flock -w 5 9 || fail "OUT=$OUT is in use by another run."
+orphan=$(cat "$OUT/running" 2>/dev/null || echo none)
+if ps -eo pgid=,args= | awk -v group="$orphan" '$1 == group' | grep -qF "$OUT"; then
+  echo "stopping what a killed run left behind (process group $orphan)"; kill -KILL -- "-$orphan"; sleep 1
+fi
 
 # The newest sign of life in a log: Megatron's iteration and loss, or the last line that is no warning or memory table.
 sign_of_life() {
@@ -41,9 +48,12 @@ step() {
   local name=$1 says=$2 start=$SECONDS next=10 log="$OUT/logs/$1.log" pid; shift 2
   if [ -f "$OUT/steps/$name" ]; then echo "[$name] done before"; return; fi
   echo "[$name] $says"
-  "$@" >> "$log" 2>&1 &
+  set -m  # a process group of its own, so that all of the step can be stopped
+  "$@" >> "$log" 2>&1 9>&- &
   pid=$!
-  trap 'kill $pid 2>/dev/null; wait $pid; echo "interrupted; the same command goes on from here" >&2; exit 130' INT TERM
+  set +m
+  echo $pid > "$OUT/running"
+  trap 'kill -- -$pid 2>/dev/null; echo "interrupted; the same command goes on from here" >&2; exit 130' INT TERM
   while kill -0 $pid 2>/dev/null; do
     sleep 0.5
     if [ $((SECONDS - start)) -ge $next ]; then
