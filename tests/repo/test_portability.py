@@ -9,9 +9,7 @@ import pytest
 
 from tests.repo.sources import PACKAGE, ROOT, RULES, repository_files, text_of
 
-MACHINE_PATH = re.compile(
-    r"(?<![\w.}\])*])/(work|root|opt/pypi|opt/wheels|tmp/inst)\b|/home/\w|/Users/\w|\.pyenv/(versions|shims)/\w"
-)
+MACHINE_PATH = re.compile(r"(?<![\w.}\])*])/(home|Users|root|tmp|mnt|work|workspace)/\w|\.pyenv/(versions|shims)/\w")
 REGISTRY = re.compile(
     r"pypi\.(org|python)|pythonhosted|download\.pytorch\.org|conda\.anaconda|--(extra-)?index-url|--find-links"
 )
@@ -37,7 +35,7 @@ def test_no_registry_host() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["cd /work/main", "'/root/x'", "=/opt/pypi/simple", "/home/ann/x", "~/.pyenv/versions/3.12"]
+    "text", ["cd /workspace/x", "'/root/x'", "=/tmp/ann/x", "/home/ann/x", "~/.pyenv/versions/3.12"]
 )
 def test_the_machine_path_pattern_finds(text: str) -> None:
     assert MACHINE_PATH.search(text)
