@@ -105,10 +105,9 @@ def enable_cpu_mode() -> bool:
         return True
     _check_megatron_version()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for tensor parallelism
+    # Transformer Engine's choice; Megatron refuses one that is not --attention-backend's.
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(
-            name, None
-        )  # Transformer Engine's choice; Megatron refuses one that is not --attention-backend's
+        os.environ.pop(name, None)
     _replace_cuda_functions()
     _replace_factories()
     _replace_tensor_methods()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
+from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
@@ -143,7 +144,7 @@ def _source_checkpoint(load: str | None, init_from: str | None, stage: int) -> t
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether `directory` holds a complete Megatron checkpoint with this project's metadata."""
-    return (directory / "latest_checkpointed_iteration.txt").is_file() and (directory / METADATA_FILE).is_file()
+    return (directory / TRACKER_FILE).is_file() and (directory / METADATA_FILE).is_file()
 
 
 def _words(arguments: dict[str, Any]) -> list[str]:

@@ -96,6 +96,5 @@ def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int) -> Any:
     finally:
         sys.argv[1:] = own_words
     apply_options(args, metadata)
-    args.calculate_per_token_loss = stage == 2  # as `configure_data` sets it for parallel text
     validate_args(args, {})
     return args
