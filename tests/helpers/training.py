@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
+from tests.helpers.forked import run_job
 from tests.helpers.tiny_hf import SENTENCES, save_tiny_dense
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,17 +77,29 @@ def make_tiny_data(directory: Path, tokenizer: Path) -> None:
     )  # fmt: skip
 
 
-def train(
-    stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "", processes: int = 0
-) -> tuple[list[float], list[float]]:
-    """Train `steps` steps and return the losses (nats a token) and gradient norms of all steps."""
-    words = ["tools/pretrain_mixmoe.py", "--mixmoe-stage", str(stage), "--init-from", parent, "--data-path", data]
-    words += [*TINY_RUN.split(), "--train-iters", str(steps), "--data-cache-path", parent.parent / "cache"]
+def train_words(stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "") -> list[str]:
+    """The command line of a tiny training run; `extra` comes last and wins."""
+    words = ["tools/pretrain_mixmoe.py", "--mixmoe-stage", str(stage), "--init-from", str(parent)]
+    words += ["--data-path", str(data), *TINY_RUN.split(), "--train-iters", str(steps)]
+    words += ["--data-cache-path", str(parent.parent / "cache")]
     if save is not None:
-        words += ["--save", save, "--load", save, "--save-interval", "1000"]
+        words += ["--save", str(save), "--load", str(save), "--save-interval", "1000"]
     if stage == 2:
         words += ["--seq-length", "160"]
-    output = run_command(*words, *extra.split(), processes=processes).stdout
+    return words + extra.split()
+
+
+def train(
+    stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "", processes: int = 1
+) -> tuple[list[float], list[float]]:
+    """Train `steps` steps and return the losses (nats a token) and gradient norms of all steps."""
+    with tempfile.TemporaryDirectory() as logs:
+        job = run_job(train_words(stage, parent, data, save, steps, extra), processes, Path(logs))
+        return logged(job.stdout(processes - 1))
+
+
+def logged(output: str) -> tuple[list[float], list[float]]:
+    """Return the losses (nats a token) and gradient norms of all steps in Megatron's log, written by the last rank."""
     losses = [float(value) for _, value in _LOSS.findall(output)]
     norms = [float(value) for _, value in _GRAD_NORM.findall(output)]
     assert len(losses) == len(norms), output

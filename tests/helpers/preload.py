@@ -1,0 +1,21 @@
+"""What the server behind `tests.helpers.forked` imports once. Nothing here may start a thread or a process group."""
+
+from __future__ import annotations
+
+import importlib
+
+from mixmoe_megatron.cpu_mode import enable_cpu_mode
+
+enable_cpu_mode()
+for name in (
+    "megatron.training",
+    "megatron.training.argument_utils",
+    "megatron.training.arguments",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "transformers.models.auto.tokenization_auto",
+    "mixmoe_megatron.training.pretrain",
+    "mixmoe_megatron.training.startup",
+    "mixmoe_megatron.training.step",
+    "mixmoe_megatron.training.datasets",
+):
+    importlib.import_module(name)
