@@ -15,8 +15,8 @@ import sys
 import time
 import traceback
 from functools import cache
-from multiprocessing.context import ForkServerContext
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
