@@ -1,4 +1,4 @@
-"""Streaming readers of text corpora (plain, TSV with a header, JSONL; gzip or not) and the text filters.
+"""Streaming readers of text corpora (plain, TSV with a header, JSONL; gzip, zstd or neither) and the text filters.
 
 Text is NFC, without outer whitespace. Nothing is dropped in silence: every reader and filter counts into a `Counter`
 whose keys are `read`, `kept` and one `dropped_<reason>` for each reason.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import unicodedata
 import zlib
@@ -19,32 +20,47 @@ from typing import Any, BinaryIO, cast
 from mixmoe_megatron.errors import MixMoEError
 
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 BLANKS = "\t\n"
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Read a UTF-8 text file line by line; gzip is recognised by its first bytes, not by the file's name.
+def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
+    """Read a UTF-8 text file line by line; gzip and zstd are recognised by the first bytes, not by the file's name.
+
+    Args:
+        path: The file.
+        errors: What to do with bytes that are not UTF-8, as `bytes.decode` takes it.
 
     Yields:
         The line number, from 1, and the line without its end.
 
     Raises:
-        MixMoEError: The file is missing, is not UTF-8, or is a broken gzip file.
+        MixMoEError: The file is missing, its compressed data is broken, or it is not UTF-8 (errors "strict").
     """
     number = 0
     try:
-        with open(path, "rb") as probe:
-            zipped = probe.read(2) == GZIP_MAGIC
-        with cast(BinaryIO, gzip.open(path, "rb") if zipped else open(path, "rb")) as stream:
+        with _open_bytes(path) as stream:
             for number, raw in enumerate(stream, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise MixMoEError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise MixMoEError(f"{path}: broken gzip data after line {number} ({error}).") from error
     except OSError as error:
         raise MixMoEError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _open_bytes(path: str | Path) -> BinaryIO:
+    with open(path, "rb") as probe:
+        magic = probe.read(4)
+    if magic[:2] == GZIP_MAGIC:
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if magic == ZSTD_MAGIC:
+        import pyarrow
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
+    return open(path, "rb")
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -18,6 +18,11 @@ LANGUAGE_NAMES: Final[Mapping[str, str]] = MappingProxyType({
     "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu",
     "uz": "Uzbek", "vi": "Vietnamese", "zh": "Chinese",
 })  # fmt: skip
+#: FLORES-200's codes of the paper's languages and English
+FLORES_CODES: Final[Mapping[str, str]] = MappingProxyType({
+    "cs": "ces_Latn", "de": "deu_Latn", "en": "eng_Latn", "et": "est_Latn", "fi": "fin_Latn", "ru": "rus_Cyrl",
+    "tr": "tur_Latn", "zh": "zho_Hans",
+})  # fmt: skip
 CHARACTER_COUNTED: Final[frozenset[str]] = frozenset({"ja", "zh"})
 
 
@@ -30,6 +35,17 @@ def check_language(code: str) -> str:
     if code not in LANGUAGE_NAMES:
         raise MixMoEError(f"Unknown language code '{code}': give one of {', '.join(sorted(LANGUAGE_NAMES))}.")
     return code
+
+
+def flores_code(code: str) -> str:
+    """Return FLORES-200's code of a language: 'de' -> 'deu_Latn'.
+
+    Raises:
+        MixMoEError: The code is not in `FLORES_CODES`.
+    """
+    if code not in FLORES_CODES:
+        raise MixMoEError(f"No FLORES code is known for '{code}': give one of {', '.join(sorted(FLORES_CODES))}.")
+    return FLORES_CODES[code]
 
 
 def language_name(code: str) -> str:

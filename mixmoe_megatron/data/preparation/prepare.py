@@ -1,0 +1,268 @@
+"""Run a protocol: read, clean, filter, deduplicate, keep test text out of training, sample, write, record.
+
+Output in one directory: `xx-en.SPLIT.tsv.gz` with one column for each language code, `mono.xx.SPLIT.txt.gz`, and
+`manifest.json`, which is written last: without it nothing there counts as finished. The same protocol over the same
+local files does nothing when it is run again.
+
+Memory: a training split of which a number of lines is chosen holds that many lines; of any other, 16-byte digests are
+held (about 80 bytes a line), of test and validation text too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import heapq
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.data.corpus import Deduplicator, batched, clean, drop, summarise
+from mixmoe_megatron.data.preparation.filters import FilterOptions, filter_rows
+from mixmoe_megatron.data.preparation.protocol import Protocol, pair_languages
+from mixmoe_megatron.data.preparation.sources import Row, Source
+from mixmoe_megatron.errors import MixMoEError
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_BATCH_ROWS = 2000
+_PARTIAL = ".preparing"
+
+Texts = tuple[str, ...]
+
+
+def prepare(protocol: Protocol, output_dir: str | Path, workers: int = 1) -> dict[str, Any]:
+    """Write the protocol's files.
+
+    Args:
+        protocol: What to prepare.
+        output_dir: Gets the files; other files there are left alone.
+        workers: Processes that filter; the result does not depend on it.
+
+    Returns:
+        The manifest: protocol, its sha256, local sources with their hashes, and for each file its lines, bytes, sha256
+        and counts: `read`, `kept`, `dropped_<reason>`, `not_sampled`.
+
+    Raises:
+        MixMoEError: A source cannot be read or has no such column, a split is empty, or the arguments make no sense.
+    """
+    if workers < 1:
+        raise MixMoEError(f"--workers must be 1 or more, not {workers}.")
+    directory = Path(output_dir)
+    described = _describe(protocol)
+    if (done := _finished(directory, described["sha256"])) is not None:
+        logger.info("%s is up to date: nothing to do", directory)
+        return done
+    partial = directory / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with _Pool(workers) as pool:
+            outputs = _Preparation(protocol, partial, pool).run()
+        manifest = {"format_version": FORMAT_VERSION, **described, "files": outputs}
+        (directory / MANIFEST).unlink(missing_ok=True)
+        for name in outputs:
+            os.replace(partial / name, directory / name)
+        write_json(directory / MANIFEST, manifest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # only when it is empty
+    return manifest
+
+
+def _describe(protocol: Protocol) -> dict[str, Any]:
+    """The protocol and the hashes of its local files, and one sha256 over both."""
+    value = json.loads(json.dumps(asdict(protocol)))  # as it is read again
+    sources = {}
+    for splits in (*protocol.parallel.values(), *protocol.monolingual.values()):
+        for source in splits.values():
+            for path in source.paths():
+                with open(path, "rb") as stream:
+                    sources[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+    whole = {"protocol": value, "sources": sources}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return {"sha256": digest, **whole}
+
+
+def _finished(directory: Path, digest: str) -> dict[str, Any] | None:
+    """The manifest of an earlier run of the same protocol, when all its files are there in full length."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        whole = all((directory / name).stat().st_size == file["bytes"] for name, file in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if whole and manifest.get("sha256") == digest else None
+
+
+class _Pool:
+    """Maps batches of rows in order, with a bounded number of batches under way; one worker is this process."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def filter(
+        self, rows: Iterable[Row], languages: Sequence[str], options: FilterOptions
+    ) -> Iterator[tuple[list[Texts], Counter[str]]]:
+        """Yield what `filter_rows` makes of each batch."""
+        if self._pool is None:
+            for batch in batched(rows, _BATCH_ROWS):
+                yield filter_rows(batch, languages, options)
+            return
+        under_way: deque[Any] = deque()
+        for batch in batched(rows, _BATCH_ROWS):
+            under_way.append(self._pool.submit(filter_rows, batch, languages, options))
+            if len(under_way) > 2 * self._workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+class _Preparation:
+    """One run. Test sets come first and validation sets second: what they hold is kept out of all that follows."""
+
+    def __init__(self, protocol: Protocol, directory: Path, pool: _Pool) -> None:
+        self._protocol, self._directory, self._pool = protocol, directory, pool
+        self._held_out: dict[str, set[bytes]] = {"test": set(), "valid": set()}
+        self._outputs: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Write all splits and return what is known of each file."""
+        protocol = self._protocol
+        jobs = [
+            (pair_languages(pair), split, source, f"{pair}.{split}.tsv.gz", protocol.pairs_per_language)
+            for pair, splits in protocol.parallel.items()
+            for split, source in splits.items()
+        ] + [
+            ((code,), split, source, f"mono.{code}.{split}.txt.gz", protocol.lines_per_language)
+            for code, splits in protocol.monolingual.items()
+            for split, source in splits.items()
+        ]
+        order = {"train": 2, "valid": 1}
+        for languages, split, source, name, limit in sorted(jobs, key=lambda job: order.get(job[1], 0)):
+            started, counts = time.monotonic(), Counter(read=0, kept=0)
+            rows = tqdm(source.rows(languages), desc=name, unit=" rows", mininterval=1.0)
+            if split in order:
+                usable = self._usable(rows, languages, ("test", "valid") if split == "train" else ("test",), counts)
+                lines = self._chosen(usable, limit if split == "train" else 0, counts)
+            else:
+                lines = _as_published(rows, source, counts)
+            self._write(name, self._watched(lines, split), languages, counts)
+            rate = counts["read"] / max(1e-9, time.monotonic() - started)
+            logger.info("%s: %s; %.0f rows a second", name, summarise(counts), rate)
+        return self._outputs
+
+    def _chosen(self, usable: Iterable[Texts], limit: int, counts: Counter[str]) -> Iterator[Texts]:
+        """Deduplicate; with a limit choose that many at random."""
+        if limit:
+            yield from _sample(usable, limit, self._protocol.seed, counts)
+            return
+        seen = Deduplicator()
+        for texts in usable:
+            if seen.is_new(*texts):
+                yield texts
+            else:
+                drop(counts, "duplicate")
+
+    def _usable(
+        self, rows: Iterable[Row], languages: Sequence[str], held_out: Sequence[str], counts: Counter[str]
+    ) -> Iterator[Texts]:
+        """Filter, and drop what one of the `held_out` kinds of split holds on any side."""
+        for kept, more in self._pool.filter(rows, languages, self._protocol.filters):
+            counts.update(more)
+            for texts in kept:
+                keys = [_held_out_key(text) for text in texts]
+                split = next((name for name in held_out if not self._held_out[name].isdisjoint(keys)), None)
+                if split is None:
+                    yield texts
+                else:
+                    drop(counts, f"in_{split}")
+
+    def _watched(self, lines: Iterable[Texts], split: str) -> Iterator[Texts]:
+        """Pass lines on, and remember the texts of test and validation sets."""
+        held = self._held_out["valid" if split == "valid" else "test"] if split != "train" else None
+        for texts in lines:
+            if held is not None:
+                held.update(_held_out_key(text) for text in texts)
+            yield texts
+
+    def _write(self, name: str, lines: Iterable[Texts], languages: Sequence[str], counts: Counter[str]) -> None:
+        path = self._directory / name
+        with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
+            if len(languages) > 1:
+                stream.write(("\t".join(languages) + "\n").encode())
+            for texts in lines:
+                counts["kept"] += 1
+                stream.write(("\t".join(texts) + "\n").encode())
+        if not counts["kept"]:
+            raise MixMoEError(f"{name}: no line is left ({summarise(counts)}).")
+        with open(path, "rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        size = path.stat().st_size
+        self._outputs[name] = {"lines": counts["kept"], "bytes": size, "sha256": digest, "counts": dict(counts)}
+
+
+def _as_published(rows: Iterable[Row], source: Source, counts: Counter[str]) -> Iterator[Texts]:
+    """A test set, every line of it; only a tab within a text becomes a blank, as the file's columns need."""
+    for number, row in enumerate(rows, start=1):
+        counts["read"] += 1
+        if row is None or not all(text.strip() for text in row):
+            raise MixMoEError(f"Row {number} of a test set ({source}) is broken or has an empty side.")
+        if any("\ud800" <= character <= "\udfff" for text in row for character in text):
+            raise MixMoEError(f"Row {number} of a test set ({source}) is not UTF-8.")
+        yield tuple(" ".join(clean(text).splitlines()).replace("\t", " ") for text in row)
+
+
+def _sample(lines: Iterable[Texts], limit: int, seed: int, counts: Counter[str]) -> Iterator[Texts]:
+    """Choose `limit` different lines at random, and yield them in random order.
+
+    Those with the smallest keyed hash are taken: the choice depends on the seed and on the set of lines alone, not on
+    their order, and equal lines meet in one place. Duplicates of a line that is not in the sample count as not sampled.
+    """
+    key = hashlib.sha256(str(seed).encode()).digest()
+    heap: list[tuple[int, Texts]] = []  # the largest hash first
+    members: set[int] = set()
+    for texts in lines:
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=16, key=key).digest()
+        number = int.from_bytes(digest, "big")
+        if number in members:
+            drop(counts, "duplicate")
+            continue
+        if len(heap) == limit and number > -heap[0][0]:
+            counts["not_sampled"] += 1
+            continue
+        members.add(number)
+        if len(heap) < limit:
+            heapq.heappush(heap, (-number, texts))
+        else:
+            members.discard(-heapq.heapreplace(heap, (-number, texts))[0])
+            counts["not_sampled"] += 1
+    for _, texts in sorted(heap, reverse=True):
+        yield texts
+
+
+def _held_out_key(text: str) -> bytes:
+    """A digest of a text without regard to case and white space."""
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()

@@ -1,0 +1,262 @@
+"""Where text comes from: local files of any usual format, aligned plain files, the Hugging Face hub, FLORES, sacreBLEU.
+
+A source yields rows, each a tuple with one text for each column asked for, or None for a row that cannot be read as
+such a tuple (broken JSON, a wrong number of columns, an empty cell of a Parquet file): the caller counts it. What is
+wrong with the source itself (no such file, no such column, sides of different length) is an error.
+
+Bytes that are not UTF-8 arrive as lone surrogates (Python's "surrogateescape"): the filters count and drop them.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from mixmoe_megatron.data.corpus import read_lines
+from mixmoe_megatron.data.languages import flores_code
+from mixmoe_megatron.errors import MixMoEError
+
+Row = tuple[str, ...] | None
+_COMPRESSIONS = (".gz", ".zst")
+_KINDS = ("files", "aligned", "hub", "flores", "sacrebleu")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of one split of one language or pair, as a protocol file describes it.
+
+    Exactly one of the first five is set.
+
+    Attributes:
+        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text; .gz and .zst are unpacked.
+        aligned: Language code -> plain text file, line by line translations of each other (Moses).
+        hub: Dataset on the Hugging Face hub, a local directory of one, or a builder such as "text".
+        flores: Directory of FLORES-200 (it holds dev/ and devtest/).
+        sacrebleu: Name of a sacreBLEU test set, such as "wmt17", or several joined by "+".
+        columns: Language code -> column. None: the language codes; for text of one language "text".
+        config: Configuration of the hub dataset; language pair of the sacreBLEU test set (None: either direction).
+        split: Split of the hub dataset or of FLORES.
+        data_files: Passed on to `datasets.load_dataset`: addresses for a builder.
+        revision: Of the hub dataset; a commit makes the run repeatable.
+        max_rows: Read at most so many rows; 0 reads all.
+    """
+
+    files: tuple[str, ...] = ()
+    aligned: Mapping[str, str] | None = None
+    hub: str | None = None
+    flores: str | None = None
+    sacrebleu: str | None = None
+    columns: Mapping[str, str] | None = None
+    config: str | None = None
+    split: str = "train"
+    data_files: str | tuple[str, ...] | None = None
+    revision: str | None = None
+    max_rows: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the description.
+
+        Raises:
+            MixMoEError: It names no source, or two, or a negative number of rows.
+        """
+        given = [kind for kind in _KINDS if getattr(self, kind)]
+        if len(given) != 1:
+            raise MixMoEError(f"A source names exactly one of {', '.join(_KINDS)}; got {', '.join(given) or 'none'}.")
+        if self.max_rows < 0:
+            raise MixMoEError(f"max_rows must be 0 (all rows) or more, not {self.max_rows}.")
+
+    @classmethod
+    def from_value(cls, value: Any, where: str) -> Source:
+        """Read a source from a protocol file: a path, a list of paths, or a mapping of this class's attributes.
+
+        Args:
+            value: The YAML value.
+            where: Its place in the protocol, for messages.
+
+        Raises:
+            MixMoEError: It is none of these, or has an unknown key.
+        """
+        if isinstance(value, str):
+            return cls(files=(value,))
+        if isinstance(value, list) and all(isinstance(path, str) for path in value):
+            return cls(files=tuple(value))
+        if not isinstance(value, dict):
+            raise MixMoEError(f"{where}: a source is a path, a list of paths or a mapping, not {value!r}.")
+        if unknown := set(value) - set(cls.__dataclass_fields__):
+            raise MixMoEError(
+                f"{where}: unknown key {sorted(unknown)[0]!r}; a source has {', '.join(cls.__dataclass_fields__)}."
+            )
+        value = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
+        if isinstance(value.get("files"), str):
+            value["files"] = (value["files"],)
+        return cls(**value)
+
+    def paths(self) -> list[str]:
+        """Return the local files, patterns expanded and sorted.
+
+        Raises:
+            MixMoEError: A path or pattern names no file.
+        """
+        found: list[str] = []
+        for pattern in [*self.files, *(self.aligned or {}).values()]:
+            matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+            missing = [path for path in matches or [pattern] if not Path(path).is_file()]
+            if missing:
+                raise MixMoEError(f"{missing[0]} does not exist or is not a file.")
+            found += matches
+        return found
+
+    def rows(self, languages: Sequence[str]) -> Iterator[Row]:
+        """Yield rows with one text for each language, in the order of `languages`.
+
+        Args:
+            languages: One code, or two of a pair.
+
+        Raises:
+            MixMoEError: See the module's text.
+        """
+        for number, row in enumerate(self._all_rows(languages)):
+            if self.max_rows and number >= self.max_rows:
+                return
+            yield row
+
+    def _all_rows(self, languages: Sequence[str]) -> Iterator[Row]:
+        if self.files:
+            for path in self.paths():
+                yield from _read_file(path, self._columns(languages))
+        elif self.aligned is not None:
+            if missing := set(languages) - set(self.aligned):
+                raise MixMoEError(f"The aligned files {dict(self.aligned)} lack the language {sorted(missing)[0]!r}.")
+            self.paths()
+            yield from _read_aligned([self.aligned[code] for code in languages])
+        elif self.flores is not None:
+            folder = Path(self.flores) / self.split
+            yield from _read_aligned([str(folder / f"{flores_code(code)}.{self.split}") for code in languages])
+        elif self.sacrebleu is not None:
+            yield from _read_sacrebleu(self.sacrebleu, self.config, languages)
+        else:
+            yield from self._read_hub(self._columns(languages))
+
+    def _columns(self, languages: Sequence[str]) -> list[str]:
+        if self.columns is None:
+            return list(languages) if len(languages) > 1 else ["text"]
+        if missing := set(languages) - set(self.columns):
+            raise MixMoEError(f"columns {dict(self.columns)} name no column of the language {sorted(missing)[0]!r}.")
+        return [self.columns[code] for code in languages]
+
+    def _read_hub(self, columns: list[str]) -> Iterator[Row]:
+        from datasets import load_dataset
+
+        assert self.hub is not None
+        data_files = list(self.data_files) if isinstance(self.data_files, tuple) else self.data_files
+        try:
+            dataset = load_dataset(
+                self.hub, self.config, split=self.split, data_files=data_files, revision=self.revision, streaming=True
+            )
+            yield from _records(iter(dataset), columns, f"dataset {self.hub}")
+        except MixMoEError:
+            raise
+        except Exception as error:  # datasets raises many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise MixMoEError(f"Cannot read the dataset {self.hub} ({self.config or 'default'}): {reason}") from error
+
+
+def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
+    name = path
+    for suffix in _COMPRESSIONS:
+        name = name.removesuffix(suffix)
+    kind = Path(name).suffix
+    if kind == ".parquet":
+        return _read_parquet(path, columns)
+    if kind == ".jsonl":
+        return _read_jsonl(path, columns)
+    if kind == ".tsv":
+        return _read_tsv(path, columns)
+    if len(columns) > 1:
+        raise MixMoEError(f"{path}: a pair of languages needs .tsv, .jsonl or .parquet, or two `aligned` files.")
+    return ((line,) for _, line in read_lines(path, errors="surrogateescape"))
+
+
+def _read_tsv(path: str, columns: list[str]) -> Iterator[Row]:
+    lines = read_lines(path, errors="surrogateescape")
+    header = next(lines, (0, ""))[1].split("\t")
+    for column in columns:
+        if column not in header:
+            raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {', '.join(header)}.")
+    places = [header.index(column) for column in columns]
+    for _, line in lines:
+        cells = line.split("\t")
+        yield tuple(cells[place] for place in places) if len(cells) == len(header) else None
+
+
+def _read_jsonl(path: str, columns: list[str]) -> Iterator[Row]:
+    def records() -> Iterator[Any]:
+        for _, line in read_lines(path, errors="surrogateescape"):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                yield None
+
+    return _records(records(), columns, path)
+
+
+def _read_parquet(path: str, columns: list[str]) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = ["translation"] if "translation" in names and columns[0] not in names else columns
+            if missing := [column for column in wanted if column not in names]:
+                raise MixMoEError(f"{path}: no column '{missing[0]}'; it has {', '.join(names)}.")
+            records = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+            yield from _records(records, columns, path)
+    except pyarrow.ArrowException as error:
+        raise MixMoEError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+
+
+def _records(records: Iterator[Any], columns: list[str], where: str) -> Iterator[Row]:
+    """Take the columns of mappings; a pair may lie below "translation", as in the WMT datasets of the hub."""
+    for number, record in enumerate(records):
+        if isinstance(record, dict) and isinstance(record.get("translation"), dict):
+            record = record["translation"]
+        if number == 0 and isinstance(record, dict) and (missing := [name for name in columns if name not in record]):
+            raise MixMoEError(f"{where}: no column '{missing[0]}'; it has {', '.join(record)}.")
+        texts = [record.get(column) for column in columns] if isinstance(record, dict) else [None]
+        strings = tuple(text for text in texts if isinstance(text, str))
+        yield strings if len(strings) == len(texts) else None
+
+
+def _read_aligned(paths: list[str]) -> Iterator[Row]:
+    sides = [read_lines(path, errors="surrogateescape") for path in paths]
+    number = 0
+    for number, lines in enumerate(zip_longest(*sides), start=1):
+        if None in lines:
+            short = paths[lines.index(None)]
+            raise MixMoEError(f"{short} ends after line {number - 1}, the other side goes on: they are not aligned.")
+        yield tuple(line for _, line in lines)
+
+
+def _read_sacrebleu(names: str, pair: str | None, languages: Sequence[str]) -> Iterator[Row]:
+    """Sources and first references of test sets, in the direction in which sacreBLEU has them."""
+    from sacrebleu.utils import get_langpairs_for_testset, get_reference_files, get_source_file
+
+    if len(languages) != 2:
+        raise MixMoEError(f"The sacreBLEU test set {names} holds pairs of languages, not one.")
+    forward, backward = "-".join(languages), "-".join(reversed(languages))
+    for name in names.split("+"):
+        known = get_langpairs_for_testset(name)
+        found = [wanted for wanted in ((pair,) if pair else (forward, backward)) if wanted in known]
+        if not found or found[0] not in (forward, backward):
+            raise MixMoEError(f"sacreBLEU has no test set {name!r} for {pair or forward}.")
+        try:
+            sides = [str(get_source_file(name, found[0])), str(get_reference_files(name, found[0])[0])]
+        except (OSError, SystemExit) as error:
+            raise MixMoEError(f"Cannot fetch the sacreBLEU test set {name} for {found[0]} ({error}).") from error
+        yield from _read_aligned(sides if found[0] == forward else sides[::-1])
