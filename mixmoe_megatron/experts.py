@@ -27,6 +27,7 @@ from mixmoe_megatron.backends import choose_experts_backend
 from mixmoe_megatron.config import options_and_stage
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.expert_sharding import StackedWeight
+from mixmoe_megatron.metrics import recording_tracker
 
 
 class GroupedLinear(torch.nn.Module):
@@ -252,6 +253,9 @@ class MixMoEExperts(MegatronModule):
         name: instance name, for Transformer Engine's modules.
         mixmoe_stage: needed when `config` is a plain TransformerConfig.
 
+    Attributes:
+        layer_number: 1-based, for the log; set by the layer.
+
     Raises:
         MixMoEError: the backend asked for is not there or does not support the config.
     """
@@ -270,6 +274,8 @@ class MixMoEExperts(MegatronModule):
             raise MixMoEError("MixMoEExperts needs Megatron's process groups (pg_collection).")
         _, self.stage = options_and_stage(config, mixmoe_stage)
         self.num_per_group = num_local_experts // self.stage
+        self.layer_number: int | None = None
+        self.tp_group = pg_collection.expt_tp
         self.backend = choose_experts_backend(config, self.num_per_group)
         self.lm_experts = self._build_group(pg_collection, f"{name}.lm_experts" if name else None)
         if self.stage == 2:
@@ -307,6 +313,9 @@ class MixMoEExperts(MegatronModule):
             self._run_group(*work)
             for work in zip(self.groups(), hidden_states.split(sizes), group_counts, probs.split(sizes), strict=True)
         ]
+        if (tracker := recording_tracker(self)) and self.layer_number is not None:
+            for index, output in enumerate(outputs):
+                tracker.record_output(self.layer_number, index, output, self.tp_group)
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]), None
 
     def _run_group(

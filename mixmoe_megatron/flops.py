@@ -18,6 +18,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mixmoe_megatron.conversion.mappings import Sizes
 
+# NVIDIA's data sheets: dense bfloat16 or float16, 10^12 operations a second. The first name found in a device's counts.
+_PEAK_TFLOPS = (("A100", 312.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0))
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak of a GPU in bfloat16 or float16, operations a second; None for one that is not known here.
+
+    Args:
+        device_name: as torch.cuda.get_device_name() tells it.
+    """
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name), None)
+
 
 @dataclass(frozen=True)
 class StepFlops:
@@ -54,7 +66,9 @@ class _Product:
     weights: int
 
 
-def step_flops(sizes: Sizes, topk_per_group: int, tokens: float, seq_length: float) -> StepFlops:
+def step_flops(
+    sizes: Sizes, topk_per_group: int, tokens: float, seq_length: float, layers: range | None = None
+) -> StepFlops:
     """Count the operations of one training step.
 
     Args:
@@ -62,8 +76,10 @@ def step_flops(sizes: Sizes, topk_per_group: int, tokens: float, seq_length: flo
         topk_per_group: k, experts chosen per token and group.
         tokens: in the step, all data-parallel ranks together.
         seq_length: tokens that attend to each other, causally. For sequences of lengths l: sum(l^2) / sum(l).
+        layers: only these layers (a pipeline stage); the output layer goes with the last one. None: the whole model.
     """
-    products = list(_products(sizes, topk_per_group, seq_length))
+    layers = range(sizes.num_layers) if layers is None else layers
+    products = list(_products(sizes, topk_per_group, seq_length, layers))
     return StepFlops(
         forward=tokens * sum(product.forward for product in products),
         backward_inputs=tokens * sum(product.forward * product.inputs for product in products),
@@ -71,13 +87,13 @@ def step_flops(sizes: Sizes, topk_per_group: int, tokens: float, seq_length: flo
     )
 
 
-def _products(sizes: Sizes, topk_per_group: int, seq_length: float) -> Iterator[_Product]:
-    """Yield the products of the model, operations for one token."""
+def _products(sizes: Sizes, topk_per_group: int, seq_length: float, layers: range) -> Iterator[_Product]:
+    """Yield the products of these layers, operations for one token."""
     dense = sizes.num_groups == 0
     hidden, query = sizes.hidden_size, sizes.num_attention_heads * sizes.kv_channels
     key_value = 2 * sizes.num_query_groups * sizes.kv_channels
     first = -1 if dense else sizes.moe_layers[0]
-    for layer in range(sizes.num_layers):
+    for layer in layers:
         above = int(layer > first)
         yield _Product(2 * hidden * (query + key_value) + 2 * query * hidden, above, int(dense))
         yield _Product(2 * query * (seq_length + 1), 2 * above, 0)  # q k^T and its product with v; half is masked
@@ -85,7 +101,8 @@ def _products(sizes: Sizes, topk_per_group: int, seq_length: float) -> Iterator[
             yield from _moe_layer(sizes, topk_per_group, above)
         else:
             yield _Product(6 * hidden * sizes.ffn_hidden_size, above, int(dense))
-    yield _Product(2 * hidden * sizes.padded_vocab_size, 1, int(dense))
+    if layers.stop == sizes.num_layers:
+        yield _Product(2 * hidden * sizes.padded_vocab_size, 1, int(dense))
 
 
 def _moe_layer(sizes: Sizes, topk_per_group: int, above: int) -> Iterator[_Product]:

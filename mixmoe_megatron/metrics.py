@@ -1,48 +1,227 @@
-"""Logging of each group's aux loss in Megatron's training log, TensorBoard and W&B."""
+"""What operators watch: load, router probability, aux loss and output norm of each group, layer by layer.
+
+All is summed on the device, without a synchronisation, and averaged over the steps, micro-batches and tokens since the
+last log line, the time span of Megatron's own averages. When Megatron logs, one all-reduce brings the ranks together.
+
+The log line, TensorBoard and W&B get the means over the MoE layers, and with --moe-per-layer-logging TensorBoard and
+W&B each layer too (`moe/NAME_layer_I`, I from 0, and each expert's load). Names, with "lm_" or "mt_" in front:
+
+- `load_balancing_loss`: the raw aux loss: 1 when balanced, num_experts_per_group at collapse;
+- `load_max`, `load_entropy`, `load_variation`: of the experts' shares of the routed tokens the largest, the entropy
+  (nats, log(num_experts_per_group) when balanced) and the coefficient of variation (0 when balanced);
+- `router_prob`: mean probability that the router gave a chosen expert;
+- `output_norm`: root mean square over tokens of the norm of a chosen expert's output, as it enters the layer's sum.
+
+In stage 2 `mt_lm_norm_ratio` is the quotient of the output norms. Padding counts for nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+import torch
+from megatron.core import utils
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
 
-from mixmoe_megatron.router import GROUPS, aux_loss_name
+#: Names of the expert groups, in logical order; stage 1 has the first, stage 2 both.
+GROUPS = ("lm", "mt")
+_AUX_LOSS = "load_balancing_loss"
+# Columns of the sums behind the n token counts of the experts.
+_PROB, _AUX, _AUX_COUNT, _SQUARED_NORM = range(4)
 
-_MEGATRON_NAME = "load_balancing_loss"
+
+class Rates(Protocol):
+    """Values a second for the log (`training.throughput.Throughput`)."""
+
+    def end_step(self) -> None:
+        """Count the step that ended."""
+
+    def rates(self, begin_interval: bool) -> dict[str, float]:
+        """Return the values since the last log line by name; `begin_interval`: count anew after this."""
+        ...
+
+
+def aux_loss_name(group: str) -> str:
+    """Return the name under which a group's raw aux loss is logged."""
+    return f"{group}_{_AUX_LOSS}"
 
 
 class MixMoEMetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker, reporting the groups' aux losses where Megatron asks for its one.
-
-    The value is the mean over MoE layers of the raw loss: 1 when balanced, num_experts_per_group at collapse.
+    """Megatron's tracker of MoE metrics, for expert groups.
 
     Args:
         stage: 1 (LM) or 2 (LM and MT).
+        moe_layers: 0-based indices of the MoE layers of the whole model.
+        num_experts_per_group: n.
+        log_interval: steps between log lines.
+        rates: gives values a second to the log.
     """
 
-    def __init__(self, stage: int):
+    def __init__(
+        self,
+        stage: int,
+        moe_layers: Sequence[int],
+        num_experts_per_group: int,
+        log_interval: int = 1,
+        rates: Rates | None = None,
+    ):
         super().__init__()
-        self.names = [aux_loss_name(group) for group in GROUPS[:stage]]
+        self.groups, self.moe_layers, self.num_experts = GROUPS[:stage], list(moe_layers), num_experts_per_group
+        self.log_interval, self.rates = log_interval, rates
+        self._sums: torch.Tensor | None = None
+        self._logged = False
 
-    def report(self, *args: Any, track_names: str | list[str] | None = None, **kwargs: Any) -> str:
-        """Report as Megatron's tracker. `track_names`: Megatron's own name stands for the groups' names.
+    def _row(self, layer_number: int, device: torch.device | str | int) -> torch.Tensor:
+        """The sums of a layer (1-based), [G, n + 4] float64: tokens of each expert, then the columns above."""
+        if self._sums is None:
+            shape = (len(self.moe_layers), len(self.groups), self.num_experts + 4)
+            self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        return self._sums[self.moe_layers.index(layer_number - 1)]
 
-        Megatron passes force_initialize=True, so that every pipeline rank takes part in the reduction, those without
-        an MoE layer too.
+    def record(
+        self, name: str, value: torch.Tensor, layer_number: int | None, num_layers: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add a raw aux loss, a summand on each rank of kwargs["reduce_group"]. Called by Megatron's router class."""
+        if layer_number is not None:
+            group = [aux_loss_name(group) for group in self.groups].index(name)
+            columns = self._row(layer_number, value.device)[group, self.num_experts :]
+            columns[_AUX] += value.detach()
+            columns[_AUX_COUNT] += 1.0 / utils.get_pg_size(kwargs.get("reduce_group"))
+
+    def record_routing(
+        self, layer_number: int, scores: torch.Tensor, routing_map: torch.Tensor, valid: torch.Tensor | None
+    ) -> None:
+        """Add a micro-batch's choices.
+
+        Args:
+            layer_number: 1-based.
+            scores: [T, G, n] float32, the groups' softmax.
+            routing_map: [T, G, n] bool.
+            valid: [T] bool, False = padding; None: no padding.
         """
-        asked = [track_names] if isinstance(track_names, str) else list(track_names or [_MEGATRON_NAME])
-        names = [name for name in asked if name != _MEGATRON_NAME]
-        if _MEGATRON_NAME in asked:
-            names = self.names + names
-        return super().report(*args, track_names=names, **kwargs)
+        if valid is not None:
+            routing_map = routing_map & valid[:, None, None]
+        row = self._row(layer_number, scores.device)
+        row[:, : self.num_experts] += routing_map.sum(dim=0)
+        row[:, self.num_experts + _PROB] += (scores.detach() * routing_map).sum(dim=(0, 2))
+
+    def record_output(
+        self, layer_number: int, group: int, output: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
+    ) -> None:
+        """Add the squared norm of a group's expert outputs, [T, H]; zero rows (padding) change nothing.
+
+        Args:
+            layer_number: 1-based.
+            group: index in GROUPS.
+            output: of this rank's experts; under expert tensor parallelism a summand.
+            tp_group: the expert tensor parallel group.
+        """
+        output, ranks = output.detach(), utils.get_pg_size(tp_group)
+        if ranks > 1:
+            output = output.clone()
+            torch.distributed.all_reduce(output, group=tp_group)
+        norm = torch.linalg.vector_norm(output, dtype=torch.float32)
+        self._row(layer_number, output.device)[group, self.num_experts + _SQUARED_NORM] += norm.square() / ranks
+
+    def report(
+        self,
+        loss_scale: float,
+        iteration: int,
+        writer: Any = None,
+        wandb_writer: Any = None,
+        per_layer_logging: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Log when Megatron does: on its first step and every `log_interval` steps. All ranks call it on every step.
+
+        As Megatron, it keeps the sums of the first step for the first whole interval.
+
+        Args:
+            loss_scale: not used, micro-batches are counted.
+            iteration: of the step that ended.
+            writer: TensorBoard's, on one rank.
+            wandb_writer: W&B's, on one rank.
+            per_layer_logging: write each layer's values too.
+            kwargs: Megatron's other arguments, not needed here.
+
+        Returns:
+            The part of the log line, "" between log lines.
+        """
+        if self.rates is not None:
+            self.rates.end_step()
+        begins, self._logged = not self._logged, True
+        if not begins and iteration % self.log_interval:
+            return ""
+        if self._sums is None:  # a pipeline stage without an MoE layer
+            self._row(self.moe_layers[0] + 1, torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        assert self._sums is not None
+        sums = self._sums.clone()
+        torch.distributed.all_reduce(sums)
+        if not begins:
+            self._sums.zero_()
+        layers = self._per_layer(sums.cpu())
+        values = {name: rows[:, 0].mean().item() for name, rows in layers.items() if rows.shape[1] == 1}
+        values |= self.rates.rates(begin_interval=not begins) if self.rates else {}
+        written = dict(values)
+        if per_layer_logging:
+            written |= {
+                f"moe/{name}_layer_{layer}" + (f"_expert_{index}" if len(row) > 1 else ""): value
+                for name, rows in layers.items()
+                for layer, row in zip(self.moe_layers, rows.tolist(), strict=True)
+                for index, value in enumerate(row)
+            }
+        if writer is not None:
+            for name, value in written.items():
+                writer.add_scalar(name, value, iteration)
+        if wandb_writer is not None:
+            wandb_writer.log(written, iteration)
+        return "".join(f" {name}: {value:.6E} |" for name, value in values.items())
+
+    def clear(self) -> None:
+        """Forget what was recorded since the last log line."""
+        if self._sums is not None:
+            self._sums.zero_()
+
+    def _per_layer(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Turn the sums of all ranks into values by name: [MoE layers, 1], and "GROUP_load" [MoE layers, n]."""
+        values: dict[str, torch.Tensor] = {}
+        for index, group in enumerate(self.groups):
+            counts, columns = sums[:, index, : self.num_experts], sums[:, index, self.num_experts :].unsqueeze(-1)
+            routed = counts.sum(dim=1, keepdim=True)
+            share = counts / routed
+            if columns[:, _AUX_COUNT].all():
+                values[aux_loss_name(group)] = columns[:, _AUX] / columns[:, _AUX_COUNT]
+            values[f"{group}_load_max"] = share.amax(dim=1, keepdim=True)
+            values[f"{group}_load_entropy"] = torch.special.entr(share).sum(dim=1, keepdim=True)
+            values[f"{group}_load_variation"] = share.std(dim=1, keepdim=True, correction=0) * self.num_experts
+            values[f"{group}_router_prob"] = columns[:, _PROB] / routed
+            values[f"{group}_output_norm"] = (columns[:, _SQUARED_NORM] / routed).sqrt()
+            values[f"{group}_load"] = share
+        if len(self.groups) == 2:
+            values["mt_lm_norm_ratio"] = values["mt_output_norm"] / values["lm_output_norm"]
+        return values
 
 
-def install_metrics_tracker(stage: int) -> MixMoEMetricsTracker:
+def recording_tracker(module: torch.nn.Module) -> MixMoEMetricsTracker | None:
+    """Return the tracker if `module` is to record this pass: in training, with gradients, and a Mix-MoE tracker is set.
+
+    Under activation recomputation the first of the two passes has no gradients.
+    """
+    tracker = get_moe_metrics_tracker() if module.training and torch.is_grad_enabled() else None
+    return tracker if isinstance(tracker, MixMoEMetricsTracker) else None
+
+
+def install_metrics_tracker(*args: Any, **kwargs: Any) -> MixMoEMetricsTracker:
     """Make a MixMoEMetricsTracker the process's tracker and return it. Call before training starts.
 
     Args:
-        stage: 1 or 2.
+        args, kwargs: as MixMoEMetricsTracker.
     """
-    tracker = MixMoEMetricsTracker(stage)
+    tracker = MixMoEMetricsTracker(*args, **kwargs)
     set_moe_metrics_tracker(tracker)
     return tracker

@@ -74,6 +74,11 @@ class MixMoELayer(MoELayer):
             **kwargs,
         )
 
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the 1-based number of the layer, which is told when it is known."""
+        super().set_layer_number(layer_number)
+        self.experts.layer_number = layer_number
+
     @torch.no_grad()
     def initialize_mt_from_lm(self) -> None:
         """Start the MT group as a copy of the LM group: experts always, the router unless mt_router_init is "random".

@@ -21,15 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from mixmoe_megatron.config import MixMoEOptions, options_and_stage
+from mixmoe_megatron.metrics import GROUPS, aux_loss_name, recording_tracker
 from mixmoe_megatron.spectral import fold_router_weight
-
-#: Names of the expert groups, in logical order; stage 1 has the first, stage 2 both.
-GROUPS = ("lm", "mt")
-
-
-def aux_loss_name(group: str) -> str:
-    """Return the name under which a group's raw aux loss is logged."""
-    return f"{group}_load_balancing_loss"
 
 
 class GroupRouter(torch.nn.Module):
@@ -163,21 +156,29 @@ class MixMoERouter(TopKRouter):
         scores = logits.reshape(-1, self.stage, self.options.num_experts_per_group).softmax(dim=-1)  # [T, G, n]
         chosen = scores.topk(k, dim=-1).indices
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
-        probs = self._scale(scores, routing_map)
+        valid = None if padding_mask is None else ~padding_mask.reshape(-1)
+        probs = self._scale(scores, routing_map, valid)
+        if tracker := recording_tracker(self):
+            tracker.record_routing(self.layer_number, scores, routing_map, valid)
         if self.training and torch.is_grad_enabled() and self.group_aux_loss_coeff > 0:
-            valid = None if padding_mask is None else ~padding_mask.reshape(-1)
             for index in range(self.stage):
                 probs = self._attach_aux_loss(probs, scores[:, index], routing_map[:, index], valid, GROUPS[index])
         return self._to_physical_order(probs), self._to_physical_order(routing_map)
 
-    def _scale(self, scores: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
-        """Return the factor of each chosen expert's output, 0 elsewhere. [T, G, n] -> [T, G, n] float32."""
+    def _scale(self, scores: torch.Tensor, routing_map: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """Return the factor of each chosen expert's output, 0 elsewhere. [T, G, n] -> [T, G, n] float32.
+
+        Padding (`valid` [T] is False) gets next to nothing, so that the norm of what experts give out is the tokens';
+        not 0 (nor so small that it slows a CPU), because the flex dispatcher finds the chosen experts by their probs.
+        """
         combine = 1.0 / self.stage if self.options.group_combine == "mean" else 1.0
         if self.options.router_prob_scaling:
             # The flex dispatcher finds the chosen experts again by their probs: none may underflow to 0.
             scaled = scores.clamp_min(torch.finfo(torch.float32).tiny) * (self.options.resolved_expert_scale * combine)
         else:
             scaled = scores * 0.0 + combine  # a zero gradient, not none: DDP waits for every trained parameter
+        if valid is not None:
+            scaled = scaled.where(valid[:, None, None], 2.0**-60)
         return scaled * routing_map
 
     def _attach_aux_loss(

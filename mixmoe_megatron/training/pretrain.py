@@ -30,12 +30,12 @@ def main() -> None:
 
     from megatron.core.enums import ModelType
 
-    from mixmoe_megatron.metrics import install_metrics_tracker
     from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
     from mixmoe_megatron.training.datasets import configure_data, datasets_provider
     from mixmoe_megatron.training.resume import mend_distributed_optimizer
     from mixmoe_megatron.training.startup import prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
+    from mixmoe_megatron.training.throughput import install_metrics
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         parse_args(add_mixmoe_args)  # prints the flags and exits
@@ -55,8 +55,7 @@ def main() -> None:
     source = Path(args.tokenizer_model).parent
     if args.rank == 0 and not args.dry_run:
         prepare_save_directory(args.save, source, metadata, args.mixmoe_stage)
-    if args.mixmoe_stage:
-        install_metrics_tracker(args.mixmoe_stage)
+    install_metrics(args)
     mend_distributed_optimizer()
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 

@@ -15,6 +15,8 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
+from mixmoe_megatron.training.throughput import count_lengths
+
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
 
 
@@ -26,7 +28,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[s
 
     Returns:
         tokens, labels, position_ids: [B, S] int64. loss_mask: [B, S] float32. padding_mask: [B, S] bool, True where
-        there is padding.
+        there is padding. lengths: [B] int64, tokens of each whole sample without padding.
     """
     batch = None
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -36,9 +38,11 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[s
             batch["padding_mask"] = torch.zeros_like(batch["tokens"])
         batch = {key: batch[key].to(torch.int64) for key in BATCH_KEYS}
     batch = tensor_parallel.broadcast_data(BATCH_KEYS, batch, torch.int64)
+    lengths = (batch["padding_mask"] == 0).sum(dim=1)
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     batch["loss_mask"] = batch["loss_mask"].float()
     batch["padding_mask"] = batch["padding_mask"].bool()
+    batch["lengths"] = lengths
     return batch
 
 
@@ -89,6 +93,8 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
     timers("batch-generator").stop()
+    if get_args().dataloader_type == "external":
+        count_lengths(batch["lengths"], model)
     # Without padding no mask is passed, so that the aux losses count all tokens without a masked copy.
     padding_mask = batch["padding_mask"] if bool(batch["padding_mask"].any()) else None
     output = model(

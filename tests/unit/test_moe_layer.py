@@ -1,21 +1,18 @@
-"""The MoE layer in Megatron's frame: construction, one dispatch, upcycled start, recomputation, specs, logging."""
+"""The MoE layer in Megatron's frame: construction, one dispatch, upcycled start, recomputation, specs."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.moe import moe_logging
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mixmoe_megatron import layer_specs
 from mixmoe_megatron.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
-from mixmoe_megatron.metrics import install_metrics_tracker
 from mixmoe_megatron.moe_layer import MixMoELayer
 from tests.helpers.megatron import (
     gradients,
@@ -159,34 +156,3 @@ def test_a_plain_config_without_a_stage() -> None:
     plain = SimpleNamespace(**ours.to_dict())
     with pytest.raises(MixMoEError, match="give mixmoe_stage 1 or 2"):
         MixMoELayer(plain)
-
-
-def test_training_log_shows_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Megatron's training_log does: it asks for `load_balancing_loss`; the groups' losses answer."""
-    monkeypatch.setattr(moe_logging, "_MOE_METRICS_TRACKER", None)
-    tracker = install_metrics_tracker(2)
-    model = make_model(make_config(make_options(moe_every=2), 2, moe_aux_loss_coeff=0.01))
-    model_loss(model)
-    written: dict[str, Any] = {}
-    writer = SimpleNamespace(add_scalar=lambda name, value, iteration: written.update({name: value}))
-    losses: dict[str, torch.Tensor] = {}
-    tracker.report(
-        1.0,
-        1,
-        writer=writer,
-        force_initialize=True,
-        track_names=["load_balancing_loss"],
-        num_layers=4,
-        moe_layer_freq=[0, 1, 0, 1],
-        total_loss_dict=losses,
-    )
-    assert set(losses) == set(written) == {"lm_load_balancing_loss", "mt_load_balancing_loss"}
-    assert all(0.9 < value < 4.1 for value in losses.values())
-
-
-def test_a_pipeline_rank_without_moe_layer_takes_part_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_logging, "_MOE_METRICS_TRACKER", None)
-    tracker = install_metrics_tracker(1)
-    tracker.report(1.0, 1, force_initialize=True, track_names=["load_balancing_loss"], num_layers=4)
-    assert [entry.values.shape for entry in tracker.metrics.values()] == [(4,)]
-    assert list(tracker.metrics) == ["lm_load_balancing_loss"]
