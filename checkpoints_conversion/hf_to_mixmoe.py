@@ -5,7 +5,8 @@
   hf_to_mixmoe.py --hf-dir BASE --output-dir DIR --dense    keep it dense
   hf_to_mixmoe.py --hf-dir EXPORT --output-dir DIR          take back a model that mixmoe_to_hf.py exported
 
-Reads safetensors only. DIR appears when it is complete.
+Reads safetensors only. DIR appears when it is complete. Under torchrun the processes share the work; the result is the
+same to the byte.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import sys
 from typing import Any
 
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.config import MixMoEOptions
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, run_import
+from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.options import MixMoEOptions
 
 
 def _parse_value(text: str) -> Any:
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1234, help="of the router weights (default 1234)")
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers are never cast")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, help="pad the vocabulary with zero rows")
+    parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinite values")
     parser.add_argument("--force", action="store_true", help="replace DIR if it has content")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
     parser.add_argument("--preset", choices=("recommended", "paper"), help="of Mix-MoE options (default recommended)")
@@ -80,22 +83,23 @@ def main(argv: list[str] | None = None) -> int:
         if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
             raise MixMoEError("--make-vocab-size-divisible-by must be positive.")
         is_mixmoe = read_hf_config(args.hf_dir).get("model_type") == "mixmoe"
-        prepared = prepare_import(
-            ImportRequest(
-                hf_dir=args.hf_dir,
-                output_dir=args.output_dir,
-                options=options_from_arguments(args, is_mixmoe),
-                seed=args.seed,
-                dtype=args.dtype,
-                make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
-                force=args.force,
-            )
+        request = ImportRequest(
+            hf_dir=args.hf_dir,
+            output_dir=args.output_dir,
+            options=options_from_arguments(args, is_mixmoe),
+            seed=args.seed,
+            dtype=args.dtype,
+            make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+            check_finite=args.check_finite,
+            force=args.force,
         )
-        if args.dry_run:
-            print(prepared.describe())
-        else:
-            run_import(prepared)
-            print(f"{prepared.metadata.stage} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}")
+        with joined_ranks() as ranks:
+            prepared = prepare_import(request)
+            done = f"{prepared.metadata.stage} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
+            if not args.dry_run:
+                run_import(prepared, ranks)
+            if ranks.rank == 0:
+                print(prepared.describe() if args.dry_run else done)
 
     setup_logging()
     return run_command(run)

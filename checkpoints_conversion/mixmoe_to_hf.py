@@ -3,7 +3,8 @@
 
 A dense checkpoint gives a plain Llama or Qwen2 model. The others give a Mix-MoE model with its modeling code
 (`trust_remote_code=True`), whose routers are folded into plain linear layers. The checkpoint may have been saved under
-any parallel layout; no GPU and no model is needed. OUT appears when it is complete.
+any parallel layout; no GPU and no model is needed. OUT appears when it is complete. Under torchrun the processes share
+the work; the result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
+from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.conversion.safetensors_io import parse_size
 
 
@@ -25,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers stay in fp32")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default 5GB)")
     parser.add_argument("--base-model", help="name of the dense base model, for the model card")
+    parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinite values")
     parser.add_argument("--force", action="store_true", help="replace OUT if it has content")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
     return parser
@@ -35,22 +38,23 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def run() -> None:
-        prepared = prepare_export(
-            ExportRequest(
-                checkpoint_dir=args.checkpoint_dir,
-                output_dir=args.output_dir,
-                iteration=args.iteration,
-                dtype=args.dtype,
-                max_shard_bytes=parse_size(args.max_shard_size),
-                base_model=args.base_model,
-                force=args.force,
-            )
+        request = ExportRequest(
+            checkpoint_dir=args.checkpoint_dir,
+            output_dir=args.output_dir,
+            iteration=args.iteration,
+            dtype=args.dtype,
+            max_shard_bytes=parse_size(args.max_shard_size),
+            base_model=args.base_model,
+            check_finite=args.check_finite,
+            force=args.force,
         )
-        if args.dry_run:
-            print(prepared.describe())
-        else:
-            run_export(prepared)
-            print(f"{prepared.metadata.stage} model of {len(prepared.plan)} tensors in {args.output_dir}")
+        with joined_ranks() as ranks:
+            prepared = prepare_export(request)
+            done = f"{prepared.metadata.stage} model of {len(prepared.plan)} tensors in {args.output_dir}"
+            if not args.dry_run:
+                run_export(prepared, ranks)
+            if ranks.rank == 0:
+                print(prepared.describe() if args.dry_run else done)
 
     setup_logging()
     return run_command(run)

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from mixmoe_megatron.config import MixMoEOptions
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_fold
-from mixmoe_megatron.conversion.output_dir import check_output_dir, whole_directory
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
-from mixmoe_megatron.conversion.safetensors_io import write_safetensors
+from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
+from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.progress import progress
+from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata
+from mixmoe_megatron.options import MixMoEOptions
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -37,6 +38,7 @@ class ExportRequest:
         dtype: `keep`, `fp32` or `bf16`; the router is always float32.
         max_shard_bytes: of a weight file.
         base_model: name of the dense base model, for the model card.
+        check_finite: refuse weights that hold NaN or infinite values.
         force: replace an output directory that has content.
     """
 
@@ -46,6 +48,7 @@ class ExportRequest:
     dtype: str = "keep"
     max_shard_bytes: int = 5 * 10**9
     base_model: str | None = None
+    check_finite: bool = False
     force: bool = False
 
 
@@ -84,7 +87,9 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
     sizes = model_sizes(metadata.megatron_args, options, metadata.stage, padded_vocab=rows)
     _check_stage(metadata, reader)
     context = Context(fold=None if options is None else router_fold(options))
-    plan = make_plan(expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype)
+    plan = make_plan(
+        expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype, None, request.check_finite
+    )
     return PreparedExport(request, metadata, sizes, plan)
 
 
@@ -139,26 +144,42 @@ def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
     return {**values, "architectures": ["MixMoEForCausalLM"], "auto_map": AUTO_MAP}
 
 
-def run_export(prepared: PreparedExport) -> None:
+def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
     """Write the Hugging Face directory: weights, config, code, tokenizer, model card and metadata, all or nothing.
 
-    Raises:
-        MixMoEError: the output directory may not be replaced, or a stored tensor is damaged.
-    """
-    request, metadata, plan = prepared.request, prepared.metadata, prepared.plan
-    config = _config(prepared)
-    with whole_directory(request.output_dir, request.force) as directory:
-        with tqdm(
-            total=sum(t.num_bytes for t in plan), unit="B", unit_scale=True, disable=None, desc="to Hugging Face"
-        ) as bar:
-            write_safetensors(directory, plan, request.max_shard_bytes, bar.update)
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_side_files(Path(request.checkpoint_dir) / TOKENIZER_DIR, directory)
-        if metadata.options is not None:
-            from mixmoe_megatron.hf import copy_code
+    Args:
+        prepared: the same on every rank.
+        ranks: those that share the work; all of them must call this.
 
-            copy_code(directory)
-        shutil.copyfile(Path(request.checkpoint_dir) / METADATA_FILE, directory / METADATA_FILE)
-        base_model = request.base_model or metadata.hf_config.get("_name_or_path")
-        parameters = sum(torch.Size(tensor.shape).numel() for tensor in plan)
-        (directory / "README.md").write_text(model_card(metadata, base_model, parameters), encoding="utf-8")
+    Raises:
+        MixMoEError: the output directory may not be replaced, the disk is full, or a stored tensor is damaged.
+    """
+    request, plan = prepared.request, prepared.plan
+    config = _config(prepared)
+    total = sum(t.num_bytes for t in plan)
+    ranks.on_first(lambda: check_space(request.output_dir, total))
+    with (
+        whole_directory(request.output_dir, request.force, ranks) as directory,
+        progress(total // ranks.size, "to Hugging Face", ranks.rank) as advance,
+    ):
+        write_safetensors(directory, plan, request.max_shard_bytes, advance, ranks)
+
+        def finish() -> None:
+            verify_written(plan, SafetensorsReader(directory))
+            _write_beside_the_weights(prepared, config, directory)
+
+        ranks.on_first(finish)
+
+
+def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], directory: Path) -> None:
+    request, metadata, source = prepared.request, prepared.metadata, Path(prepared.request.checkpoint_dir)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_side_files(source / TOKENIZER_DIR, directory)
+    if metadata.options is not None:
+        from mixmoe_megatron.hf import copy_code
+
+        copy_code(directory)
+    shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
+    base_model = request.base_model or metadata.hf_config.get("_name_or_path")
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in prepared.plan)
+    (directory / "README.md").write_text(model_card(metadata, base_model, parameters), encoding="utf-8")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from mixmoe_megatron.config import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
-from mixmoe_megatron.conversion.megatron_checkpoint import write_torch_dist
+from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
-from mixmoe_megatron.conversion.output_dir import check_output_dir, whole_directory
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
+from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
+from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.progress import progress
+from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
+from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, weights_sha256, write_metadata
+from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 
 # Buffers that old Llama checkpoints store beside their weights.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -38,6 +41,7 @@ class ImportRequest:
         seed: of the router weights drawn when upcycling.
         dtype: `keep`, `fp32` or `bf16`; routers are never cast.
         make_vocab_size_divisible_by: pads the vocabulary with zero rows; None: see hf_config.vocab_multiple.
+        check_finite: refuse weights that hold NaN or infinite values.
         force: replace an output directory that has content.
         created_by: the command line, for the metadata.
     """
@@ -48,6 +52,7 @@ class ImportRequest:
     seed: int = 1234
     dtype: str = "keep"
     make_vocab_size_divisible_by: int | None = None
+    check_finite: bool = False
     force: bool = False
     created_by: str = "hf_to_mixmoe.py"
 
@@ -165,7 +170,10 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
     table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
     reader = _TiedSource(request.hf_dir) if sizes.tied else SafetensorsReader(request.hf_dir)
     context = Context(generator=router_generators(request.seed))
-    plan = make_plan(expand(table, sizes), reader, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS)
+    units = expand(table, sizes)
+    plan = make_plan(
+        units, reader, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS, check_finite=request.check_finite
+    )
     metadata = Metadata(
         stage=stage,
         options=None if options is None else options.to_dict(),
@@ -176,11 +184,15 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
     return PreparedImport(request, metadata, sizes, plan)
 
 
-def run_import(prepared: PreparedImport) -> None:
+def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
     """Write the checkpoint directory: torch_dist weights, tokenizer files and metadata, all or nothing.
 
+    Args:
+        prepared: the same on every rank.
+        ranks: those that share the work; all of them must call this.
+
     Raises:
-        MixMoEError: the output directory may not be replaced.
+        MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
     """
     request, metadata, sizes = prepared.request, prepared.metadata, prepared.sizes
     args = {**metadata.megatron_args, "padded_vocab_size": sizes.padded_vocab_size}
@@ -188,13 +200,23 @@ def run_import(prepared: PreparedImport) -> None:
         options = MixMoEOptions.from_dict(metadata.options)
         number = STAGE_NUMBERS[metadata.stage]
         args.update(mixmoe_megatron_args(options, number, sizes.num_layers, sizes.ffn_hidden_size))
-    parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
-    parent = {"path": str(request.hf_dir), "stage": parent_stage, "weights_sha256": weights_sha256(request.hf_dir)}
     total = sum(tensor.num_bytes for tensor in prepared.plan)
-    with whole_directory(request.output_dir, request.force) as directory:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="to Megatron") as bar:
-            stacked = 0 if sizes.moe_layers else sizes.num_layers
-            write_torch_dist(directory, prepared.plan, args, stacked, extra_state_keys(sizes), bar.update)
-        copy_side_files(request.hf_dir, directory / TOKENIZER_DIR)
-        metadata.parent = parent
-        write_metadata(directory, metadata)
+    ranks.on_first(lambda: check_space(request.output_dir, total))
+    with (
+        ThreadPoolExecutor(1) as beside,
+        whole_directory(request.output_dir, request.force, ranks) as directory,
+        progress(total // ranks.size, "to Megatron", ranks.rank) as advance,
+    ):
+        digest = beside.submit(weights_sha256, request.hf_dir) if ranks.rank == 0 else None
+        stacked = 0 if sizes.moe_layers else sizes.num_layers
+        iteration = write_torch_dist(directory, prepared.plan, args, stacked, extra_state_keys(sizes), advance, ranks)
+
+        def finish() -> None:
+            assert digest is not None
+            verify_written(prepared.plan, TorchDistReader(iteration))
+            copy_side_files(request.hf_dir, directory / TOKENIZER_DIR)
+            parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
+            metadata.parent = {"path": str(request.hf_dir), "stage": parent_stage, "weights_sha256": digest.result()}
+            write_metadata(directory, metadata)
+
+        ranks.on_first(finish)

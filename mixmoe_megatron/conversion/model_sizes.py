@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmoe_megatron.config import MixMoEOptions, resolve_moe_layers
 from mixmoe_megatron.conversion.mappings import Sizes
+from mixmoe_megatron.options import MixMoEOptions, resolve_moe_layers
 from mixmoe_megatron.spectral import fold_router_weight
 from mixmoe_megatron.upcycling import expert_ffn_hidden_size
 

@@ -6,6 +6,7 @@ holds about one layer's tensors in memory, whatever the model's size.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -142,6 +143,22 @@ def _source_dtype(unit: Unit, side: str, source: Source) -> torch.dtype:
     return dtypes.pop() if dtypes else torch.float32
 
 
+def finite_reader(source: Source) -> Callable[[str], Tensor]:
+    """Return the source's `read`, which then refuses NaN and infinite values.
+
+    Raises (when called):
+        MixMoEError: a value is not finite; the message names the tensor and the number of such values.
+    """
+
+    def read(name: str) -> Tensor:
+        values = source.read(name)
+        if number := 0 if math.isfinite(values.sum(dtype=torch.float32)) else int((~torch.isfinite(values)).sum()):
+            raise MixMoEError(f"{name} holds {number} values that are NaN or infinite (--check-finite).")
+        return values
+
+    return read
+
+
 def make_plan(
     units: list[Unit],
     source: Source,
@@ -150,6 +167,7 @@ def make_plan(
     to: str,
     dtype: str = "keep",
     ignored: re.Pattern[str] | None = None,
+    check_finite: bool = False,
 ) -> list[LazyTensor]:
     """Check the source against the units and return the tensors to write.
 
@@ -161,11 +179,13 @@ def make_plan(
         to: `megatron` or `hf`.
         dtype: `keep`, `fp32` or `bf16`; routers are never cast.
         ignored: names in the source that carry no weights.
+        check_finite: refuse a tensor with NaN or infinite values when it is read.
 
     Raises:
         MixMoEError: a key is missing, unused, misshapen or of a surprising dtype; the message names it.
     """
     side = "hf" if to == "megatron" else "megatron"
+    read = finite_reader(source) if check_finite else source.read
     _check_inputs(units, side, source, ignored)
     plan = []
     for unit in units:
@@ -177,7 +197,7 @@ def make_plan(
             target = torch.float32
 
         def run(unit: Unit = unit, carry=carry) -> list[Tensor]:  # type: ignore[no-untyped-def]
-            return carry([source.read(name) for name, _ in getattr(unit, side)], sizes, context, unit.where)
+            return carry([read(name) for name, _ in getattr(unit, side)], sizes, context, unit.where)
 
         conversion = _Conversion(run)
         for position, (name, shape) in enumerate(getattr(unit, to)):
@@ -194,6 +214,19 @@ def _reader(
         return tensor
 
     return read
+
+
+def verify_written(plan: list[LazyTensor], written: Source) -> None:
+    """Check that what was written, read back from its headers, is what was planned.
+
+    Raises:
+        MixMoEError: a tensor is missing or differs in shape or dtype.
+    """
+    planned = {t.name: (t.shape, t.dtype) for t in plan}
+    found = {name: (written.shape(name), written.dtype(name)) for name in written.names()}
+    if planned != found:
+        name = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))[0]
+        raise MixMoEError(f"{name} was not written as planned: {found.get(name)} instead of {planned.get(name)}.")
 
 
 def describe_plan(plan: list[LazyTensor], destination: str) -> str:

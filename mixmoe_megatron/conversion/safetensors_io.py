@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixmoe_megatron.conversion.plan import LazyTensor
+from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.errors import MixMoEError
 
 SINGLE_FILE = "model.safetensors"
@@ -23,7 +25,9 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_LENGTH_BYTES = 8  # a file begins with the length of its header
 
 
 def parse_size(text: str) -> int:
@@ -38,10 +42,46 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: its file, the position of its first byte, and what a header says about it."""
+
+    path: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
+    return found
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Return the tensors of a file. The library checks sizes, overlaps and holes; it lets a name occur twice."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu"):
+            pass
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MixMoEError(f"{path} is not a whole safetensors file ({error}).") from None
+    first = _LENGTH_BYTES + length
+    return {
+        name: _Entry(path, first + info["data_offsets"][0], info["dtype"], tuple(info["shape"]))
+        for name, info in header.items()
+        if name != "__metadata__"
+    }
+
+
 class SafetensorsReader:
     """Tensors of a Hugging Face directory by name, from `model.safetensors` or the files that its index names.
 
-    Opening reads headers only. A file is memory-mapped; `read` copies one tensor.
+    Opening reads headers only, `read` one tensor. Files are not mapped into memory: mapped pages would count as memory
+    of this process.
 
     Raises:
         MixMoEError: no safetensors weights, an unreadable or truncated file, or an index that names a missing file,
@@ -50,55 +90,47 @@ class SafetensorsReader:
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
+        self._entries: dict[str, _Entry] = {}
         if not self._directory.is_dir():
             raise MixMoEError(f"{directory} is not a directory.")
         if (self._directory / INDEX_FILE).is_file():
             self._open_index()
         elif (self._directory / SINGLE_FILE).is_file():
-            self._where = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+            self._entries = _read_header(self._directory / SINGLE_FILE)
         else:
             pickled = any(self._directory.glob("*.bin")) or any(self._directory.glob("*.pt*"))
-            hint = "; pickled weights (.bin, .pt) are not read, save them as safetensors first" if pickled else ""
-            raise MixMoEError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}.")
-
-    def _open(self, name: str) -> Any:
-        path = self._directory / name
-        if not path.is_file():
-            raise MixMoEError(f"{INDEX_FILE} names {name}, which is missing.")
-        try:
-            self._files[name] = safe_open(str(path), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise MixMoEError(f"{path} is not a whole safetensors file ({error}).") from None
-        return self._files[name]
+            hint = (
+                "; pickled weights (.bin, .pt) are never opened, a pickle can run any code: if you trust it, load the "
+                "model with transformers and save it again, which writes safetensors"
+            )
+            raise MixMoEError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint if pickled else ''}.")
 
     def _open_index(self) -> None:
         path = self._directory / INDEX_FILE
         try:
-            where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            self._where = {str(name): str(file) for name, file in where.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            raise MixMoEError(f"{path} is not a safetensors index (JSON with a weight_map).") from None
-        for file in sorted(set(self._where.values())):
+            where = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+            where = {str(name): str(file) for name, file in where.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise MixMoEError(f"{path} is not a safetensors index (JSON with a weight_map, no name twice).") from None
+        for file in sorted(set(where.values())):
             if Path(file).name != file:
                 raise MixMoEError(f"{INDEX_FILE} names {file!r}, which is not a file of this directory.")
-            held = set(self._open(file).keys())
-            listed = {name for name, where_ in self._where.items() if where_ == file}
-            if held != listed:
-                name = sorted(held ^ listed)[0]
+            if not (self._directory / file).is_file():
+                raise MixMoEError(f"{INDEX_FILE} names {file}, which is missing.")
+            held = _read_header(self._directory / file)
+            listed = {name for name, where_ in where.items() if where_ == file}
+            if held.keys() != listed:
+                name = sorted(held.keys() ^ listed)[0]
                 raise MixMoEError(f"{INDEX_FILE} and {file} disagree about {name}.")
+            self._entries.update(held)
 
     def names(self) -> Collection[str]:
         """Return the names of all tensors."""
-        return self._where.keys()
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._where[name]].get_slice(name)
+        return self._entries.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype, from the header.
@@ -106,14 +138,41 @@ class SafetensorsReader:
         Raises:
             MixMoEError: torch has no such dtype.
         """
-        text = self._slice(name).get_dtype()
+        text = self._entries[name].dtype
         if text not in _DTYPES:
             raise MixMoEError(f"{name} has dtype {text}, which is not supported.")
         return _DTYPES[text]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor's values."""
-        return self._files[self._where[name]].get_tensor(name)
+        """Return a tensor's values.
+
+        Raises:
+            MixMoEError: the file cannot be read, or has become shorter.
+        """
+        entry = self._entries[name]
+        values = torch.empty(entry.shape, dtype=self.dtype(name))
+        try:
+            with entry.path.open("rb", buffering=0) as stream:
+                stream.seek(entry.start)
+                rest = memoryview(values.view(-1).view(torch.uint8).numpy())
+                while len(rest):
+                    done = stream.readinto(rest)
+                    if not done:
+                        raise OSError("it ends too early")
+                    rest = rest[done:]
+        except OSError as error:
+            raise MixMoEError(f"{name} cannot be read from {entry.path} ({error}).") from None
+        return values
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file to write: its name, its header's bytes, and the position of each tensor's first byte."""
+
+    file: str
+    header: bytes
+    starts: dict[str, int]
+    size: int
 
 
 def _assign_files(plan: list[LazyTensor], max_shard_bytes: int) -> list[list[LazyTensor]]:
@@ -129,39 +188,83 @@ def _assign_files(plan: list[LazyTensor], max_shard_bytes: int) -> list[list[Laz
     return shards
 
 
+def _layout(file: str, tensors: list[LazyTensor]) -> _Shard:
+    """Settle the places of a file's tensors: the wider dtypes first, so that every tensor is aligned."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
+        offsets = [end, end := end + tensor.num_bytes]
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = _LENGTH_BYTES + len(text)
+    starts = {t.name: first + header[t.name]["data_offsets"][0] for t in tensors}
+    return _Shard(file, len(text).to_bytes(_LENGTH_BYTES, "little") + text, starts, first + end)
+
+
 def write_safetensors(
     directory: str | Path,
     plan: list[LazyTensor],
     max_shard_bytes: int,
     on_tensor: Callable[[int], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
-    """Write tensors as `model.safetensors`, or as several shards with an index. At most one shard is in memory.
+    """Write tensors as `model.safetensors`, or as several shards with an index. One tensor at a time is in memory.
+
+    Several ranks write into the same files, each its share of the tensors: every place is known beforehand.
 
     Args:
         directory: an existing directory; make it a temporary one (see output_dir.whole_directory).
         plan: what to write, in order.
         max_shard_bytes: largest shard, in bytes.
-        on_tensor: called with the number of bytes after each tensor was made.
+        on_tensor: called with the number of bytes after each tensor was written.
+        ranks: all of them must call this.
 
     Returns:
         The names of the files written.
     """
     directory = Path(directory)
-    shards = _assign_files(plan, max_shard_bytes)
-    one = len(shards) == 1
+    groups = _assign_files(plan, max_shard_bytes)
+    one = len(groups) == 1
     names = [
-        SINGLE_FILE if one else f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)
+        SINGLE_FILE if one else f"model-{k:05d}-of-{len(groups):05d}.safetensors" for k in range(1, len(groups) + 1)
     ]
-    for file, shard in zip(names, shards, strict=True):
-        values = {}
-        for tensor in shard:
-            values[tensor.name] = tensor.read()
-            on_tensor(tensor.num_bytes)
-        save_file(values, str(directory / file), metadata={"format": "pt"})
-        (directory / file).chmod(0o644)
+    shards = [_layout(file, tensors) for file, tensors in zip(names, groups, strict=True)]
+    shard_of = {name: shard for shard in shards for name in shard.starts}
+    mine = [plan[k] for k in ranks.share([t.num_bytes for t in plan])]
+
+    def write_mine() -> None:
+        for shard in shards:
+            tensors = [t for t in mine if shard_of[t.name] is shard]
+            if tensors or ranks.rank == 0:
+                _write_share(directory / shard.file, shard, tensors, ranks.rank == 0, on_tensor)
+
+    ranks.together(write_mine)
     if one:
         return names
-    weight_map = {t.name: file for file, shard in zip(names, shards, strict=True) for t in shard}
-    index = {"metadata": {"total_size": sum(t.num_bytes for t in plan)}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if ranks.rank == 0:
+        weight_map = {name: shard.file for name, shard in sorted(shard_of.items())}
+        index = {"metadata": {"total_size": sum(t.num_bytes for t in plan)}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*names, INDEX_FILE]
+
+
+def _write_share(
+    path: Path, shard: _Shard, tensors: list[LazyTensor], with_header: bool, on_tensor: Callable[[int], None]
+) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as stream:
+        if with_header:
+            os.ftruncate(stream.fileno(), shard.size)
+            _write_all(stream, memoryview(shard.header))
+        for tensor in tensors:
+            stream.seek(shard.starts[tensor.name])
+            _write_all(stream, memoryview(tensor.read().view(-1).view(torch.uint8).numpy()))
+            on_tensor(tensor.num_bytes)
+        os.fsync(stream.fileno())
+
+
+def _write_all(stream: Any, data: memoryview) -> None:
+    while len(data):
+        data = data[stream.write(data) :]

@@ -153,8 +153,8 @@ EXPORT_CASES: dict[str, tuple[str, Callable[[Path], object], list[str], str]] = 
     "no .metadata": ("upcycled", lambda d: (d / "release" / ".metadata").unlink(), [], ".metadata is missing"),
     "damaged .metadata": ("upcycled", lambda d: truncate(d / "release" / ".metadata"), [], "cannot be read"),
     "poisoned .metadata": ("upcycled", poison, [], "not allowed"),
-    "no shard": ("upcycled", lambda d: (d / SHARD).unlink(), [], "cannot be read"),
-    "damaged shard": ("upcycled", lambda d: (d / SHARD).write_bytes(b"x" * 999), [], "cannot be read"),
+    "no shard": ("upcycled", lambda d: (d / SHARD).unlink(), [], "lacks __0_0.distcp, which holds"),
+    "damaged shard": ("upcycled", lambda d: (d / SHARD).write_bytes(b"x" * 999), [], "is truncated: it ends before"),
     "stage 2 of stage 1": ("upcycled", lambda d: edit_metadata(d, stage="stage2"), [], "hold LM experts only"),
     "dense of Mix-MoE": (
         "upcycled",

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Time and peak memory of the conversion commands on a random checkpoint of a real model's shape, beside `cp`.
+
+The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same run. A bare start
+of Python with torch is shown too: it is part of each command's time. The way back is compared bit by bit.
+
+Example:
+    python tools/benchmark_conversion.py --model llama-3.2-1b --directory runs/benchmark
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.conversion.benchmark import MODELS, measure
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama-3.2-1b", help="shape (default: %(default)s)")
+    parser.add_argument(
+        "--directory", required=True, help="scratch space of 3 times the model's size"
+    )
+    parser.add_argument("--kind", choices=("dense", "upcycled"), default="dense", help="what to make in Megatron")
+    parser.add_argument("--processes", type=int, default=1, help="of each conversion (torchrun when more than one)")
+    parser.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args(argv)
+
+    def run() -> None:
+        scratch = Path(args.directory) / "benchmark_conversion"
+        try:
+            result = measure(args.model, scratch, args.kind, args.processes)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")
+        print("step                     seconds  / (cp + read)  peak GB")
+        for step in result["steps"]:
+            ratio, peak = step.get("ratio"), step.get("peak_gigabytes")
+            shown = f"{ratio:14.2f}" if ratio is not None else " " * 14
+            print(f"{step['name']:<24} {step['seconds']:7.1f} {shown}  {'' if peak is None else f'{peak:7.2f}'}")
+        if args.output:
+            write_json(args.output, result)
+
+    setup_logging()
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
