@@ -2,7 +2,11 @@
 
 Megatron's own local attention materialises the [B, heads, S, S] scores; its torch norm refuses sequence parallelism.
 
-Shape legend: S sequence, B batch, A query heads and K key-value heads on this rank (K divides A), D head size.
+Under context parallelism the keys and values of the whole sequence are gathered (their gradients scattered back): plain
+and exact. Transformer Engine has the algorithms that overlap this with the attention itself.
+
+Shape legend: S sequence, the local part of it under context parallelism, B batch, A query heads and K key-value heads on
+this rank (K divides A), D head size.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import utils
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,11 +36,11 @@ class TorchCoreAttention(MegatronModule):
         attention_type: "self" or "cross"; unused.
         attention_dropout: None: the config's.
         softmax_scale: None: 1 / sqrt(D).
-        cp_comm_type: unused.
-        pg_collection: Megatron's process groups (tp).
+        cp_comm_type: unused: keys and values are gathered, whatever it says.
+        pg_collection: Megatron's process groups (cp).
 
     Raises:
-        MixMoEError: context parallelism, a sliding window or a softmax variant, which need Transformer Engine.
+        MixMoEError: a sliding window or a softmax variant, which need Transformer Engine.
     """
 
     def __init__(
@@ -50,13 +56,12 @@ class TorchCoreAttention(MegatronModule):
         **kwargs: Any,
     ):
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise MixMoEError("context parallelism needs Transformer Engine (--transformer-impl transformer_engine).")
         if config.window_size is not None:
             raise MixMoEError("sliding-window attention needs Transformer Engine.")
         if getattr(config, "softmax_type", "vanilla") != "vanilla":
             raise MixMoEError(f"softmax_type={config.softmax_type} needs Transformer Engine.")
         self.attn_mask_type = attn_mask_type
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         head_size = config.kv_channels
         assert head_size is not None
@@ -97,17 +102,33 @@ class TorchCoreAttention(MegatronModule):
         if causal and query.shape[0] != key.shape[0]:
             raise MixMoEError("causal attention of several queries over a longer cache needs Transformer Engine.")
         use_mask = attention_mask is not None and mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask)
+        allowed = ~attention_mask if use_mask and attention_mask is not None else None
+        if utils.get_pg_size(self.cp_group) > 1:
+            if not causal:
+                raise MixMoEError("context parallelism is for causal attention over the whole sequence.")
+            key, value, allowed = self._gather(key, value)
         context = functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=~attention_mask if use_mask and attention_mask is not None else None,
+            attn_mask=allowed,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            is_causal=causal and allowed is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return all ranks' keys and values, and which of them each query of this rank sees: [S, S * ranks] bool.
+
+        Megatron cuts a sequence into 2 * ranks chunks; rank r holds chunks r and 2 * ranks - 1 - r.
+        """
+        ranks, rank = utils.get_pg_size(self.cp_group), utils.get_pg_rank(self.cp_group)
+        chunks = torch.arange(len(key) * ranks, device=key.device).view(2 * ranks, -1)
+        positions = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=1).view(ranks, -1)
+        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        return key, value, positions[rank].unsqueeze(1) >= positions.flatten()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -184,6 +184,7 @@ def _replace_factories() -> None:
         def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
         return on_cpu
@@ -210,6 +211,41 @@ def _numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Megatron's gather along the first axis, for shards of different lengths too: gloo gathers equal ones only."""
+
+    def padded_gather(
+        shard: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None:
+            return gather(shard, group, None, use_global_buffer)
+        longest = max(output_split_sizes)
+        gathered = gather(_lengthen(shard, longest), group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(gathered, output_split_sizes, strict=True)])
+
+    return padded_gather
+
+
+def _reduce_scatter_uneven(reduce_scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Megatron's reduce-scatter along the first axis, for shards of different lengths too."""
+
+    def padded_reduce_scatter(
+        whole: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None:
+            return reduce_scatter(whole, group, None, use_global_buffer)
+        longest = max(input_split_sizes)
+        padded = torch.cat([_lengthen(part, longest) for part in whole.split(input_split_sizes)])
+        return reduce_scatter(padded, group)[: input_split_sizes[group.rank()]]
+
+    return padded_reduce_scatter
+
+
+def _lengthen(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Append rows of zeros: [N, ...] -> [length, ...]."""
+    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
+
+
 def _replace_megatron_functions() -> None:
     def replace(module: str, **functions: Any) -> None:
         for name, function in functions.items():
@@ -219,6 +255,12 @@ def _replace_megatron_functions() -> None:
         "core.tensor_parallel.random",
         _get_cuda_rng_state=lambda *a, **k: torch.get_rng_state(),
         _set_cuda_rng_state=lambda state, *a, **k: torch.set_rng_state(state),
+    )
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    replace(
+        "core.tensor_parallel.mappings",
+        _gather_along_first_dim=_gather_uneven(mappings._gather_along_first_dim),
+        _reduce_scatter_along_first_dim=_reduce_scatter_uneven(mappings._reduce_scatter_along_first_dim),
     )
     replace("core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_numpy_if_asked)
     replace("core.datasets.utils", compile_helpers=_nothing)  # the wheel holds the compiled helpers

@@ -59,8 +59,7 @@ def data_kind(args: Any) -> str:
 def configure_data(args: Any) -> None:
     """Set what the kind of data demands of Megatron's arguments. Call before they are validated.
 
-    Parallel samples have their own lengths: they come by an own loader ("external"), and pipeline stages exchange
-    shapes.
+    Parallel samples have their own lengths: they come by an own loader ("external").
 
     Raises:
         MixMoEError: --calculate-per-token-loss with a loss on the target only.
@@ -68,12 +67,25 @@ def configure_data(args: Any) -> None:
     if data_kind(args) != "parallel":
         return
     args.dataloader_type = "external"
-    args.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.calculate_per_token_loss and args.loss_on == "target":
         raise MixMoEError(
             "--calculate-per-token-loss divides the aux losses by the target tokens alone, while they are taken over "
             "all tokens: leave it out, or count the loss on all tokens (--loss-on all)."
         )
+
+
+def has_variable_lengths(args: Any) -> bool:
+    """Whether micro-batches differ in length, so that pipeline stages must tell each other their tensors' shapes.
+
+    Megatron's `variable_seq_lengths`, which its validation of the arguments resets.
+    """
+    return args.dataloader_type == "external" and not _pads_to_max(args)
+
+
+def _pads_to_max(args: Any) -> bool:
+    """The allgather dispatcher needs one length: on all ranks that share experts, and (Megatron) in a pipeline."""
+    shares = args.expert_model_parallel_size > 1 or args.pipeline_model_parallel_size > 1
+    return args.moe_token_dispatcher_type == "allgather" and shares
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Splits:
@@ -175,8 +187,7 @@ def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> 
             pad_id=tokenizer.eos_id,
             pad_multiple=tensor_parallel * context_parallel,
             max_length=args.seq_length,
-            # The allgather dispatcher needs micro-batches of one length on all ranks that share experts.
-            pad_to_max=args.expert_model_parallel_size > 1 and args.moe_token_dispatcher_type == "allgather",
+            pad_to_max=_pads_to_max(args),
         ),
     )
     return iter(loader)

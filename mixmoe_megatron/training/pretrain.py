@@ -31,7 +31,7 @@ def main() -> None:
     from megatron.core.enums import ModelType
 
     from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
-    from mixmoe_megatron.training.datasets import configure_data, datasets_provider
+    from mixmoe_megatron.training.datasets import configure_data, datasets_provider, has_variable_lengths
     from mixmoe_megatron.training.resume import mend_distributed_optimizer
     from mixmoe_megatron.training.startup import prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
@@ -50,6 +50,7 @@ def main() -> None:
     except AssertionError as error:
         reason = str(error) or f"it demands: {traceback.extract_tb(error.__traceback__)[-1].line}"
         raise MixMoEError(f"Megatron refuses these arguments: {reason}") from error
+    args.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and has_variable_lengths(args)
     config = build_config(args)  # checks the options; only then is anything written
     set_global_variables(args)
     source = Path(args.tokenizer_model).parent
