@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.cli import write_json
 from mixmoe_megatron.errors import MixMoEError
 
 METADATA_FILE = "mixmoe_metadata.json"
@@ -114,10 +114,7 @@ def write_metadata(directory: str | Path, metadata: Metadata) -> Path:
     if not metadata.versions:
         metadata.versions = package_versions()
     path = Path(directory) / METADATA_FILE
-    temporary = path.with_name(f".{METADATA_FILE}.{os.getpid()}.tmp")
-    ordered = {"format_version": metadata.format_version, **asdict(metadata)}
-    temporary.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {"format_version": metadata.format_version, **asdict(metadata)})
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -33,6 +36,7 @@ def main() -> None:
     from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
     from mixmoe_megatron.training.datasets import configure_data, datasets_provider, has_variable_lengths
     from mixmoe_megatron.training.resume import mend_distributed_optimizer
+    from mixmoe_megatron.training.saving import check_start, is_finished, secure_saving, where_to_go_on
     from mixmoe_megatron.training.startup import prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
     from mixmoe_megatron.training.throughput import install_metrics
@@ -54,11 +58,20 @@ def main() -> None:
     config = build_config(args)  # checks the options; only then is anything written
     set_global_variables(args)
     source = Path(args.tokenizer_model).parent
+    if args.rank == 0:
+        check_start(args)
+    if is_finished(args):
+        logger.info("--load %s holds iteration %d: nothing is left to train", args.load, args.train_iters)
+        return
     if args.rank == 0 and not args.dry_run:
         prepare_save_directory(args.save, source, metadata, args.mixmoe_stage)
     install_metrics(args)
     mend_distributed_optimizer()
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    secure_saving(args)
+    try:
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": {where_to_go_on(args.save)}." if args.rank == 0 else "") from None
 
 
 def stand_alone_environment() -> None:

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
@@ -31,9 +32,17 @@ class Job:
         processes: how many.
         logs: an empty or missing directory for stdout and stderr of each rank.
         environment: variables beside torchrun's.
+        prelude: called in each process before its script, such as one of `tests.helpers.crashes`.
     """
 
-    def __init__(self, words: list[str], processes: int, logs: Path, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        words: list[str],
+        processes: int,
+        logs: Path,
+        environment: dict[str, str] | None = None,
+        prelude: Callable[[], None] | None = None,
+    ):
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = logs
         common = {**(environment or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
@@ -41,11 +50,12 @@ class Job:
         self.processes: list[Any] = [
             _context().Process(
                 target=_run_script,
-                args=(words, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, logs / str(rank)),
+                args=(words, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, logs / str(rank), prelude),
             )
             for rank in range(processes)
         ]
-        for process in self.processes:
+        for rank, process in enumerate(self.processes):
+            (logs / f"{rank}.out").touch()
             process.start()
 
     def wait(self, timeout: float = 240.0) -> list[int]:
@@ -112,7 +122,7 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _run_script(words: list[str], environment: dict[str, str], log: Path) -> None:
+def _run_script(words: list[str], environment: dict[str, str], log: Path, prelude: Callable[[], None] | None) -> None:
     """The process itself: what `python script arguments` does, its output in files."""
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -121,6 +131,8 @@ def _run_script(words: list[str], environment: dict[str, str], log: Path) -> Non
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.argv = list(words)
+    if prelude is not None:
+        prelude()
     try:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     except SystemExit:

@@ -54,7 +54,7 @@ def make_tiny_world(directory: Path, tokenizer: str = "sentencepiece", **options
     """
     save_tiny_dense(directory / "base", "qwen2", tokenizer=tokenizer)
     flags = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
-    run_command(
+    _prepare(
         "checkpoints_conversion/hf_to_mixmoe.py", "--hf-dir", directory / "base", "--output-dir",
         directory / "upcycled", "--moe-every", "2", *flags,
     )  # fmt: skip
@@ -70,11 +70,16 @@ def make_tiny_data(directory: Path, tokenizer: Path) -> None:
     pairs.write_text("de\ten\n" + "\n".join(row.replace("\n", " ") for row in rows * 1) + "\n", "utf-8")
     common = ["--tokenizer", tokenizer]
     script = "tools/preprocess_data.py"
-    run_command(script, "mono", "--input", text, *common, "--output-prefix", directory / "mono", "--min-tokens", "1")
-    run_command(
+    _prepare(script, "mono", "--input", text, *common, "--output-prefix", directory / "mono", "--min-tokens", "1")
+    _prepare(
         script, "parallel", "--input", pairs, *common, "--output-prefix", directory / "pairs", "--both-directions",
         "--source-language", "de", "--target-language", "en",
     )  # fmt: skip
+
+
+def _prepare(*words: str | Path) -> None:
+    with tempfile.TemporaryDirectory() as logs:
+        run_job(list(map(str, words)), 1, Path(logs))
 
 
 def train_words(stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "") -> list[str]:
