@@ -1,7 +1,8 @@
 """Translate a Hugging Face config.json into Megatron arguments and back, for the supported dense families.
 
-Families: `llama` (Llama 2 and 3.x, SmolLM2 ...; llama3 RoPE scaling) and `qwen2` (Qwen2, Qwen2.5; QKV bias). Whatever
-in a config would change the model's output and cannot be expressed in Megatron is refused in one sentence, not dropped.
+Families: `llama` (Llama 2 and 3.x, SmolLM2 ...; llama3 RoPE scaling), `mistral` (a Llama, as long as its sliding window
+does not act) and `qwen2` (Qwen2, Qwen2.5; QKV bias). Whatever in a config would change the model's output and cannot be
+expressed in Megatron is refused in one sentence, not dropped; so is a field that is not known.
 """
 
 from __future__ import annotations
@@ -12,12 +13,37 @@ from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
 _DEFAULT_ROPE_THETA = 10000.0
 _MAX_VOCAB_MULTIPLE = 16
 # What megatron.core's RotaryEmbedding._apply_scaling fixes; only the factor is an argument there.
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_ROPE_FIELDS = {"type", "rope_type", "rope_theta", "factor", "partial_rotary_factor", *_LLAMA3_FIXED}
+# What transformers assumes when the field is absent, where the families differ.
+_DEFAULT_KEY_VALUE_HEADS = {"qwen2": 32, "mistral": 8}
+_DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
+# Fields that this module reads or refuses by their value.
+_READ = {
+    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act",
+    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "initializer_range", "attention_bias",
+    "attention_dropout", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "quantization_config", "partial_rotary_factor",
+}  # fmt: skip
+# Fields that say how to generate, store or label, not what the model computes.
+_HARMLESS = {
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
+}  # fmt: skip
 
 
 def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -39,7 +65,7 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
 
 
 def model_family(config: dict[str, Any]) -> str:
-    """Return `llama` or `qwen2`, or the base family of an exported Mix-MoE config.
+    """Return `llama`, `mistral` or `qwen2`, or the base family of an exported Mix-MoE config.
 
     Raises:
         MixMoEError: the architecture is not supported.
@@ -63,6 +89,10 @@ def _require(config: dict[str, Any], name: str) -> Any:
     return config[name]
 
 
+def _given(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {} if config.get(name) is None else {name: config[name]}
+
+
 def _positive_int(config: dict[str, Any], name: str) -> int:
     value = _require(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -77,16 +107,39 @@ def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name) and not (family == "qwen2" and name == "attention_bias"):
             raise MixMoEError(f"config.json: {name} = true is not supported.")
-    if config.get("use_sliding_window"):
-        raise MixMoEError("config.json: use_sliding_window = true is not supported.")
-    if "sliding_attention" in (config.get("layer_types") or []):
-        raise MixMoEError("config.json: layer_types with sliding_attention is not supported.")
+    _refuse_sliding_window(config, family)
     if config.get("quantization_config"):
         raise MixMoEError("config.json: quantization_config is not supported; dequantize the model first.")
     if (config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise MixMoEError(f"config.json: partial_rotary_factor {config['partial_rotary_factor']} is not supported.")
     if config.get("attention_dropout"):
         raise MixMoEError(f"config.json: attention_dropout {config['attention_dropout']} is not supported, only 0.")
+    if config.get("model_type") == "mixmoe":
+        return  # its other fields are this project's own
+    for name, value in config.items():
+        if name not in _READ | _HARMLESS and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
+            raise MixMoEError(
+                f"config.json: {name} = {json.dumps(value)[:60]} is not known here and may change what the model "
+                "computes; if it does not, remove the field."
+            )
+
+
+def _refuse_sliding_window(config: dict[str, Any], family: str) -> None:
+    """Raise if tokens cannot see all earlier ones within the model's own context length."""
+    layer_types = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    if layer_types:
+        raise MixMoEError(f"config.json: layer_types with {sorted(layer_types)[0]} is not supported.")
+    acts = (
+        family == "mistral" or config.get("use_sliding_window") or "sliding_attention" in config.get("layer_types", [])
+    )
+    window = config.get("sliding_window", _DEFAULT_SLIDING_WINDOW.get(family))
+    longest = _positive_int(config, "max_position_embeddings")
+    if acts and window is not None and window < longest:
+        raise MixMoEError(
+            f"config.json: sliding_window {window} hides earlier tokens within the {longest} positions of "
+            "max_position_embeddings, which is not supported; for sequences up to the window, set "
+            f"max_position_embeddings to {window}."
+        )
 
 
 def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
@@ -97,20 +150,45 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
     Raises:
         MixMoEError: a scaling type other than llama3, or llama3 constants that Megatron fixes to other values.
     """
-    scaling = dict(config.get("rope_parameters") or {})
-    scaling.update(config.get("rope_scaling") or {})
-    theta = config.get("rope_theta") or scaling.get("rope_theta") or _DEFAULT_ROPE_THETA
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
+    scaling: dict[str, Any] = {}
+    for style in ("rope_parameters", "rope_scaling"):
+        given = config.get(style) or {}
+        if not isinstance(given, dict):
+            raise MixMoEError(f"config.json: {style} must be an object, not {given!r}.")
+        if clash := [name for name in given.keys() & scaling.keys() if given[name] != scaling[name]]:
+            raise MixMoEError(f"config.json: rope_parameters and rope_scaling disagree about {clash[0]}.")
+        scaling.update(given)
+    thetas = {float(v) for v in (config.get("rope_theta"), scaling.get("rope_theta")) if _is_positive(v, "rope_theta")}
+    if len(thetas) > 1:
+        raise MixMoEError(f"config.json gives two values of rope_theta: {sorted(thetas)}.")
+    theta = thetas.pop() if thetas else _DEFAULT_ROPE_THETA
+    if (scaling.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise MixMoEError(f"config.json: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported.")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "llama3"):
         raise MixMoEError(f"config.json: RoPE scaling type {kind!r} is not supported, only 'llama3'.")
+    if unknown := sorted(scaling.keys() - _ROPE_FIELDS):
+        raise MixMoEError(f"config.json: the RoPE setting {unknown[0]} is not supported.")
+    if kind == "default":
+        return theta, None
     for name, fixed in _LLAMA3_FIXED.items():
         if scaling.get(name) != fixed:
             raise MixMoEError(
                 f"config.json: rope_scaling.{name} is {scaling.get(name)}, Megatron supports only {fixed}."
             )
-    return float(theta), float(_require(scaling, "factor"))
+    _is_positive(_require(scaling, "factor"), "rope_scaling.factor")
+    return theta, float(scaling["factor"])
+
+
+def _is_positive(value: Any, name: str) -> bool:
+    """Whether a number is given at all.
+
+    Raises:
+        MixMoEError: it is not a positive number.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30):
+        raise MixMoEError(f"config.json: {name} must be a positive number, not {value!r}.")
+    return value is not None
 
 
 def vocab_multiple(vocab_size: int) -> int:
@@ -138,11 +216,15 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     _refuse_unsupported(config, family)
     hidden_size = _positive_int(config, "hidden_size")
     num_heads = _positive_int(config, "num_attention_heads")
-    num_groups = config.get("num_key_value_heads") or num_heads
+    num_groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(family)) or num_heads
     if config.get("head_dim") is None and hidden_size % num_heads:
         raise MixMoEError(
             f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}."
         )
+    head_dim = _positive_int({"head_dim": hidden_size // num_heads, **_given(config, "head_dim")}, "head_dim")
+    if head_dim % 2:
+        raise MixMoEError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs.")
+    _positive_int({"num_key_value_heads": num_groups}, "num_key_value_heads")
     if num_heads % num_groups:
         raise MixMoEError(
             f"config.json: num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_groups}."
@@ -156,7 +238,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "group_query_attention": num_groups != num_heads,
         "num_query_groups": num_groups,
-        "kv_channels": config.get("head_dim") or hidden_size // num_heads,
+        "kv_channels": head_dim,
         "max_position_embeddings": _positive_int(config, "max_position_embeddings"),
         "position_embedding_type": "rope",
         "rotary_base": int(theta) if theta == int(theta) else theta,
@@ -164,7 +246,9 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": factor if factor is not None else 8.0,
         "normalization": "RMSNorm",
-        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "norm_epsilon": float(config["rms_norm_eps"])
+        if _is_positive(config.get("rms_norm_eps"), "rms_norm_eps")
+        else 1e-6,
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": family == "qwen2",

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import Metadata
 
 TOKENIZER_DIR = "tokenizer"
@@ -14,6 +15,29 @@ _CARRIED = (
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+
+
+def own_file(directory: str | Path, name: str) -> Path:
+    """Return the path of a file of a model directory.
+
+    Args:
+        directory: of the model.
+        name: from an index or a listing, and not to be trusted.
+
+    Raises:
+        MixMoEError: the name leads out of the directory, the file is missing, or it is a link to a file outside. The
+            links of a Hugging Face cache, from snapshots/ to blobs/, are its own.
+    """
+    root = Path(directory).resolve()
+    if Path(name).name != name:
+        raise MixMoEError(f"{directory}: {name!r} is named, which is not a file of this directory.")
+    path = root / name
+    if not path.is_file():
+        raise MixMoEError(f"{directory}: {name} is named, which is missing.")
+    inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(place) for place in inside):
+        raise MixMoEError(f"{directory}: {name} is a link to a file outside of this directory.")
+    return path
 
 
 def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
@@ -25,12 +49,15 @@ def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
 
     Returns:
         The names of the files copied.
+
+    Raises:
+        MixMoEError: one is a link to a file outside.
     """
     source, destination = Path(source), Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
     found = sorted({path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()})
     for path in found:
-        shutil.copyfile(path, destination / path.name)
+        shutil.copyfile(own_file(source, path.name), destination / path.name)
     return [path.name for path in found]
 
 

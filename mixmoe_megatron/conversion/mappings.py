@@ -140,8 +140,8 @@ def _same(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> 
 
 def _pad_vocab(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
     """[V, H] -> [P, H]: zero rows at the end."""
-    (weight,) = tensors
-    return [torch.nn.functional.pad(weight, (0, 0, 0, sizes.padded_vocab_size - sizes.vocab_size))]
+    missing = sizes.padded_vocab_size - sizes.vocab_size
+    return [torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight for weight in tensors]
 
 
 def _trim_vocab(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:

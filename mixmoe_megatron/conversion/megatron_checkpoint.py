@@ -225,8 +225,8 @@ def iteration_directory(checkpoint_dir: str | Path, iteration: int | None = None
             raise MixMoEError(
                 f"{checkpoint_dir} has no {TRACKER_FILE}: it is not a Megatron checkpoint, or saving was interrupted."
             )
-        text = tracker.read_text(encoding="utf-8").strip()
-        if text != RELEASE and not text.isdigit():
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if text != RELEASE and not text.isdecimal():
             raise MixMoEError(f"{tracker} holds {text!r}, expected a number or 'release'.")
         directory = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     else:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mixmoe_megatron.conversion.hf_files import own_file
 from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.errors import MixMoEError
@@ -96,7 +97,7 @@ class SafetensorsReader:
         if (self._directory / INDEX_FILE).is_file():
             self._open_index()
         elif (self._directory / SINGLE_FILE).is_file():
-            self._entries = _read_header(self._directory / SINGLE_FILE)
+            self._entries = _read_header(own_file(self._directory, SINGLE_FILE))
         else:
             pickled = any(self._directory.glob("*.bin")) or any(self._directory.glob("*.pt*"))
             hint = (
@@ -113,11 +114,7 @@ class SafetensorsReader:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise MixMoEError(f"{path} is not a safetensors index (JSON with a weight_map, no name twice).") from None
         for file in sorted(set(where.values())):
-            if Path(file).name != file:
-                raise MixMoEError(f"{INDEX_FILE} names {file!r}, which is not a file of this directory.")
-            if not (self._directory / file).is_file():
-                raise MixMoEError(f"{INDEX_FILE} names {file}, which is missing.")
-            held = _read_header(self._directory / file)
+            held = _read_header(own_file(self._directory, file))
             listed = {name for name, where_ in where.items() if where_ == file}
             if held.keys() != listed:
                 name = sorted(held.keys() ^ listed)[0]

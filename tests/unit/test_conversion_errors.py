@@ -1,12 +1,15 @@
-"""Broken input to the conversion commands: exit status 2, one sentence, nothing left behind."""
+"""Broken and hostile input to the conversion commands: exit status 2, one sentence, nothing left behind."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,108 +19,119 @@ from mixmoe_megatron.metadata import read_metadata, write_metadata
 from tests.helpers.conversion import base_fields, run_conversion
 from tests.helpers.tiny_hf import save_tiny_dense, tiny_mixmoe
 
+Damage = Callable[[Path], object]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hugging Face dense and Mix-MoE directories, and a dense and an upcycled checkpoint."""
+    """Hugging Face dense (one file, several files) and Mix-MoE directories, and a dense and an upcycled checkpoint."""
     root = tmp_path_factory.mktemp("originals")
-    save_tiny_dense(root / "dense", "llama", tokenizer=None, **base_fields("llama"))
+    model = save_tiny_dense(root / "dense", "llama", tokenizer=None, **base_fields("llama"))
+    model.save_pretrained(root / "sharded", max_shard_size="60KB")
     tiny_mixmoe("llama", 1, **base_fields("llama")).save_pretrained(root / "mixmoe")
     for name, flags in (("dense_checkpoint", ["--dense"]), ("upcycled", [])):
         assert run_conversion("hf_to_mixmoe", "--hf-dir", root / "dense", "--output-dir", root / name, *flags) == 0
     return root
 
 
-def edit_config(directory: Path, **fields) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+def config(**fields: Any) -> Damage:
+    """Change fields of config.json."""
+
+    def damage(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return damage
 
 
-def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+def weights(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Change the tensors of the one weight file."""
+
+    def damage(directory: Path) -> None:
+        tensors = load_file(directory / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
 
 
-def edit_metadata(directory: Path, **fields) -> None:
-    metadata = read_metadata(directory)
-    for name, value in fields.items():
-        setattr(metadata, name, value)
-    write_metadata(directory, metadata)
+def header(edit: Callable[[dict[str, Any]], object] | None = None, text: Callable[[str], str] = str) -> Damage:
+    """Change the header of the one weight file and leave its values."""
+
+    def damage(directory: Path) -> None:
+        data = (directory / WEIGHTS).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        found = json.loads(data[8 : 8 + length])
+        if edit is not None:
+            edit(found)
+        new = text(json.dumps(found)).encode()
+        (directory / WEIGHTS).write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
+
+    return damage
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+def index(edit: Callable[[dict[str, str], Path], object]) -> Damage:
+    """Change the weight map of a model in several files."""
+
+    def damage(directory: Path) -> None:
+        found = json.loads((directory / INDEX).read_text())
+        edit(found["weight_map"], directory)
+        (directory / INDEX).write_text(json.dumps(found))
+
+    return damage
 
 
-def only_pickled(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    torch.save({}, directory / "pytorch_model.bin")
+def moved_out(as_named: Callable[[Path], str]) -> Damage:
+    """Move a weight file out of the directory and name it in the index where it is."""
+
+    def edit(where: dict[str, str], directory: Path) -> None:
+        file = where[Q]
+        outside = directory.parent / file
+        shutil.move(directory / file, outside)
+        where.update({name: as_named(outside) for name, value in where.items() if value == file})
+
+    return index(edit)
 
 
-def index_outside(directory: Path) -> None:
-    shutil.move(directory / "model.safetensors", directory.parent / "model.safetensors")
-    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+def linked_out(name: str) -> Damage:
+    """Put a file outside of the directory and a link to it in its place."""
+
+    def damage(directory: Path) -> None:
+        outside = directory.parent / "outside"
+        if (directory / name).exists():
+            shutil.move(directory / name, outside)
+        else:
+            outside.write_text("{}")
+        (directory / name).symlink_to(outside)
+
+    return damage
 
 
-Q = "model.layers.0.self_attn.q_proj.weight"
-IMPORT_CASES: dict[str, tuple[str, Callable[[Path], object], list[str], str]] = {
-    "no directory": ("dense", shutil.rmtree, [], "no config.json"),
-    "no weights": ("dense", lambda d: (d / "model.safetensors").unlink(), [], "neither model.safetensors"),
-    "truncated": ("dense", lambda d: truncate(d / "model.safetensors"), [], "not a whole safetensors file"),
-    "pickled": ("dense", only_pickled, [], "pickled weights"),
-    "traversal": ("dense", index_outside, [], "not a file of this directory"),
-    "architecture": (
-        "dense",
-        lambda d: edit_config(d, architectures=["GPT2LMHeadModel"]),
-        [],
-        "GPT2LMHeadModel is not supported",
-    ),
-    "bias": ("dense", lambda d: edit_config(d, attention_bias=True), [], "attention_bias"),
-    "wrong shape": ("dense", lambda d: edit_config(d, num_key_value_heads=4), [], "k_proj.weight has shape"),
-    "missing key": ("dense", lambda d: edit_weights(d, lambda t: t.pop(Q)), [], f"lack {Q}"),
-    "unused key": ("dense", lambda d: edit_weights(d, lambda t: t.update(x=torch.ones(1))), [], "no mapping uses: x"),
-    "dtype": ("dense", lambda d: edit_weights(d, lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype torch.int8"),
-    "untied output": (
-        "dense",
-        lambda d: edit_config(d, tie_word_embeddings=True),
-        [],
-        "differs from model.embed_tokens",
-    ),
-    "not divisible": (
-        "dense",
-        lambda d: None,
-        ["--num-experts-per-group", "3"],
-        "not divisible by num_experts_per_group=3",
-    ),
-    "bad option": ("dense", lambda d: None, ["--spectral-transform", "wavelet"], "spectral_transform must be one of"),
-    "no MoE layer": ("dense", lambda d: None, ["--moe-every", "9"], "no MoE layer"),
-    "option of a dense": ("dense", lambda d: None, ["--dense", "--moe-every", "2"], "leave out --moe-every"),
-    "option of a Mix-MoE": ("mixmoe", lambda d: None, ["--preset", "paper"], "leave out --preset"),
-    "Mix-MoE kept dense": ("mixmoe", lambda d: None, ["--dense"], "does not go with a Mix-MoE model"),
-    "Mix-MoE stage": ("mixmoe", lambda d: edit_config(d, stage=2), [], "has shape"),
-    "Mix-MoE bad stage": ("mixmoe", lambda d: edit_config(d, stage=3), [], "stage must be 1 or 2"),
-}
+def metadata_fields(**fields: Any) -> Damage:
+    """Change fields of mixmoe_metadata.json; those of `megatron_args` are merged."""
+
+    def damage(directory: Path) -> None:
+        metadata = read_metadata(directory)
+        for name, value in fields.items():
+            setattr(metadata, name, {**metadata.megatron_args, **value} if name == "megatron_args" else value)
+        write_metadata(directory, metadata)
+
+    return damage
 
 
-@pytest.mark.parametrize("case", IMPORT_CASES)
-def test_import(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
-    origin, damage, flags, message = IMPORT_CASES[case]
-    shutil.copytree(originals / origin, tmp_path / "in" / "hf")
-    damage(tmp_path / "in" / "hf")
-    assert (
-        run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "in" / "hf", "--output-dir", tmp_path / "out", *flags)
-        == 2
-    )
-    assert_refused(tmp_path, capsys, message)
+def file(name: str, change: Callable[[bytes], bytes] | None) -> Damage:
+    """Change the bytes of a file; None: remove it."""
 
+    def damage(directory: Path) -> None:
+        path = directory / name
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(path.read_bytes() if path.exists() else b""))
 
-def assert_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
-    shown = capsys.readouterr()
-    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and not shown.out
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    return damage
 
 
 class Exploit:
@@ -134,68 +148,211 @@ def poison(directory: Path) -> None:
     (directory / "release" / ".metadata").write_bytes(pickle.dumps(Exploit(directory.parent.parent / "exploited")))
 
 
-SHARD = Path("release") / "__0_0.distcp"
-EXPORT_CASES: dict[str, tuple[str, Callable[[Path], object], list[str], str]] = {
+def poison_tensors(directory: Path) -> None:
+    """Replace a tensor's bytes by a pickle, of the same place and length."""
+    data = (directory / SHARD).read_bytes()
+    evil = pickle.dumps(Exploit(directory.parent.parent / "exploited"))
+    (directory / SHARD).write_bytes(evil + data[len(evil) :])
+
+
+def edit_places(edit: Callable[[Any], object]) -> Damage:
+    """Change where `.metadata` says that the tensors lie."""
+
+    def damage(directory: Path) -> None:
+        path = directory / "release" / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        for place in metadata.storage_data.values():
+            edit(place)
+        path.write_bytes(pickle.dumps(metadata))
+
+    return damage
+
+
+def nothing(directory: Path) -> None:
+    """Leave the input whole: the flags are wrong."""
+
+
+def only_pickled(directory: Path) -> None:
+    (directory / WEIGHTS).unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+
+
+def first_entry(found: dict[str, Any]) -> dict[str, Any]:
+    return next(entry for name, entry in found.items() if name != "__metadata__")
+
+
+def doubled(text: str) -> str:
+    return text.replace('{"', f'{{"{Q}": {{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "', 1)
+
+
+def put_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q][3, 3] = float("nan")
+
+
+def swap(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q] = tensors[Q].T[:16].contiguous()
+
+
+SHARD = "release/__0_0.distcp"
+NOT_WHOLE = "not a whole safetensors file"
+#: case -> (directory, damage, flags, words of the sentence)
+IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
+    "no directory": ("dense", shutil.rmtree, [], "no config.json"),
+    "config is no JSON": ("dense", file("config.json", lambda d: d[:-9]), [], "not valid JSON"),
+    "no weights": ("dense", file(WEIGHTS, None), [], f"neither {WEIGHTS}"),
+    "truncated": ("dense", file(WEIGHTS, lambda d: d[:-100]), [], NOT_WHOLE),
+    "trailing bytes": ("dense", file(WEIGHTS, lambda d: d + b"x" * 100), [], NOT_WHOLE),
+    "empty file": ("dense", file(WEIGHTS, lambda d: b""), [], NOT_WHOLE),
+    "no header": ("dense", file(WEIGHTS, lambda d: b"\xff" * 200), [], NOT_WHOLE),
+    "huge header": ("dense", file(WEIGHTS, lambda d: (1 << 62).to_bytes(8, "little") + d[8:]), [], NOT_WHOLE),
+    "offsets overlap": ("dense", header(lambda h: first_entry(h).update(data_offsets=[0, 8])), [], NOT_WHOLE),
+    "offsets beyond": ("dense", header(lambda h: first_entry(h).update(data_offsets=[0, 1 << 40])), [], NOT_WHOLE),
+    "negative shape": ("dense", header(lambda h: first_entry(h).update(shape=[-1, 4])), [], NOT_WHOLE),
+    "unknown dtype": ("dense", header(lambda h: first_entry(h).update(dtype="Q4")), [], NOT_WHOLE),
+    "a name twice": ("dense", header(text=doubled), [], NOT_WHOLE),
+    "a link out": ("dense", linked_out(WEIGHTS), [], "link to a file outside"),
+    "a tokenizer link out": ("dense", linked_out("tokenizer.json"), [], "link to a file outside"),
+    "pickled": ("dense", only_pickled, [], "a pickle can run any code"),
+    "truncated shard": ("sharded", lambda d: file(sorted(d.glob("*.safetensors"))[1].name, lambda b: b[:-1])(d), [],
+                        NOT_WHOLE),
+    "missing shard": ("sharded", lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), [], "which is missing"),
+    "traversal": ("sharded", moved_out(lambda path: f"../{path.name}"), [], "not a file of this directory"),
+    "absolute path": ("sharded", moved_out(str), [], "not a file of this directory"),
+    "index is no JSON": ("sharded", file(INDEX, lambda d: d[:-9]), [], "not a safetensors index"),
+    "index lists too much": ("sharded", index(lambda w, d: w.update(x=w[Q])), [], "disagree about x"),
+    "index lists too little": ("sharded", index(lambda w, d: w.pop(Q)), [], f"disagree about {Q}"),
+    "missing key": ("dense", weights(lambda t: t.pop(Q)), [], f"lack {Q}"),
+    "unused key": ("dense", weights(lambda t: t.update(x=torch.ones(1))), [], "no mapping uses: x"),
+    "dtype": ("dense", weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype torch.int8"),
+    "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [], "differ in dtype"),
+    "misshapen": ("dense", weights(swap), [], f"{Q} has shape [16, 32]"),
+    "NaN": ("dense", weights(put_nan), ["--check-finite"], f"{Q} holds 1 values that are NaN"),
+    "architecture": ("dense", config(architectures=["GPT2LMHeadModel"]), [], "GPT2LMHeadModel is not supported"),
+    "bias": ("dense", config(attention_bias=True), [], "attention_bias"),
+    "softcap": ("dense", config(final_logit_softcapping=30.0), [], "final_logit_softcapping"),
+    "heads": ("dense", config(num_key_value_heads=4), [], "k_proj.weight has shape"),
+    "vocabulary": ("dense", config(vocab_size=500), [], "model.embed_tokens.weight has shape"),
+    "RoPE": ("dense", config(rope_theta=3.0, rope_parameters={"rope_theta": 4.0}), [], "two values of rope_theta"),
+    "too many layers": ("dense", config(num_hidden_layers=5), [], "the weights lack model.layers.4"),
+    "too few layers": ("dense", config(num_hidden_layers=3), ["--dense"], "no mapping uses: model.layers.3"),
+    "untied output": ("dense", config(tie_word_embeddings=True), [], "differs from model.embed_tokens"),
+    "not divisible": ("dense", nothing, ["--num-experts-per-group", "3"], "not divisible by num_experts_per_group=3"),
+    "bad option": ("dense", nothing, ["--spectral-transform", "wavelet"], "spectral_transform must be one of"),
+    "no MoE layer": ("dense", nothing, ["--moe-every", "9"], "no MoE layer"),
+    "option of a dense": ("dense", nothing, ["--dense", "--moe-every", "2"], "leave out --moe-every"),
+    "option of a Mix-MoE": ("mixmoe", nothing, ["--preset", "paper"], "leave out --preset"),
+    "Mix-MoE kept dense": ("mixmoe", nothing, ["--dense"], "does not go with a Mix-MoE model"),
+    "Mix-MoE stage": ("mixmoe", config(stage=2), [], "has shape"),
+    "Mix-MoE bad stage": ("mixmoe", config(stage=3), [], "stage must be 1 or 2"),
+}  # fmt: skip
+TRACKER = "latest_checkpointed_iteration.txt"
+EXPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "no directory": ("upcycled", shutil.rmtree, [], "no mixmoe_metadata.json"),
-    "no tracker": (
-        "upcycled",
-        lambda d: (d / "latest_checkpointed_iteration.txt").unlink(),
-        [],
-        "saving was interrupted",
-    ),
-    "bad tracker": (
-        "upcycled",
-        lambda d: (d / "latest_checkpointed_iteration.txt").write_text("x"),
-        [],
-        "expected a number",
-    ),
-    "no iteration": ("upcycled", lambda d: None, ["--iteration", "7"], "iter_0000007 does not exist"),
-    "no .metadata": ("upcycled", lambda d: (d / "release" / ".metadata").unlink(), [], ".metadata is missing"),
-    "damaged .metadata": ("upcycled", lambda d: truncate(d / "release" / ".metadata"), [], "cannot be read"),
+    "no tracker": ("upcycled", file(TRACKER, None), [], "saving was interrupted"),
+    "bad tracker": ("upcycled", file(TRACKER, lambda d: b"x"), [], "expected a number"),
+    "binary tracker": ("upcycled", file(TRACKER, lambda d: b"\xff\xfe"), [], "expected a number"),
+    "tracker of no iteration": ("upcycled", file(TRACKER, lambda d: b"12"), [], "iter_0000012 does not exist"),
+    "no iteration": ("upcycled", nothing, ["--iteration", "7"], "iter_0000007 does not exist"),
+    "no .metadata": ("upcycled", file("release/.metadata", None), [], ".metadata is missing"),
+    "truncated .metadata": ("upcycled", file("release/.metadata", lambda d: d[:-100]), [], "cannot be read"),
+    "empty .metadata": ("upcycled", file("release/.metadata", lambda d: b""), [], "cannot be read"),
+    "another .metadata": ("upcycled", file("release/.metadata", lambda d: pickle.dumps([1])), [], "it holds a list"),
     "poisoned .metadata": ("upcycled", poison, [], "not allowed"),
-    "no shard": ("upcycled", lambda d: (d / SHARD).unlink(), [], "lacks __0_0.distcp, which holds"),
-    "damaged shard": ("upcycled", lambda d: (d / SHARD).write_bytes(b"x" * 999), [], "is truncated: it ends before"),
-    "stage 2 of stage 1": ("upcycled", lambda d: edit_metadata(d, stage="stage2"), [], "hold LM experts only"),
-    "dense of Mix-MoE": (
-        "upcycled",
-        lambda d: edit_metadata(d, stage="dense", options=None),
-        [],
-        "hold LM experts only",
+    "place outside": ("upcycled", edit_places(lambda p: setattr(p, "relative_path", "../../x")), [], "not a file of"),
+    "negative place": ("upcycled", edit_places(lambda p: setattr(p, "offset", -8)), [], "is truncated"),
+    "shifted places": ("upcycled", edit_places(lambda p: setattr(p, "offset", 0)), [], "cannot be read"),
+    "no shard": ("upcycled", file(SHARD, None), [], "lacks __0_0.distcp, which holds"),
+    "truncated shard": ("upcycled", file(SHARD, lambda d: d[:-100]), [], "is truncated: it ends before"),
+    "damaged shard": ("upcycled", file(SHARD, lambda d: b"x" * len(d)), [], "cannot be read"),
+    "poisoned shard": ("upcycled", poison_tensors, [], "cannot be read"),
+    "stage 2 of stage 1": ("upcycled", metadata_fields(stage="stage2"), [], "hold LM experts only"),
+    "dense of Mix-MoE": ("upcycled", metadata_fields(stage="dense", options=None), [], "hold LM experts only"),
+    "layers": ("dense_checkpoint", metadata_fields(megatron_args={"num_layers": 5}), [], "lack decoder.layers.4"),
+    "contradiction": (
+        "dense_checkpoint", metadata_fields(megatron_args={"norm_epsilon": 0.5}), [], "norm_epsilon is 0.5"
     ),
-    "layers": ("dense_checkpoint", lambda d: edit_metadata_args(d, num_layers=5), [], "lack decoder.layers.4"),
-    "contradiction": ("dense_checkpoint", lambda d: edit_metadata_args(d, norm_epsilon=0.5), [], "norm_epsilon is 0.5"),
     "small vocabulary": (
-        "dense_checkpoint",
-        lambda d: edit_metadata_args(d, vocab_size=600),
-        [],
-        "fewer than the vocabulary",
+        "dense_checkpoint", metadata_fields(megatron_args={"vocab_size": 600}), [], "fewer than the vocabulary"
     ),
-    "bad size": ("upcycled", lambda d: None, ["--max-shard-size", "big"], "not a size"),
-}
+    "bad size": ("upcycled", nothing, ["--max-shard-size", "big"], "not a size"),
+}  # fmt: skip
 
 
-def edit_metadata_args(directory: Path, **fields) -> None:
-    edit_metadata(directory, megatron_args={**read_metadata(directory).megatron_args, **fields})
+def refuse(command: str, source: Path, tmp_path: Path, flags: list[str]) -> int:
+    given = "--hf-dir" if command == "hf_to_mixmoe" else "--checkpoint-dir"
+    return run_conversion(command, given, source, "--output-dir", tmp_path / "out", *flags)
+
+
+def assert_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    shown = capsys.readouterr()
+    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and not shown.out
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("case", IMPORT_CASES)
+def test_import(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    origin, damage, flags, message = IMPORT_CASES[case]
+    source = tmp_path / "in" / "hf"
+    shutil.copytree(originals / origin, source)
+    damage(source)
+    assert refuse("hf_to_mixmoe", source, tmp_path, flags) == 2
+    assert_refused(tmp_path, capsys, message)
 
 
 @pytest.mark.parametrize("case", EXPORT_CASES)
 def test_export(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     origin, damage, flags, message = EXPORT_CASES[case]
-    shutil.copytree(originals / origin, tmp_path / "in" / "m")
-    damage(tmp_path / "in" / "m")
-    arguments = ["--checkpoint-dir", tmp_path / "in" / "m", "--output-dir", tmp_path / "out", *flags]
-    assert run_conversion("mixmoe_to_hf", *arguments) == 2
+    source = tmp_path / "in" / "m"
+    shutil.copytree(originals / origin, source)
+    damage(source)
+    assert refuse("mixmoe_to_hf", source, tmp_path, flags) == 2
     assert_refused(tmp_path, capsys, message)
 
 
-@pytest.mark.parametrize("command", ["hf_to_mixmoe", "mixmoe_to_hf"])
+COMMANDS = {"hf_to_mixmoe": "dense", "mixmoe_to_hf": "upcycled"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_full_disk(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """A limit on the size of files fails in the middle of the weights, as a full disk does."""
+    (tmp_path / "in").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        status = refuse(command, originals / COMMANDS[command], tmp_path, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert_refused(tmp_path, capsys, "cannot be written")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_room(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    assert refuse(command, originals / COMMANDS[command], tmp_path, []) == 2
+    assert_refused(tmp_path, capsys, "0.0 GB free")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_existing_output_is_kept_unless_forced(originals: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    source = (
-        ["--hf-dir", originals / "dense"] if command == "hf_to_mixmoe" else ["--checkpoint-dir", originals / "upcycled"]
-    )
-    assert run_conversion(command, *source, "--output-dir", tmp_path / "out") == 2
+    source = originals / COMMANDS[command]
+    assert refuse(command, source, tmp_path, []) == 2
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
-    assert run_conversion(command, *source, "--output-dir", tmp_path / "out", "--force") == 0
+    assert refuse(command, source, tmp_path, ["--force"]) == 0
     assert not (tmp_path / "out" / "precious").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_links_of_a_hub_cache_are_followed(originals: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(originals / "dense", blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", snapshot, "--output-dir", tmp_path / "out") == 0

@@ -66,13 +66,27 @@ def test_rope_of_transformers_5() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM is not supported"),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "sliding_window 4096 hides earlier tokens"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 4096}, "sliding_window 4096 hides earlier tokens"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types with chunked_attention"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "sliding_window 4096 hides"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not known here"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map"),
+        ({"head_dim": 63}, "head_dim 63 is odd"),
+        ({"head_dim": -2}, "head_dim must be a positive integer"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, "two values of rope_theta"),
+        ({"rope_parameters": {"factor": 7.0}}, "disagree about factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {**LLAMA32_1B["rope_scaling"], "attention_factor": 2.0}}, "RoPE setting attention_factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
@@ -88,6 +102,24 @@ def test_rope_of_transformers_5() -> None:
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MixMoEError, match=message):
         megatron_args_from_hf({**LLAMA32_1B, **changes})
+
+
+def test_absent_fields_take_the_familys_own_defaults() -> None:
+    """As transformers does: key-value heads as many as heads in Llama, 8 in Mistral; a window of 4096 in Mistral."""
+    plain = {k: v for k, v in LLAMA32_1B.items() if k not in ("num_key_value_heads", "head_dim")}
+    assert megatron_args_from_hf(plain)["num_query_groups"] == 32
+    mistral = {**plain, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    assert megatron_args_from_hf({**mistral, "sliding_window": None})["num_query_groups"] == 8
+    assert megatron_args_from_hf({**mistral, "max_position_embeddings": 4096})["kv_channels"] == 64
+
+
+def test_what_transformers_itself_writes_is_known() -> None:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+    for kind in (LlamaConfig, MistralConfig, Qwen2Config):
+        fields = kind(sliding_window=None) if kind is MistralConfig else kind()
+        everything = {**fields.to_dict(), "architectures": [kind.__name__.replace("Config", "ForCausalLM")]}
+        assert megatron_args_from_hf(everything)["hidden_size"] == fields.hidden_size
 
 
 def test_vocabularies_of_real_models_need_no_padding_up_to_tp8() -> None:

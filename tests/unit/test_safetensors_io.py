@@ -74,7 +74,7 @@ def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
         ("{", "not a safetensors index"),
         ("[]", "not a safetensors index"),
         ('{"weight_map": []}', "not a safetensors index"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors, which is missing"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors is named, which is missing"),
         ('{"weight_map": {"a": "../other.safetensors"}}', "not a file of this directory"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "not a file of this directory"),
         ('{"weight_map": {"a": ".."}}', "missing"),
