@@ -3,8 +3,7 @@
 
 Example:
     python tools/evaluate_translation.py --system base=models/base --system mixmoe=models/mixmoe --baseline base \
-        --test examples/data/de-en.test.tsv.gz --source-language de --target-language en \
-        --source-column xx --target-column en --both-directions --limit 300 \
+        --test de-en=examples/data/de-en.test.tsv.gz --source-column xx --both-directions --limit 300 \
         --mono de=examples/data/mono.de.test.txt.gz --mono en=examples/data/mono.en.test.txt.gz --output-dir runs/eval
 """
 
@@ -15,7 +14,6 @@ import sys
 from pathlib import Path
 
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.errors import MixMoEError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,16 +27,21 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     models.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
     data = parser.add_argument_group("test data")
-    data.add_argument("--test", type=Path, help="table of segments: TSV with a header, or JSONL; gzip or not")
-    data.add_argument("--source-language", metavar="CODE")
-    data.add_argument("--target-language", metavar="CODE")
-    data.add_argument("--source-column", metavar="NAME", help="default: the source language's code")
-    data.add_argument("--target-column", metavar="NAME", help="default: the target language's code")
+    data.add_argument(
+        "--test",
+        action="append",
+        default=[],
+        metavar="PAIR[@NAME]=FILE",
+        help="test set: TSV, JSONL or Parquet, or sacrebleu:wmt17, or flores:DIR; repeatable",
+    )
+    data.add_argument("--source-column", metavar="NAME", help="in tables; default: the source language's code")
+    data.add_argument("--target-column", metavar="NAME", help="in tables; default: the target language's code")
     data.add_argument("--both-directions", action="store_true", help="also translate target to source")
     data.add_argument("--mono", action="append", default=[], metavar="CODE=FILE", help="monolingual text; repeatable")
     data.add_argument("--limit", type=int, default=0, help="test segments, a seeded choice (default: 0, all)")
     data.add_argument("--mono-limit", type=int, default=0, help="lines of each monolingual file (default: 0, all)")
     data.add_argument("--seed", type=int, default=0, help="of the choice of segments (default: 0)")
+    data.add_argument("--comet", default="auto", metavar="MODEL", help="name or path; off; auto: when it is here")
     decoding = parser.add_argument_group("decoding (defaults are the paper's)")
     decoding.add_argument("--decoding", choices=("beam", "greedy"), default="beam")
     decoding.add_argument("--num-beams", type=int, default=5)
@@ -52,22 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_directions(args: argparse.Namespace) -> list:
-    """Read the test set named on the command line, in one or both directions."""
-    from mixmoe_megatron.evaluation.segments import read_direction
+    """Read the test sets named on the command line, in one or both directions."""
+    from mixmoe_megatron.evaluation.segments import read_test
 
-    if args.test is None:
-        return []
-    if args.source_language is None or args.target_language is None:
-        raise MixMoEError("--test needs --source-language and --target-language.")
-    languages = (args.source_language, args.target_language)
-    columns = (args.source_column or languages[0], args.target_column or languages[1])
-    direction = read_direction(args.test, languages, columns, limit=args.limit, seed=args.seed)
-    return [direction, direction.reverse()] if args.both_directions else [direction]
+    columns = (args.source_column, args.target_column)
+    directions = [read_test(value, columns, limit=args.limit, seed=args.seed) for value in args.test]
+    return directions + ([direction.reverse() for direction in directions] if args.both_directions else [])
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the tables."""
     from mixmoe_megatron.data.prompts import load_template
+    from mixmoe_megatron.evaluation.comet_scores import choose_comet
     from mixmoe_megatron.evaluation.generation import GenerationOptions
     from mixmoe_megatron.evaluation.runner import EvaluationPlan, evaluate
     from mixmoe_megatron.evaluation.segments import named_paths, read_monolingual
@@ -87,8 +86,9 @@ def run(args: argparse.Namespace) -> None:
         baseline=args.baseline,
         dtype=args.dtype,
         device=args.device,
+        comet=choose_comet(args.comet) if args.test else None,
         selection={
-            "test": str(args.test),
+            "test": args.test,
             "limit": args.limit,
             "monolingual": {name: str(path) for name, path in mono.items()},
             "monolingual_limit": args.mono_limit,

@@ -106,8 +106,8 @@ PY
 
 evaluate() {
   "$PYTHON" tools/evaluate_translation.py --system base="$BASE" --system stage1="$OUT/hf_stage1" \
-    --system mixmoe="$OUT/hf_mixmoe" --baseline base --test "$DATA/$PAIR.test.tsv.gz" --both-directions \
-    --source-language "$SOURCE" --target-language $TARGET --source-column xx --target-column en \
+    --system mixmoe="$OUT/hf_mixmoe" --baseline base \
+    --test "$PAIR=$DATA/$PAIR.test.tsv.gz" --source-column xx --target-column en --both-directions \
     --mono "$SOURCE=$DATA/mono.$SOURCE.test.txt.gz" --mono "$TARGET=$DATA/mono.$TARGET.test.txt.gz" \
     --limit "$TEST_SEGMENTS" --mono-limit "$TEST_SEGMENTS" --decoding greedy --max-length-ratio 2 --batch-size 64 \
     --output-dir "$OUT/evaluation"

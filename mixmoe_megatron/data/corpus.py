@@ -114,6 +114,11 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
+def is_utf8(text: str) -> bool:
+    """Tell whether a text has no lone surrogate: the trace of bytes that were not UTF-8 ("surrogateescape")."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
     """Tell whether a text holds NUL, another control character, a lone surrogate, or a Unicode line separator.
 

@@ -1,6 +1,7 @@
-"""Corpus scores with sacreBLEU (BLEU, chrF, chrF++) and its paired bootstrap test, signatures included.
+"""Corpus scores with sacreBLEU (BLEU, chrF, chrF++, TER) and its paired bootstrap test, signatures included.
 
-Source: Post 2018 (sacreBLEU), Popović 2015 and 2017 (chrF, chrF++), Koehn 2004 (paired bootstrap).
+Source: Post 2018 (sacreBLEU), Popović 2015 and 2017 (chrF, chrF++), Snover et al. 2006 (TER), Koehn 2004 (paired
+bootstrap).
 """
 
 from __future__ import annotations
@@ -11,30 +12,32 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import cast
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest, Result
 
 from mixmoe_megatron.errors import MixMoEError
 
-METRIC_NAMES = ("bleu", "chrf", "chrf_plus_plus")
+METRIC_NAMES = ("bleu", "chrf", "chrf_plus_plus", "ter")
 NUM_RESAMPLES = 1000
 _BLEU_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # sacreBLEU's own choice by target language
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one system in one direction, 0 to 100, and the sacreBLEU signature of each.
+    """Scores of one system in one direction, and the sacreBLEU signature of each.
 
     Attributes:
-        bleu: BLEU.
-        chrf: ChrF2, character n-grams only.
-        chrf_plus_plus: ChrF2++, with word bigrams.
+        bleu: BLEU, 0 to 100.
+        chrf: ChrF2, character n-grams only, 0 to 100.
+        chrf_plus_plus: ChrF2++, with word bigrams, 0 to 100.
+        ter: TER, edits for each 100 words of the reference; lower is better.
         signatures: Metric name to signature.
     """
 
     bleu: float
     chrf: float
     chrf_plus_plus: float
+    ter: float
     signatures: dict[str, str]
 
 
@@ -67,8 +70,12 @@ class Comparison:
         return asdict(self)
 
 
-def _bleu(target_language: str) -> BLEU:
-    """BLEU with the tokenizer for the target language: zh for Chinese, 13a for most."""
+def bleu_of(target_language: str) -> BLEU:
+    """Return BLEU with the tokenizer for the target language: zh for Chinese, 13a for most.
+
+    Raises:
+        MixMoEError: The language's tokenizer is not installed.
+    """
     try:
         return BLEU(tokenize=_BLEU_TOKENIZERS.get(target_language, "13a"))
     except (ImportError, RuntimeError) as error:
@@ -90,7 +97,12 @@ def _quiet_sacrebleu() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _check_counts(hypotheses: Sequence[str], references: Sequence[str], name: str) -> None:
+def check_counts(hypotheses: Sequence[str], references: Sequence[str], name: str) -> None:
+    """Check that there is one hypothesis for each reference, and any at all.
+
+    Raises:
+        MixMoEError: There is not.
+    """
     if len(hypotheses) != len(references):
         raise MixMoEError(f"{name} has {len(hypotheses)} hypotheses for {len(references)} references.")
     if not references:
@@ -108,11 +120,12 @@ def score(hypotheses: Sequence[str], references: Sequence[str], target_language:
     Raises:
         MixMoEError: Counts differ, nothing to score, or the language's tokenizer is not installed.
     """
-    _check_counts(hypotheses, references, "The system")
-    metrics = (_bleu(target_language), CHRF(), CHRF(word_order=2))
+    check_counts(hypotheses, references, "The system")
+    asian = target_language in _BLEU_TOKENIZERS  # TER counts words; there characters take their place
+    metrics = (bleu_of(target_language), CHRF(), CHRF(word_order=2), TER(normalized=asian, asian_support=asian))
     values = [metric.corpus_score(list(hypotheses), [list(references)]).score for metric in metrics]
     signatures = {name: str(metric.get_signature()) for name, metric in zip(METRIC_NAMES, metrics, strict=True)}
-    return Scores(values[0], values[1], values[2], signatures)
+    return Scores(*values, signatures)
 
 
 def compare(
@@ -135,11 +148,11 @@ def compare(
         MixMoEError: Counts differ, nothing to score, or the language's tokenizer is not installed.
     """
     for name, hypotheses in (baseline, system):
-        _check_counts(hypotheses, references, f"System {name!r}")
+        check_counts(hypotheses, references, f"System {name!r}")
     with _quiet_sacrebleu():
         signatures, results = PairedTest(
             [(name, list(hypotheses)) for name, hypotheses in (baseline, system)],
-            {"BLEU": _bleu(target_language), "chrF2": CHRF()},
+            {"BLEU": bleu_of(target_language), "chrF2": CHRF()},
             [list(references)],
             test_type="bs",
             n_samples=num_resamples,

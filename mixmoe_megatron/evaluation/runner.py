@@ -7,6 +7,7 @@ Layout of the output directory:
   that the `sacrebleu` command can be run on the very same files.
 - ``hypotheses/{direction}.{system}.partial.jsonl``: finished batches of an unfinished translation.
 - ``measurements/{system}.json``: perplexity, routing and seconds.
+- ``comet.json``: COMET scores.
 - ``evaluation.json``: all results.
 """
 
@@ -27,7 +28,9 @@ from mixmoe_megatron.cli import write_json
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.comet_scores import CometScorer
 from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
+from mixmoe_megatron.evaluation.meteor import meteor_is_installed, score_meteor
 from mixmoe_megatron.evaluation.metrics import METRIC_NAMES, compare, score
 from mixmoe_megatron.evaluation.models import LoadedModel, fingerprint, load_model
 from mixmoe_megatron.evaluation.perplexity import measure_perplexity
@@ -54,6 +57,7 @@ class EvaluationPlan:
         baseline: System that the others are tested against; None for no test.
         dtype: Of the models, ``float32`` by default.
         device: A torch device.
+        comet: COMET model (see `comet_scores.find_comet`); None: no COMET.
         selection: How segments were chosen (files, limit, seed), for the record.
 
     Raises:
@@ -68,6 +72,7 @@ class EvaluationPlan:
     baseline: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    comet: str | None = None
     selection: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +87,9 @@ class EvaluationPlan:
                 )
         if self.baseline is not None and self.baseline not in self.systems:
             raise MixMoEError(f"The baseline {self.baseline!r} is not among the systems {', '.join(self.systems)}.")
+        names = [direction.name for direction in self.directions]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise MixMoEError(f"The direction {twice[0]} comes twice: name its test sets, as in {twice[0]}@NAME=FILE.")
         for language in self.monolingual:
             check_language(language)
 
@@ -191,24 +199,53 @@ class _SystemRun:
         write_json(self.measurements_path, self.measurements)
 
 
-def _score_direction(plan: EvaluationPlan, direction: Direction, output_dir: Path) -> dict[str, Any]:
+def _score_direction(
+    plan: EvaluationPlan, direction: Direction, output_dir: Path, comet: _CometScores | None
+) -> dict[str, Any]:
     """Score all systems in one direction and test them against the baseline."""
     hypotheses = {
         name: _read_lines(output_dir / "hypotheses" / f"{direction.name}.{name}.txt", len(direction.references))
         for name in plan.systems
     }
-    scores = {name: score(lines, direction.references, direction.target_language)
-              for name, lines in hypotheses.items()}  # fmt: skip
+    scores: dict[str, dict[str, float]] = {}
+    signatures: dict[str, str] = {}
+    for name, lines in hypotheses.items():
+        scored = score(lines, direction.references, direction.target_language)
+        scores[name] = {metric: getattr(scored, metric) for metric in METRIC_NAMES}
+        signatures = dict(scored.signatures)
+        if meteor_is_installed():
+            value, signatures["meteor"] = score_meteor(lines, direction.references, direction.target_language)
+            scores[name]["meteor"] = value
+        if comet is not None:
+            scores[name]["comet"], signatures["comet"] = comet.score(name, direction, lines)
     comparisons = {
         name: compare((plan.baseline, hypotheses[plan.baseline]), (name, lines), direction.references,
                       direction.target_language).to_dict()
         for name, lines in hypotheses.items() if plan.baseline is not None and name != plan.baseline
     }  # fmt: skip
-    return {
-        "scores": {name: {metric: getattr(value, metric) for metric in METRIC_NAMES} for name, value in scores.items()},
-        "signatures": next(iter(scores.values())).signatures,
-        "significance": comparisons,
-    }
+    return {"scores": scores, "signatures": signatures, "significance": comparisons}
+
+
+class _CometScores:
+    """COMET scores, kept in OUTPUT_DIR/comet.json; the model is loaded only if one is missing."""
+
+    def __init__(self, model: str, device: str, output_dir: Path) -> None:
+        self._model, self._device, self._path = model, device, output_dir / "comet.json"
+        self._known: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+
+    @cached_property
+    def _scorer(self) -> CometScorer:
+        return CometScorer(self._model, self._device)
+
+    def score(self, system: str, direction: Direction, hypotheses: list[str]) -> tuple[float, str]:
+        """Return the score of a system in a direction, and the model's signature."""
+        texts = [self._model, *direction.sources, *hypotheses, *direction.references]
+        key = f"{direction.name} {system} {sha256_of_texts(texts)}"
+        if key not in self._known:
+            value = self._scorer.score(direction.sources, hypotheses, direction.references)
+            self._known[key] = {"score": value, "signature": self._scorer.signature}
+            write_json(self._path, self._known)
+        return self._known[key]["score"], self._known[key]["signature"]
 
 
 def evaluate(plan: EvaluationPlan, output_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -253,7 +290,8 @@ def _collect(
     plan: EvaluationPlan, identity: dict[str, Any], measurements: dict[str, Any], output_dir: Path
 ) -> dict[str, Any]:
     """Put all results into one dictionary: the content of evaluation.json."""
-    scored = {direction.name: _score_direction(plan, direction, output_dir) for direction in plan.directions}
+    comet = _CometScores(plan.comet, plan.device, output_dir) if plan.comet else None
+    scored = {direction.name: _score_direction(plan, direction, output_dir, comet) for direction in plan.directions}
     return {
         "format_version": FORMAT_VERSION,
         "baseline": plan.baseline,

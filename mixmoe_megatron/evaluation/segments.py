@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmoe_megatron.data.corpus import clean, read_lines, read_rows
+from mixmoe_megatron.data.corpus import clean, is_utf8, read_lines
 from mixmoe_megatron.data.languages import check_language
+from mixmoe_megatron.data.preparation.sources import Source
 from mixmoe_megatron.errors import MixMoEError
 
 
@@ -22,21 +24,24 @@ class Direction:
         target_language: Code such as ``en``.
         sources: One text a segment.
         references: The reference translation of each source, same length and order.
+        test_set: Name that tells several test sets of one direction apart; may be empty.
     """
 
     source_language: str
     target_language: str
     sources: list[str]
     references: list[str]
+    test_set: str = ""
 
     @property
     def name(self) -> str:
-        """The direction as in ``de-en``."""
-        return f"{self.source_language}-{self.target_language}"
+        """The direction as in ``de-en``, with the test set's name where it has one: ``de-en@flores``."""
+        suffix = f"@{self.test_set}" if self.test_set else ""
+        return f"{self.source_language}-{self.target_language}{suffix}"
 
     def reverse(self) -> Direction:
         """Return the same segments, translated the other way."""
-        return Direction(self.target_language, self.source_language, self.references, self.sources)
+        return Direction(self.target_language, self.source_language, self.references, self.sources, self.test_set)
 
 
 def select_subset[Item](items: Sequence[Item], limit: int, seed: int) -> list[Item]:
@@ -61,33 +66,68 @@ def select_subset[Item](items: Sequence[Item], limit: int, seed: int) -> list[It
     return [items[index] for index in sorted(order[:limit])]
 
 
-def read_direction(
-    path: str | Path, languages: tuple[str, str], columns: tuple[str, str], *, limit: int = 0, seed: int = 0
-) -> Direction:
-    """Read a translation test set.
+def read_test(value: str, columns: Sequence[str | None], *, limit: int = 0, seed: int = 0) -> Direction:
+    """Read a test set as the command line names it: PAIR[@NAME]=WHERE.
 
     Args:
-        path: A table as `data.corpus.read_rows` takes it: TSV with a header, or JSONL; gzip or not.
-        languages: Language codes of source and target.
-        columns: Names of the columns that hold the source and the reference.
+        value: PAIR is ``de-en``. WHERE is a table (TSV with a header, JSONL, Parquet; gzip, zstd or neither), or
+            ``sacrebleu:wmt17``, or ``flores:DIRECTORY`` (its devtest). NAME tells several sets of a pair apart.
+        columns: Columns of source and target in tables; None: the language codes.
         limit: Segments to take (see `select_subset`); 0 takes all.
         seed: Of the selection.
 
     Raises:
-        MixMoEError: Unknown or equal languages, unreadable file, missing column, empty cell, or no segment at all.
+        MixMoEError: The value is not of this form, or see `read_direction`.
+    """
+    place, _, where = value.partition("=")
+    pair, at, name = place.partition("@")
+    languages = pair.split("-")
+    if len(languages) != 2 or not where or (at and not re.fullmatch(r"[A-Za-z0-9_.]+", name)):
+        raise MixMoEError(f"--test takes PAIR[@NAME]=FILE, such as de-en=test.tsv.gz, not {value!r}.")
+    kind, colon, rest = where.partition(":")
+    if colon and kind == "sacrebleu":
+        source = Source(sacrebleu=rest, config=pair)
+    elif colon and kind == "flores":
+        source = Source(flores=rest, split="devtest")
+    else:
+        named = {code: column or code for code, column in zip(languages, columns, strict=True)}
+        source = Source(files=(where,), columns=named)
+    return read_direction(source, (languages[0], languages[1]), name, limit=limit, seed=seed)
+
+
+def read_direction(
+    source: Source, languages: tuple[str, str], test_set: str = "", *, limit: int = 0, seed: int = 0
+) -> Direction:
+    """Read a translation test set.
+
+    Args:
+        source: Where it is.
+        languages: Language codes of source and target.
+        test_set: Its name; may be empty.
+        limit: Segments to take (see `select_subset`); 0 takes all.
+        seed: Of the selection.
+
+    Raises:
+        MixMoEError: Unknown or equal languages, unreadable source, missing column, a broken row or an empty side, or no
+            segment at all.
     """
     if check_language(languages[0]) == check_language(languages[1]):
         raise MixMoEError(f"Source and target language are both '{languages[0]}'.")
+    where = source.label()
     pairs = []
-    for number, row in read_rows(path, columns):
-        for column in columns:
-            if not row[column].strip():
-                raise MixMoEError(f"{path}, line {number}: the column '{column}' is empty.")
-        pairs.append((clean(row[columns[0]]), clean(row[columns[1]])))
+    for number, row in enumerate(source.rows(languages), start=1):
+        if row is None:
+            raise MixMoEError(f"{where}, segment {number}: the row is broken (another number of columns, or no text).")
+        texts = [clean(text) for text in row]
+        if not all(map(is_utf8, texts)):
+            raise MixMoEError(f"{where}, segment {number}: not UTF-8.")
+        if not all(texts):
+            raise MixMoEError(f"{where}, segment {number}: the side '{languages[texts.index('')]}' is empty.")
+        pairs.append(texts)
     if not pairs:
-        raise MixMoEError(f"{path} holds no test segment.")
+        raise MixMoEError(f"{where} holds no test segment.")
     chosen = select_subset(pairs, limit, seed)
-    return Direction(*languages, sources=[pair[0] for pair in chosen], references=[pair[1] for pair in chosen])
+    return Direction(*languages, [pair[0] for pair in chosen], [pair[1] for pair in chosen], test_set)
 
 
 def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list[str]:

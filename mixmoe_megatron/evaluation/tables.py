@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-METRIC_TITLES = {"bleu": "BLEU", "chrf": "chrF", "chrf_plus_plus": "chrF++"}
+METRIC_TITLES = {
+    "bleu": "BLEU", "chrf": "chrF", "chrf_plus_plus": "chrF++", "ter": "TER", "meteor": "METEOR", "comet": "COMET"
+}  # fmt: skip
+_PERCENT = {"meteor", "comet"}  # 0 to 1 as they come, shown times 100 as the paper does
+
+
+def metrics_of(evaluation: dict[str, Any]) -> dict[str, str]:
+    """Return the metrics that an evaluation has, with their titles."""
+    first = next(iter(next(iter(evaluation["directions"].values()), {"": {}}).values()))
+    return {name: title for name, title in METRIC_TITLES.items() if name in first}
+
+
+def score_text(metric: str, value: float) -> str:
+    """Return a score with one digit; METEOR and COMET times 100."""
+    return f"{100 * value if metric in _PERCENT else value:.1f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
@@ -45,13 +59,14 @@ def score_table(evaluation: dict[str, Any]) -> str:
         evaluation: Content of evaluation.json.
     """
     baseline = evaluation["baseline"]
-    header = ["direction", "system", *METRIC_TITLES.values()]
+    metrics = metrics_of(evaluation)
+    header = ["direction", "system", *metrics.values()]
     if baseline is not None:
         header += [f"chrF against {baseline}", f"BLEU against {baseline}"]
     rows = []
     for direction, systems in evaluation["directions"].items():
         for system, scores in systems.items():
-            row = [direction, system, *(f"{scores[metric]:.1f}" for metric in METRIC_TITLES)]
+            row = [direction, system, *(score_text(metric, scores[metric]) for metric in metrics)]
             test = evaluation["significance"].get(direction, {}).get(system)
             if baseline is not None:
                 row += [

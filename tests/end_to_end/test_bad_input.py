@@ -43,8 +43,8 @@ CASES: dict[str, tuple[str, str]] = {
         "no mixmoe_metadata.json",
     ),
     "evaluate: no model": (
-        "tools/evaluate_translation.py --system a={bad}/nothing --test {world}/pairs.tsv --source-language de "
-        "--target-language en --output-dir {bad}/report",
+        "tools/evaluate_translation.py --system a={bad}/nothing --test de-en={world}/pairs.tsv "
+        "--output-dir {bad}/report",
         "{bad}/nothing",
     ),
     "mono: empty corpus": (MONO + "{bad}/empty.txt", "No document is left"),

@@ -10,8 +10,8 @@ import pytest
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.segments import (
     named_paths,
-    read_direction,
     read_monolingual,
+    read_test,
     select_subset,
     sha256_of_texts,
 )
@@ -21,12 +21,12 @@ TABLE = "page\ten\txx\n" + "".join(f"p\tHouse {index}\tHaus {index}\n" for index
 
 def table(tmp_path: Path, text: str = TABLE) -> Path:
     path = tmp_path / "de-en.tsv.gz"
-    path.write_bytes(gzip.compress(text.encode()))
+    path.write_bytes(gzip.compress(text.encode("utf-8", "surrogateescape")))
     return path
 
 
 def test_direction_and_its_reverse(tmp_path) -> None:
-    direction = read_direction(table(tmp_path), ("de", "en"), ("xx", "en"))
+    direction = read_test(f"de-en={table(tmp_path)}", ("xx", None))
     assert (direction.name, len(direction.sources)) == ("de-en", 20)
     assert (direction.sources[3], direction.references[3]) == ("Haus 3", "House 3")
     assert direction.reverse().name == "en-de"
@@ -41,24 +41,38 @@ def test_subset_is_seeded_nested_and_in_file_order(tmp_path) -> None:
     assert set(ten) < set(select_subset(items, 20, 0))
     assert ten != select_subset(items, 10, 1)
     assert select_subset(items, 0, 0) == select_subset(items, 1000, 0) == items
-    limited = read_direction(table(tmp_path), ("de", "en"), ("xx", "en"), limit=5)
+    limited = read_test(f"de-en={table(tmp_path)}", ("xx", "en"), limit=5)
     assert [source.split()[1] for source in limited.sources] == [text.split()[1] for text in limited.references]
 
 
+def test_test_sets_by_name(tmp_path) -> None:
+    (tmp_path / "devtest").mkdir()
+    for code, text in (("deu_Latn", "Haus\n"), ("eng_Latn", "House\n")):
+        (tmp_path / "devtest" / f"{code}.devtest").write_text(text, "utf-8")
+    direction = read_test(f"de-en@flores=flores:{tmp_path}", (None, None))
+    assert (direction.name, direction.sources, direction.references) == ("de-en@flores", ["Haus"], ["House"])
+    assert direction.reverse().name == "en-de@flores"
+    with pytest.raises(MixMoEError, match="sacreBLEU has no test set 'wmt17' for de-et"):
+        read_test("de-et=sacrebleu:wmt17", (None, None))
+
+
 @pytest.mark.parametrize(
-    ("text", "languages", "columns", "message"),
+    ("text", "place", "columns", "message"),
     [
-        (TABLE, ("de", "xy"), ("xx", "en"), "Unknown language code 'xy'"),
-        (TABLE, ("de", "de"), ("xx", "en"), "both 'de'"),
-        (TABLE, ("de", "en"), ("de", "en"), "line 1: no column 'de'"),
-        ("en\txx\nA\tB\nA\n", ("de", "en"), ("xx", "en"), "line 3: 1 columns"),
-        ("en\txx\nA\tB\nA\t \n", ("de", "en"), ("xx", "en"), "line 3: the column 'xx' is empty"),
-        ("en\txx\n", ("de", "en"), ("xx", "en"), "no test segment"),
+        (TABLE, "de-xy", ("xx", "en"), "Unknown language code 'xy'"),
+        (TABLE, "de-de", ("xx", "en"), "both 'de'"),
+        (TABLE, "de", ("xx", "en"), "--test takes PAIR"),
+        (TABLE, "de-en@a/b", ("xx", "en"), "--test takes PAIR"),
+        (TABLE, "de-en", (None, None), "line 1: no column 'de'"),
+        ("en\txx\nA\tB\nA\n", "de-en", ("xx", "en"), "segment 2: the row is broken"),
+        ("en\txx\nA\tB\nA\t \n", "de-en", ("xx", "en"), "segment 2: the side 'de' is empty"),
+        ("en\txx\nA\tB\nA\t\udcff\n", "de-en", ("xx", "en"), "segment 2: not UTF-8"),
+        ("en\txx\n", "de-en", ("xx", "en"), "no test segment"),
     ],
 )
-def test_mistakes_in_a_test_set(tmp_path, text, languages, columns, message) -> None:
+def test_mistakes_in_a_test_set(tmp_path, text, place, columns, message) -> None:
     with pytest.raises(MixMoEError, match=message):
-        read_direction(table(tmp_path, text), languages, columns)
+        read_test(f"{place}={table(tmp_path, text)}", columns)
 
 
 def test_monolingual_text(tmp_path) -> None:

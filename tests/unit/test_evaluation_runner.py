@@ -59,7 +59,9 @@ def tool(repo_root: Path, name: str) -> ModuleType:
 def test_results_and_files(finished) -> None:
     result = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))
     assert set(result["directions"]) == {"de-en", "en-de"}
-    assert set(result["directions"]["de-en"]["mixmoe"]) == {"bleu", "chrf", "chrf_plus_plus"}
+    assert set(result["directions"]["de-en"]["mixmoe"]) == {
+        "bleu", "chrf", "chrf_plus_plus", "ter", "meteor"
+    }  # fmt: skip
     assert set(result["significance"]["de-en"]) == {"mixmoe"}
     assert set(result["perplexity"]["de"]) == {"base", "mixmoe"}
     assert set(result["routing"]) == {"mixmoe"}
@@ -132,6 +134,7 @@ def test_another_model_under_the_same_name_is_refused_and_can_overwrite(plan, mo
         ({"systems": {"source": Path("x")}}, "cannot name a system"),
         ({"directions": [], "monolingual": {}}, "nothing to evaluate"),
         ({"baseline": "other"}, "baseline 'other'"),
+        ({"directions": [DIRECTION, DIRECTION]}, "de-en comes twice"),
         ({"monolingual": {"xy": ["text"]}}, "Unknown language code 'xy'"),
     ],
 )
@@ -143,8 +146,8 @@ def test_plans_that_make_no_sense(plan, fields, message) -> None:
 def test_the_command_prints_the_table(models, tmp_path, repo_root, monkeypatch, capsys) -> None:
     test_set = tmp_path / "test.tsv"
     test_set.write_text("en\txx\nThe house is old.\tDas Haus ist alt.\nYes\tJa\n", encoding="utf-8")
-    options = ["--baseline", "base", "--test", test_set, "--source-language", "de", "--target-language", "en",
-               "--source-column", "xx", "--target-column", "en", "--decoding", "greedy", "--max-new-tokens", 4,
+    options = ["--baseline", "base", "--test", f"de-en={test_set}", "--source-column", "xx",
+               "--decoding", "greedy", "--max-new-tokens", 4,
                "--output-dir", tmp_path / "out"]  # fmt: skip
     for name, path in models.items():
         options += ["--system", f"{name}={path}"]

@@ -39,7 +39,10 @@ def test_scores_and_signatures_equal_the_sacrebleu_command(tmp_path, language, r
     tokenizer = {"en": "13a", "zh": "zh"}[language]
     bleu, chrf = sacrebleu_command(tmp_path, references, [system], "--tokenize", tokenizer)
     plus = sacrebleu_command(tmp_path, references, [system], "--chrf-word-order", "2")[1]
+    asian = ["--ter-asian-support", "--ter-normalized"] if language == "zh" else []
+    ter = sacrebleu_command(tmp_path, references, [system], "-m", "ter", *asian)[0]
     ours = score(system, references, language)
+    assert ours.ter == pytest.approx(ter["score"], abs=1e-9)
     assert ours.bleu == pytest.approx(bleu["score"], abs=1e-9)
     assert ours.chrf == pytest.approx(chrf["score"], abs=1e-9)
     assert ours.chrf_plus_plus == pytest.approx(plus["score"], abs=1e-9)
@@ -47,6 +50,7 @@ def test_scores_and_signatures_equal_the_sacrebleu_command(tmp_path, language, r
         "bleu": bleu["signature"],
         "chrf": chrf["signature"],
         "chrf_plus_plus": plus["signature"],
+        "ter": ter["signature"],
     }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from mixmoe_megatron.data.corpus import clean, drop, has_control_characters
+from mixmoe_megatron.data.corpus import clean, drop, has_control_characters, is_utf8
 from mixmoe_megatron.data.languages import count_words
 from mixmoe_megatron.errors import MixMoEError
 
@@ -29,7 +29,7 @@ class FilterOptions:
         max_characters: Most characters of a line or side: a line of 100,000 characters without a blank is one word.
         max_length_ratio: Most characters of the longer side for each of the shorter one; 0: no limit.
         drop_copies: Drop pairs whose sides are equal.
-        language_id: Drop texts that py3langid takes for another language.
+        language_id: Drop texts that lingua (low accuracy mode, all its languages) takes for another language.
     """
 
     min_words: int = 1
@@ -43,7 +43,7 @@ class FilterOptions:
         """Check the options.
 
         Raises:
-            MixMoEError: A limit makes no sense, or py3langid is not installed.
+            MixMoEError: A limit makes no sense, or lingua is not installed.
         """
         if not 1 <= self.min_words <= self.max_words:
             raise MixMoEError(f"min_words {self.min_words} and max_words {self.max_words} must be 1 or more, in order.")
@@ -51,8 +51,10 @@ class FilterOptions:
             raise MixMoEError(f"max_characters must be 1 or more, not {self.max_characters}.")
         if self.max_length_ratio and self.max_length_ratio < 1:
             raise MixMoEError(f"max_length_ratio must be 0 (no limit) or 1 or more, not {self.max_length_ratio}.")
-        if self.language_id and find_spec("py3langid") is None:
-            raise MixMoEError("language_id needs the package py3langid: pip install 'mixmoe-megatron[langid]'.")
+        if self.language_id and find_spec("lingua") is None:
+            raise MixMoEError(
+                "language_id needs the package lingua-language-detector: pip install 'mixmoe-megatron[langid]'."
+            )
 
 
 def filter_rows(
@@ -91,7 +93,7 @@ def why_dropped(texts: Sequence[str], languages: Sequence[str], options: FilterO
     """
     if not texts:
         return "broken_row"
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text if not text.isascii()):
+    if not all(map(is_utf8, texts)):
         return "wrong_encoding"
     if not all(texts):
         return "empty"
@@ -118,8 +120,14 @@ def why_dropped(texts: Sequence[str], languages: Sequence[str], options: FilterO
 
 
 @cache
-def _language_identifier() -> Callable[[str], str]:
-    """Return a function from a text to its language code."""
-    import py3langid
+def _language_identifier() -> Callable[[str], str | None]:
+    """Return a function from a text to its ISO 639-1 code, None when it is undecided."""
+    from lingua import LanguageDetectorBuilder
 
-    return lambda text: str(py3langid.classify(text)[0])
+    detector = LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
+
+    def identify(text: str) -> str | None:
+        language = detector.detect_language_of(text)
+        return None if language is None else language.iso_code_639_1.name.lower()
+
+    return identify

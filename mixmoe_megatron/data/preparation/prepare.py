@@ -30,7 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mixmoe_megatron.cli import write_json
-from mixmoe_megatron.data.corpus import Deduplicator, batched, clean, drop, summarise
+from mixmoe_megatron.data.corpus import Deduplicator, batched, clean, drop, is_utf8, summarise
 from mixmoe_megatron.data.preparation.filters import FilterOptions, filter_rows
 from mixmoe_megatron.data.preparation.protocol import Protocol, pair_languages
 from mixmoe_megatron.data.preparation.sources import Row, Source
@@ -229,9 +229,9 @@ def _as_published(rows: Iterable[Row], source: Source, counts: Counter[str]) -> 
     for number, row in enumerate(rows, start=1):
         counts["read"] += 1
         if row is None or not all(text.strip() for text in row):
-            raise MixMoEError(f"Row {number} of a test set ({source}) is broken or has an empty side.")
-        if any("\ud800" <= character <= "\udfff" for text in row for character in text):
-            raise MixMoEError(f"Row {number} of a test set ({source}) is not UTF-8.")
+            raise MixMoEError(f"Row {number} of the test set {source.label()} is broken or has an empty side.")
+        if not all(map(is_utf8, row)):
+            raise MixMoEError(f"Row {number} of the test set {source.label()} is not UTF-8.")
         yield tuple(" ".join(clean(text).splitlines()).replace("\t", " ") for text in row)
 
 

@@ -96,6 +96,12 @@ class Source:
             value["files"] = (value["files"],)
         return cls(**value)
 
+    def label(self) -> str:
+        """Return what to call the source in a message."""
+        if self.aligned is not None:
+            return ", ".join(self.aligned.values())
+        return ", ".join(self.files) or str(self.hub or self.flores or self.sacrebleu)
+
     def paths(self) -> list[str]:
         """Return the local files, patterns expanded and sorted.
 

@@ -1,0 +1,74 @@
+"""METEOR by NLTK, with WordNet's synonyms where its data is installed.
+
+NLTK's METEOR matches words exactly, by the English Porter stemmer, and by English WordNet. It is defined for English;
+into other languages it is a unigram score whose stems are wrong, and it is reported because the paper reports it.
+Words are those of sacreBLEU's tokenizer for the target language (13a; characters for Chinese); case is ignored.
+
+Source: Banerjee and Lavie 2005; the score is the mean over segments of `nltk.translate.meteor_score.meteor_score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.metrics import bleu_of, check_counts
+
+
+def meteor_is_installed() -> bool:
+    """Tell whether NLTK is there."""
+    return find_spec("nltk") is not None
+
+
+class _NoSynonyms:
+    """Stands where NLTK expects WordNet: no word has a synonym."""
+
+    def synsets(self, word: str) -> list[Any]:
+        """Return the synonym sets of a word: none."""
+        return []
+
+
+@cache
+def _wordnet() -> Any | None:
+    """NLTK's WordNet reader, None where its data is not installed."""
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return wordnet
+
+
+def score_meteor(hypotheses: Sequence[str], references: Sequence[str], target_language: str) -> tuple[float, str]:
+    """Score translations.
+
+    Args:
+        hypotheses: Detokenised translations.
+        references: Their references, same length and order.
+        target_language: Language code; it chooses the tokenizer.
+
+    Returns:
+        METEOR, 0 to 1, and a signature with NLTK's version, the tokenizer, and whether WordNet took part.
+
+    Raises:
+        MixMoEError: NLTK is not installed, counts differ, or there is nothing to score.
+    """
+    if not meteor_is_installed():
+        raise MixMoEError("METEOR needs NLTK: pip install 'mixmoe-megatron[meteor]'.")
+    from nltk.translate.meteor_score import meteor_score
+
+    check_counts(hypotheses, references, "The system")
+    tokenizer = bleu_of(target_language).tokenizer
+    wordnet = _wordnet()
+    total = 0.0
+    for hypothesis, reference in zip(hypotheses, references, strict=True):
+        words, wanted = (tokenizer(text.rstrip()).split() for text in (hypothesis, reference))
+        total += meteor_score([wanted], words, wordnet=wordnet or _NoSynonyms())
+    synonyms = "yes" if wordnet else "no"
+    signature = f"nltk:{version('nltk')}|tok:{tokenizer.signature()}|stem:porter|wordnet:{synonyms}"
+    return total / len(references), signature
