@@ -39,14 +39,14 @@ except ImportError:  # transformers 4.57
         return experts_class
 
 
+_grouped_mm: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
 class MixMoERouter(nn.Module):
     """Route each token to its top-k experts in each group. All maths in float32.
 
     Source: Mix-MoE (arXiv:2605.24681) eq. 3-7. The spectral features are folded into `weight`: Re FFT is linear, so
     W_h h + W_f Re FFT(h) is one linear layer of h, exactly.
-
-    Args:
-        config: the model configuration.
     """
 
     def __init__(self, config: MixMoEConfig):
@@ -70,7 +70,8 @@ class MixMoERouter(nn.Module):
             (with the group combine folded in). top_k_index: [T, G*k] int64, expert ids in 0..E-1.
         """
         bias = None if self.bias is None else self.bias.float()
-        logits = functional.linear(hidden_states.float(), self.weight.float(), bias)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = functional.linear(hidden_states.float(), self.weight.float(), bias)
         probs = logits.unflatten(-1, (self.num_groups, -1)).softmax(dim=-1)
         top_k_probs, top_k_index = probs.topk(self.top_k, dim=-1)
         weights = self.expert_scale * top_k_probs if self.prob_scaling else torch.ones_like(top_k_probs)
@@ -84,9 +85,6 @@ class MixMoEExperts(nn.Module):
     """All experts of a layer, packed: LM experts 0..n-1, then MT experts n..2n-1.
 
     Source: Mix-MoE (arXiv:2605.24681) eq. 1-2. Each expert is down(SiLU(gate(h)) * up(h)), with the base's activation.
-
-    Args:
-        config: the model configuration.
     """
 
     def __init__(self, config: MixMoEConfig):
@@ -110,49 +108,63 @@ class MixMoEExperts(nn.Module):
         Returns:
             [T, H], the dtype of hidden_states.
         """
-        if _can_use_grouped_mm(hidden_states, self.gate_up_proj, self.down_proj):
-            return self._grouped_forward(hidden_states, top_k_index, top_k_weights)
-        output = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            gate, up = functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output = output.index_add(0, token, expert_output * top_k_weights[token, slot, None])
-        return output.to(hidden_states.dtype)
+        if torch.compiler.is_compiling() and not _can_use_grouped_mm(hidden_states, self.gate_up_proj, self.down_proj):
+            return self._dense_forward(hidden_states, top_k_index, top_k_weights)
+        flat_index = top_k_index.flatten()
+        order = flat_index.argsort(stable=True)  # (token, slot) pairs sorted by expert
+        expert_ids = flat_index[order]
+        ends = torch.searchsorted(expert_ids, torch.arange(self.num_experts, device=order.device), right=True)
+        is_here = (expert_ids < self.num_experts)[:, None]
+        rows = hidden_states[order // top_k_index.shape[-1]].where(is_here, 0.0)
+        gate, up = _grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        expert_output = _grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
+        weighted = (expert_output * top_k_weights.flatten()[order, None]).where(is_here, 0.0)
+        return weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
 
-    def _grouped_forward(
+    def _dense_forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Do the same with one grouped GEMM per projection: (token, slot) pairs sorted by expert."""
-        flat_index = top_k_index.flatten()
-        order = flat_index.argsort(stable=True)
-        experts = torch.arange(self.num_experts, device=order.device)
-        ends = torch.searchsorted(flat_index[order], experts, right=True).to(torch.int32)
-        rows = hidden_states[order // top_k_index.shape[-1]]
-        gate, up = torch._grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        expert_output = torch._grouped_mm(self.act_fn(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
-        weighted = expert_output * top_k_weights.flatten()[order, None]
-        return weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
+        """Compute every expert for every token: no shape depends on the data. A group costs what the dense FFN does."""
+        num_tokens, ids = top_k_index.shape[0], top_k_index.clamp(max=self.num_experts)
+        weights = top_k_weights.new_zeros(num_tokens, self.num_experts + 1).scatter_add(1, ids, top_k_weights)
+        weights = weights[:, :-1].T.unsqueeze(-1)  # [E, T, 1], 0 off the chosen experts
+        gate, up = (hidden_states @ self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+        expert_output = (self.act_fn(gate) * up) @ self.down_proj.transpose(1, 2)
+        return torch.where(weights == 0, 0.0, weights * expert_output).sum(dim=0).to(hidden_states.dtype)
+
+
+def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Multiply each expert's rows by its weight: one grouped GEMM where torch has one, else one GEMM per expert.
+
+    rows: [R, in], sorted by expert. weight: [E, out, in]. ends: [E] int64, where each expert's rows end.
+    Returns [R, out] in the dtype of weight, or autocast's; rows beyond the last end have unspecified values.
+    """
+    device = rows.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    rows, weight = rows.to(dtype), weight.to(dtype)
+    if _can_use_grouped_mm(rows, weight):
+        return _grouped_mm(rows, weight.transpose(1, 2), offs=ends.to(torch.int32))
+    *pieces, rest = rows.tensor_split(ends.cpu())
+    outputs = [functional.linear(*pair) for pair in zip(pieces, weight, strict=True)]
+    return torch.cat([*outputs, rest.new_zeros(len(rest), weight.shape[1])])
 
 
 def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
-    """Tell whether torch's grouped GEMM takes these tensors: bfloat16, on an A100 or later, rows of 16 bytes."""
+    """Tell whether torch's grouped GEMM takes these tensors: bfloat16, on an A100 or later, rows of 16 bytes.
+
+    On a CPU its kernel wants aligned memory, which mapped checkpoints lack, and is no faster than one GEMM per expert.
+    """
     return (
-        hasattr(torch, "_grouped_mm")
+        _grouped_mm is not None
         and all(t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 for t in tensors)
         and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
     )
 
 
 class MixMoEBlock(nn.Module):
-    """The FFN of a Mix-MoE layer: each group's router picks its experts, and the groups' outputs combine.
-
-    Stage 1: y = s * p * E(h). Stage 2: the mean or the sum of the LM group's y and the MT group's y.
+    """The FFN of a Mix-MoE layer: y = s * p * E(h) of the LM group; in stage 2 its mean or sum with the MT group's.
 
     Source: Mix-MoE (arXiv:2605.24681) section III-A. Deviates: SPEC section 3 (scale s, mean combine).
-
-    Args:
-        config: the model configuration.
     """
 
     def __init__(self, config: MixMoEConfig):
@@ -161,14 +173,7 @@ class MixMoEBlock(nn.Module):
         self.experts = MixMoEExperts(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Apply router and experts.
-
-        Args:
-            hidden_states: [B, S, H] after the post-attention RMSNorm.
-
-        Returns:
-            [B, S, H], same dtype.
-        """
+        """Apply router and experts to [B, S, H] after the post-attention RMSNorm; the same shape and dtype come out."""
         tokens = hidden_states.flatten(0, -2)
         _, top_k_weights, top_k_index = self.router(tokens)
         return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
@@ -226,7 +231,7 @@ class MixMoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # the loop over experts depends on the data
+    _can_compile_fullgraph = True
     _can_record_outputs: Any = {
         "router_logits": OutputRecorder(MixMoERouter, index=0),
         "hidden_states": [llama.LlamaDecoderLayer, qwen2.Qwen2DecoderLayer],
@@ -251,11 +256,7 @@ class MixMoEPreTrainedModel(PreTrainedModel):
 
 
 class MixMoEModel(MixMoEPreTrainedModel):
-    """The decoder without the language-model head: Llama or Qwen2 with Mix-MoE blocks in `config.moe_layers`.
-
-    Args:
-        config: the model configuration.
-    """
+    """The decoder without the language-model head: Llama or Qwen2 with Mix-MoE blocks in `config.moe_layers`."""
 
     def __init__(self, config: MixMoEConfig):
         super().__init__(config)
@@ -294,11 +295,7 @@ class MixMoEModel(MixMoEPreTrainedModel):
 
 
 class MixMoEForCausalLM(MixMoEPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as every HF model
-    """Mix-MoE with the language-model head.
-
-    Args:
-        config: the model configuration.
-    """
+    """Mix-MoE with the language-model head."""
 
     _tied_weights_keys: Any = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan: Any = {"lm_head": _LM_HEAD_TP_STYLE}
@@ -334,6 +331,7 @@ class MixMoEForCausalLM(MixMoEPreTrainedModel, GenerationMixin):  # type: ignore
             output_router_logits: return `router_logits`, one [T, E] float32 tensor per MoE layer, and, with labels,
                 `aux_loss`, the sum over groups of `router_aux_loss`. None: as the config says.
             kwargs: `past_key_values`, `use_cache`, `inputs_embeds` ..., as in LlamaForCausalLM.forward.
+                `num_items_in_batch`, as Trainer gives it: target tokens of the whole batch, of which this is a part.
 
         Returns:
             The usual output. The loss is the cross-entropy, in training mode plus mixmoe_aux_loss_coef * aux_loss.
@@ -362,7 +360,7 @@ class MixMoEForCausalLM(MixMoEPreTrainedModel, GenerationMixin):  # type: ignore
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if wants_aux_loss:
             aux_loss = self._aux_loss(outputs.router_logits, attention_mask, hidden_states.shape[1]).to(loss.device)
-            loss = loss + coefficient * aux_loss
+            loss = loss + coefficient * _batch_share(labels, kwargs.get("num_items_in_batch")) * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -385,6 +383,11 @@ class MixMoEForCausalLM(MixMoEPreTrainedModel, GenerationMixin):  # type: ignore
         if torch.is_grad_enabled() and router.weight.requires_grad and not router_logits[0].requires_grad:
             raise ValueError("Reentrant gradient checkpointing drops the aux loss: use use_reentrant=False.")
         return router_aux_loss(router_logits, router.num_groups, router.top_k, attention_mask).sum()
+
+
+def _batch_share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """Return the share of this call in the batch's loss: 1, or under gradient accumulation its share of the targets."""
+    return 1.0 if num_items_in_batch is None else (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
 __all__ = ["MixMoEForCausalLM", "MixMoEModel", "MixMoEPreTrainedModel", "router_aux_loss"]

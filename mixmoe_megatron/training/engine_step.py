@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.utils import get_attr_wrapped_model
 
 from mixmoe_megatron.config import MixMoEOptions
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.frozen_prefix import set_frozen_prefix
 from mixmoe_megatron.metadata import Metadata, write_metadata
 from mixmoe_megatron.training.arguments import PARENT_STAGES, add_mixmoe_args, apply_options, complete_arguments
 from mixmoe_megatron.training.pretrain import build_config, stand_alone_environment
@@ -29,7 +31,13 @@ def random_batch(vocab_size: int, batch_size: int, seq_length: int) -> dict[str,
     }
 
 
-def engine_step(hf_config: dict[str, Any], batch: dict[str, torch.Tensor], stage: int) -> Callable[[], None]:
+def engine_step(
+    hf_config: dict[str, Any],
+    batch: dict[str, torch.Tensor],
+    stage: int,
+    flags: str = "",
+    frozen_prefix: bool = True,
+) -> Callable[[], None]:
     """Build a randomly initialised model as the training command does and return Megatron's `train_step` of it.
 
     Call `enable_cpu_mode` first. The returned step is forward, backward, gradient clipping at 1 and AdamW. The models
@@ -39,6 +47,8 @@ def engine_step(hf_config: dict[str, Any], batch: dict[str, torch.Tensor], stage
         hf_config: config.json of the dense base.
         batch: what `step.get_batch` reads of a data iterator; tensors [B, S].
         stage: 0 (dense), 1 or 2.
+        flags: more flags of the training command.
+        frozen_prefix: False: build a graph from the embedding upwards, as trainers of frozen models usually do.
 
     Raises:
         MixMoEError: the config is not of a supported dense model.
@@ -54,13 +64,15 @@ def engine_step(hf_config: dict[str, Any], batch: dict[str, torch.Tensor], stage
 
     from mixmoe_megatron.training.startup import freeze_and_report
     from mixmoe_megatron.training.step import forward_step
+    from mixmoe_megatron.training.throughput import install_metrics
 
-    args = _arguments(hf_config, batch["tokens"].shape, stage)
+    args = _arguments(hf_config, batch["tokens"].shape, stage, flags)
     if torch.distributed.is_initialized():
         global_vars.set_args(args)
     else:
         global_vars.set_global_variables(args, build_tokenizer=False)
         initialize.initialize_megatron(allow_no_cuda=True)
+    install_metrics(args)
     container = build_config(args)
     container.model.pre_wrap_hooks[:] = [freeze_and_report(stage, dry_run=False)]  # no parent to load
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -70,6 +82,8 @@ def engine_step(hf_config: dict[str, Any], batch: dict[str, torch.Tensor], stage
     config = training.get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     model[0].train()
+    if not frozen_prefix:
+        _build_graph_from_the_bottom(get_attr_wrapped_model(model[0], "decoder", return_model_obj=True))
 
     def step() -> None:
         global_vars.set_args(args)
@@ -79,7 +93,13 @@ def engine_step(hf_config: dict[str, Any], batch: dict[str, torch.Tensor], stage
     return step
 
 
-def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int) -> Any:
+def _build_graph_from_the_bottom(model: Any) -> None:
+    """Undo `frozen_prefix.py` and make the embedding's output require grad."""
+    set_frozen_prefix(model.decoder, None)
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+
+def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int, flags: str) -> Any:
     """Megatron's validated arguments, completed from the metadata of a parent that holds nothing else."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -88,7 +108,7 @@ def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int) -> Any:
         parent_stage = PARENT_STAGES[stage][0][0]
         write_metadata(parent, Metadata(parent_stage, options, megatron_args_from_hf(hf_config), hf_config))
         line = f"--mixmoe-stage {stage} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
-        line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000"
+        line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000 {flags}"
         words, metadata = complete_arguments(line.split())
     own_words, sys.argv[1:] = sys.argv[1:], words
     try:

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Time and peak memory of a training step: Mix-MoE stages 1 and 2, and full fine-tuning of the same dense base.
+
+All run in this package's engine, random weights, side by side. Next to them: the least operations that each step has
+to do; both stages with a graph from the bottom in place of the graph-free frozen layers; and, without CUDA, the dense
+model in plain transformers (float32, the faster of torch's AdamWs counts), which shows what CPU mode costs.
+
+Example:
+    OMP_NUM_THREADS=1 python tools/benchmark_step.py --output runs/benchmark.json
+    python tools/benchmark_step.py --hf-dir Llama-3.2-1B --batch-size 4 --seq-length 2048 --flags=--bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.errors import MixMoEError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--hf-dir", default="examples/quickstart/base", help="holds config.json (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: 8)")
+    parser.add_argument("--seq-length", type=int, default=256, help="tokens a sequence (default: 256)")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each system (default: 20)")
+    parser.add_argument("--flags", default="", help="more flags of the training command, in one word")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print; what Megatron prints goes to stderr.
+
+    Raises:
+        MixMoEError: a number is not positive, or config.json is not of a supported dense model.
+    """
+    if min(args.steps, args.batch_size, args.seq_length) < 1:
+        raise MixMoEError("--steps, --batch-size and --seq-length must be positive.")
+    import torch
+
+    from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+    from mixmoe_megatron.evaluation.provenance import cpu_model, git_commit, package_versions
+    from mixmoe_megatron.training.step_benchmark import ENGINE, PLAIN, Task, measure
+
+    megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported before any process starts
+    cuda = torch.cuda.is_available()
+    systems = measure(
+        ENGINE if cuda else PLAIN + ENGINE,
+        Task(args.hf_dir, args.batch_size, args.seq_length, args.flags),
+        args.steps,
+    )
+    full = systems[ENGINE[0].name]
+    print(f"{'system':<32}{'seconds':>9}{'ratio':>7}{'peak MB':>9}{'ratio':>7}{'GFLOP':>9}{'ratio':>7}")
+    for name, row in systems.items():
+        columns = zip(("seconds", "peak_bytes", "flops"), (1.0, 1e6, 1e9), (3, 1, 1), strict=True)
+        texts = [f"{row[key] / unit:>9.{digits}f}{row[key] / full[key]:>7.2f}" for key, unit, digits in columns]
+        print(f"{name:<32}" + "".join(texts))
+    device = torch.cuda.get_device_name() if cuda else cpu_model()
+    origin = {"commit": git_commit(), "versions": package_versions(), "threads": torch.get_num_threads()}
+    result = {"systems": systems, **origin, "device": device, "command": sys.argv, "arguments": vars(args)}
+    print(json.dumps(result))
+    if args.output is not None:
+        write_json(args.output, result)
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args()
+    setup_logging()
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
