@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, model_family
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
@@ -127,8 +127,11 @@ def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
 
     assert metadata.options is not None
     options = MixMoEOptions.from_dict(metadata.options)
+    base = metadata.hf_config
+    if model_family(base) == "mistral":  # whose sliding window does not act, else it would have been refused
+        base = {**base, "model_type": "llama", "sliding_window": None}
     config = MixMoEConfig.from_base_config(
-        metadata.hf_config,
+        base,
         moe_layers=list(sizes.moe_layers),
         stage=STAGE_NUMBERS[metadata.stage],
         num_experts_per_group=options.num_experts_per_group,

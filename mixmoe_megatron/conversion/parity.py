@@ -103,13 +103,16 @@ def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) ->
 
 
 def build_megatron_model(metadata: Metadata, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """Build the checkpoint's model with uninitialised parameters, in evaluation mode. Needs `single_process`.
+    """Build the checkpoint's model, or this rank's part of it, uninitialised, in evaluation mode.
+
+    Needs Megatron's parallel state, such as that of `single_process`; for another layout, its sizes are among `fields`.
 
     Args:
         metadata: of the checkpoint.
         dtype: of the parameters.
         fields: TransformerConfig fields to add or override.
     """
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
@@ -119,7 +122,11 @@ def build_megatron_model(metadata: Metadata, dtype: torch.dtype = torch.float32,
     model = GPTModel(
         config,
         mixmoe_decoder_block_spec(config),
-        vocab_size=padded_vocab_size(args["vocab_size"], args["make_vocab_size_divisible_by"]),
+        vocab_size=padded_vocab_size(
+            args["vocab_size"], args["make_vocab_size_divisible_by"] * config.tensor_model_parallel_size
+        ),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         max_sequence_length=args["max_position_embeddings"],
         position_embedding_type=args["position_embedding_type"],
         rotary_percent=args["rotary_percent"],

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any, cast
@@ -185,11 +186,18 @@ def _write_metadata(
 ) -> None:
     """Write PyTorch's `.metadata` and Megatron's `metadata.json`, last: without them there is no checkpoint."""
     entries: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
+    indices = [MetadataIndex(key) for key in objects]
     for tensor in plan:
         key, offsets, sizes, whole = _stored_as(tensor, stacked_layers)
         entry = entries.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), whole, []))
         entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
-    metadata = Metadata(state_dict_metadata=entries, storage_data=places, version=CURRENT_DCP_VERSION)
+        indices.append(MetadataIndex(key, offsets))
+    # a pickle tells equal strings from one string: the same bytes, whichever rank a place comes from, need one
+    storage = {
+        index: _StorageInfo(sys.intern(places[index].relative_path), places[index].offset, places[index].length)
+        for index in indices
+    }
+    metadata = Metadata(state_dict_metadata=entries, storage_data=storage, version=CURRENT_DCP_VERSION)
     with (directory / ".metadata").open("wb") as stream:
         pickle.dump(metadata, stream)
         os.fsync(stream.fileno())

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaTokenizerFast,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -74,9 +75,15 @@ def tiny_qwen2_config(**fields: Any) -> Qwen2Config:
     return Qwen2Config(**{**SIZES, "rope_theta": 20000.0, "rms_norm_eps": 1e-6, **fields})
 
 
+def tiny_mistral_config(**fields: Any) -> MistralConfig:
+    """Return the configuration of a 4-layer Mistral whose sliding window never acts; `fields` override."""
+    return MistralConfig(**{**SIZES, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": 256, **fields})
+
+
 def tiny_dense_config(family: str, **fields: Any) -> PretrainedConfig:
-    """Return the tiny configuration of "llama" or "qwen2"; `fields` override."""
-    return {"llama": tiny_llama_config, "qwen2": tiny_qwen2_config}[family](**fields)
+    """Return the tiny configuration of "llama", "qwen2" or "mistral"; `fields` override."""
+    makers = {"llama": tiny_llama_config, "qwen2": tiny_qwen2_config, "mistral": tiny_mistral_config}
+    return makers[family](**fields)
 
 
 def tiny_mixmoe_config(family: str = "llama", stage: int = 2, **fields: Any) -> MixMoEConfig:
@@ -122,7 +129,7 @@ def save_tiny_dense(
 
     Args:
         directory: where to save; made if absent.
-        family: "llama" or "qwen2".
+        family: "llama", "qwen2" or "mistral".
         tied: tie the output layer to the embedding.
         seed: of the random parameters.
         dtype: of the parameters on disk.

@@ -43,9 +43,22 @@ def loaded_model(checkpoint: Path, **fields: Any) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True)])
-def test_dense(tmp_path: Path, family: str, tied: bool) -> None:
-    save_tiny_dense(tmp_path / "hf", family, tied, tokenizer=None, **base_fields(family))
+#: the families, and what sets real models apart: SmolLM2's 9 heads on 3 groups, Mistral Nemo's heads wider than H / 9
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", base_fields("llama")),
+    "qwen2": ("qwen2", {}),
+    "mistral": ("mistral", {}),
+    "smollm2": ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 1e5,
+                          "rope_scaling": None}),
+    "wide heads": ("mistral", {"head_dim": 16, "sliding_window": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense(tmp_path: Path, name: str, tied: bool) -> None:
+    family, fields = FAMILIES[name]
+    save_tiny_dense(tmp_path / "hf", family, tied, tokenizer=None, **fields)
     assert run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m", "--dense") == 0
     assert_parity(tmp_path / "hf", loaded_model(tmp_path / "m"))
 
@@ -72,6 +85,7 @@ def test_llama3_rope_beyond_the_original_context(tmp_path: Path) -> None:
 
 CASES = [
     ("llama", 1, {}),
+    ("mistral", 2, {}),
     ("qwen2", 2, {}),
     ("llama", 2, {"preset": "paper", "topk_per_group": 2}),
     ("llama", 2, {"spectral_transform": "dct", "router_bias": False}),
