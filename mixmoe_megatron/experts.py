@@ -72,9 +72,6 @@ class GroupedLinear(torch.nn.Module):
         weight = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device)
         self.weight = torch.nn.Parameter(weight)
         set_tensor_model_parallel_attributes(self.weight, True, parallel_axis + 1, stride)
-        tp_size, etp_size = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
-        has_expert_groups = config.expert_model_parallel_size > 1 or etp_size != tp_size
-        self.weight.allreduce = not has_expert_groups  # type: ignore[attr-defined]
         if config.perform_initialization:
             self._initialize(init_method, full_shape, config)
         self.register_load_state_dict_pre_hook(_drop_extra_state)
@@ -282,12 +279,19 @@ class MixMoEExperts(MegatronModule):
             self.mt_experts = self._build_group(pg_collection, f"{name}.mt_experts" if name else None)
 
     def _build_group(self, pg_collection: ProcessGroupCollection, name: str | None) -> MegatronModule:
+        group: MegatronModule
         if self.backend == "te":
             from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
             build = TESpecProvider().grouped_mlp_modules(True)
-            return build(self.num_per_group, self.config, pg_collection=pg_collection, name=name)
-        return ExpertGroup(self.num_per_group, self.config, pg_collection, use_grouped_mm=self.backend == "torch")
+            group = build(self.num_per_group, self.config, pg_collection=pg_collection, name=name)
+        else:
+            group = ExpertGroup(self.num_per_group, self.config, pg_collection, use_grouped_mm=self.backend == "torch")
+        for weight in group.parameters():
+            # Experts belong to Megatron's expert process groups under every layout, also where these equal the dense
+            # ones: the optimizer then has the same parts, and its checkpoint loads under any layout.
+            weight.allreduce = False  # type: ignore[attr-defined]
+        return group
 
     def groups(self) -> list[MegatronModule]:
         """Return the groups in the order of their experts on this rank."""

@@ -1,14 +1,17 @@
-"""Resume with the distributed optimizer where neither Transformer Engine nor Apex brings its own Adam.
+"""The optimizer's step in checkpoints: right for torch's Adam, and right on ranks that train nothing.
 
-Megatron's fused Adams keep the step in their parameter groups; torch's keeps it in the state of each parameter, as a
-tensor. `DistributedOptimizer` of megatron-core 0.19.2 is not at home with that when it loads a checkpoint:
+Megatron's fused Adams (Transformer Engine, Apex) keep the step in their parameter groups; torch's keeps it in the state
+of each parameter, as a tensor. megatron-core 0.19.2 takes the step that it saves from rank 0, and is not at home with
 
-- `state_dict` asserts that all parameters agree on the step, and a fresh optimizer has none;
-- `_set_main_param_and_optimizer_states` looks for "step" among the loaded tensors, which do not hold it;
-- `load_state_dict` gives all parameters the very same step tensor, which then counts every parameter as a step and
-  spoils Adam's bias correction without a word.
+- a rank without a trainable parameter, such as a pipeline stage that holds no MoE layer: neither Adam has a step there.
+  When it is rank 0, a resumed run begins to count at 1 again (fused Adams), or stops with a KeyError (torch's);
+- torch's Adam in the distributed optimizer: `state_dict` asserts that all parameters agree on the step, and a fresh
+  optimizer has none; `_set_main_param_and_optimizer_states` looks for "step" among the loaded tensors, which do not
+  hold it; `load_state_dict` gives all parameters the very same step tensor, which then counts every parameter as a
+  step and spoils Adam's bias correction without a word.
 
-Source: none in the paper; found by resuming a run with megatron-core 0.19.2.
+Source: none in the paper; found by resuming runs with megatron-core 0.19.2. A Megatron that counts, fills or copies by
+itself is not disturbed: what is there is kept.
 """
 
 from __future__ import annotations
@@ -18,25 +21,57 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
+@functools.cache
 def mend_distributed_optimizer() -> None:
-    """Make Megatron's distributed optimizer resume torch's Adam. Idempotent.
+    """Make Megatron's optimizers save and load the step, whatever Adam they wrap and wherever the parameters are.
 
-    Does nothing where Megatron uses Transformer Engine's or Apex's Adam. A Megatron that fills the state, passes the
-    step or copies it by itself is not disturbed: what is there is kept.
+    Works once in a process. Where Megatron uses a fused Adam, only ranks without parameters are touched.
     """
+    register_optimizer_step_post_hook(_count_step)
+    if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", True):
+        _tell_common_step()
+        _mend_distributed_optimizer()
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count the step in the groups in which Adam does not count it itself."""
+    for group in optimizer.param_groups:
+        if _is_torch_adam(optimizer) or not group["params"]:
+            group["step"] = group.get("step", 0) + 1
+
+
+def _tell_common_step() -> None:
+    """Let a rank without parameters save the step of torch's Adam, which Megatron reads from a parameter's state."""
+    extract = MegatronOptimizer._extract_common_per_param_step
+
+    @functools.wraps(extract)
+    def extract_or_counted(state_dict: dict[str, Any]) -> Any:
+        step, groups = extract(state_dict), state_dict["param_groups"]
+        counted = max((group.get("step", 0) for group in groups), default=0)
+        nothing_here = not any(group["params"] for group in groups)
+        return torch.tensor(float(counted)) if step is None and nothing_here and counted else step
+
+    MegatronOptimizer._extract_common_per_param_step = staticmethod(extract_or_counted)
+
+
+def _mend_distributed_optimizer() -> None:
     optimizer_class = distrib_optimizer.DistributedOptimizer
     state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
     set_states = optimizer_class._set_main_param_and_optimizer_states
-    if getattr(distrib_optimizer, "HAVE_APEX_OR_TE", True) or hasattr(state_dict, "__wrapped__"):
-        return
 
     @functools.wraps(state_dict)
     def state_dict_of_filled(self: Any) -> dict[str, Any]:
-        if _is_torch_adam(self.optimizer) and not self.optimizer.state:
-            _fill(self.optimizer)
-        return state_dict(self)
+        if not _is_torch_adam(self.optimizer) or self.optimizer.state:
+            return state_dict(self)
+        _fill(self.optimizer)
+        try:
+            return state_dict(self)
+        finally:
+            self.optimizer.state.pop(None, None)
 
     @functools.wraps(load_state_dict)
     def load_with_own_steps(self: Any, loaded: dict[str, Any]) -> None:
@@ -61,7 +96,10 @@ def _is_torch_adam(optimizer: Any) -> bool:
 
 
 def _fill(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter (shards of any shape and dtype) what torch's Adam makes on its first step."""
+    """Give each parameter (shards of any shape and dtype) what torch's Adam makes on its first step.
+
+    An optimizer without parameters gets a state of no parameter (key None), which tells its counted step.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -69,3 +107,6 @@ def _fill(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+    if not optimizer.state:
+        counted = max((group.get("step", 0) for group in optimizer.param_groups), default=0)
+        optimizer.state[None] = {"step": torch.tensor(float(counted))}
