@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, model_family
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
-from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
+from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_fold
 from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
@@ -74,7 +75,7 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
     """
     check_output_dir(request.output_dir, request.force)
     metadata = read_metadata(request.checkpoint_dir)
-    directory = iteration_directory(request.checkpoint_dir, request.iteration)
+    directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
     options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
     reader = TorchDistReader(directory)
     if _EMBEDDING not in reader.names():

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig
-from mixmoe_megatron.conversion.megatron_checkpoint import NOT_WEIGHTS, iteration_directory
+from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
+from mixmoe_megatron.conversion.megatron_checkpoint import NOT_WEIGHTS
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, padded_vocab_size
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
@@ -245,7 +246,7 @@ def check_parity(
         ids = AutoTokenizer.from_pretrained(hf_dir)(text, return_tensors="pt").input_ids
     with single_process():
         model = build_megatron_model(metadata, torch_dtype)
-        load_weights(model, iteration_directory(checkpoint_dir, iteration))
+        load_weights(model, whole_iteration(checkpoint_dir, iteration, flag="--iteration"))
         if model.config.num_layers != hf_model.config.num_hidden_layers:
             raise MixMoEError("the two models differ in their number of layers.")
         differences = compare_models(hf_model, model.to(device), ids.to(device))

@@ -162,11 +162,11 @@ def _tell_failures(function: Callable[..., None], args: Any, reason: _LastError)
         except MixMoEError:
             raise
         except (OSError, RuntimeError, CheckpointException) as error:
-            ranks = [f"rank {rank}: {cause}" for rank, (cause, _) in getattr(error, "failures", {}).items()]
-            why = reason.text or "; ".join(ranks) or str(error) or type(error).__name__
+            elsewhere = isinstance(error, CheckpointException)
+            why = reason.text.rpartition("error: ")[2] or ("another rank tells why" if elsewhere else str(error))
             free = shutil.disk_usage(args.save).free / 1e6
             raise MixMoEError(
-                f"saving to {args.save} failed ({why}; {free:,.0f} MB are free there): {where_to_go_on(args.save)}."
+                f"saving to {args.save} failed: {why} ({free:,.1f} MB are free there); {where_to_go_on(args.save)}."
             ) from error
 
     return told
