@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -194,29 +194,70 @@ def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
     Raises:
         MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
     """
-    request, metadata, sizes = prepared.request, prepared.metadata, prepared.sizes
+    request, metadata = prepared.request, prepared.metadata
+    parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
+    write_checkpoint(prepared.plan, metadata, prepared.sizes, Path(request.hf_dir), parent_stage, request, ranks)
+
+
+class OutputRequest(Protocol):
+    """What `write_checkpoint` needs of a request."""
+
+    @property
+    def output_dir(self) -> str:
+        """The checkpoint to make."""
+
+    @property
+    def force(self) -> bool:
+        """Replace a directory that has content."""
+
+
+def write_checkpoint(
+    plan: list[LazyTensor],
+    metadata: Metadata,
+    sizes: Sizes,
+    parent: Path,
+    parent_stage: str,
+    request: OutputRequest,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Write a `release` checkpoint directory with tokenizer and metadata, all or nothing.
+
+    Args:
+        plan: the tensors, by per-layer name.
+        metadata: of the checkpoint; its parent is filled in.
+        sizes: of the model.
+        parent: directory of the weights that the plan reads, hashed meanwhile; a Hugging Face directory, or one
+            iteration of a checkpoint.
+        parent_stage: of those weights.
+        request: where to.
+        ranks: those that share the work; all of them must call this.
+
+    Raises:
+        MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
+    """
     args = {**metadata.megatron_args, "padded_vocab_size": sizes.padded_vocab_size}
     if metadata.options is not None:
         options = MixMoEOptions.from_dict(metadata.options)
         number = STAGE_NUMBERS[metadata.stage]
         args.update(mixmoe_megatron_args(options, number, sizes.num_layers, sizes.ffn_hidden_size))
-    total = sum(tensor.num_bytes for tensor in prepared.plan)
+    total = sum(tensor.num_bytes for tensor in plan)
     ranks.on_first(lambda: check_space(request.output_dir, total))
+    is_hf = (parent / "config.json").is_file()
     with (
         ThreadPoolExecutor(1) as beside,
         whole_directory(request.output_dir, request.force, ranks) as directory,
         progress(total // ranks.size, "to Megatron", ranks.rank) as advance,
     ):
-        digest = beside.submit(weights_sha256, request.hf_dir) if ranks.rank == 0 else None
+        digest = beside.submit(weights_sha256, parent) if ranks.rank == 0 else None
         stacked = 0 if sizes.moe_layers else sizes.num_layers
-        iteration = write_torch_dist(directory, prepared.plan, args, stacked, extra_state_keys(sizes), advance, ranks)
+        iteration = write_torch_dist(directory, plan, args, stacked, extra_state_keys(sizes), advance, ranks)
 
         def finish() -> None:
             assert digest is not None
-            verify_written(prepared.plan, TorchDistReader(iteration))
-            copy_side_files(request.hf_dir, directory / TOKENIZER_DIR)
-            parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
-            metadata.parent = {"path": str(request.hf_dir), "stage": parent_stage, "weights_sha256": digest.result()}
+            verify_written(plan, TorchDistReader(iteration))
+            copy_side_files(parent if is_hf else parent.parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
+            origin = parent if is_hf else parent.parent
+            metadata.parent = {"path": str(origin), "stage": parent_stage, "weights_sha256": digest.result()}
             write_metadata(directory, metadata)
 
         ranks.on_first(finish)

@@ -174,3 +174,32 @@ def test_config_only_models_come_back_without_metadata(tmp_path: Path) -> None:
     assert (
         metadata.hf_config["architectures"] == ["Qwen2ForCausalLM"] and metadata.options["moe_layer_placement"] == "1,3"
     )
+
+
+@pytest.mark.parametrize("router", ["copy", "random"])
+def test_stage_2_as_a_command(tmp_path: Path, router: str) -> None:
+    """The MT group equals the LM group, and with the mean of both the model computes what stage 1 computed."""
+    fields = {**base_fields("llama"), "mixmoe": {"mt_router_init": router}}
+    stage1 = tiny_mixmoe("llama", 1, **fields)
+    stage1.save_pretrained(tmp_path / "hf")
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "stage1") == 0
+    words = ["--checkpoint-dir", tmp_path / "stage1", "--output-dir", tmp_path / "stage2"]
+    assert run_conversion("add_mt_experts", *words) == 0
+    assert (
+        run_conversion("add_mt_experts", "--checkpoint-dir", tmp_path / "stage2", "--output-dir", tmp_path / "x") == 2
+    )
+    reader, metadata = TorchDistReader(tmp_path / "stage2" / "release"), read_metadata(tmp_path / "stage2")
+    assert (metadata.stage, metadata.parent["stage"]) == ("stage2", "stage1")
+    mt = {name for name in reader.names() if ".mt_experts." in name or ".router.mt." in name}
+    assert len(mt) == 2 * 5  # two MoE layers: two expert matrices; the router's two weights and bias
+    for name in mt:
+        lm = reader.read(name.replace(".mt_experts.", ".lm_experts.").replace(".router.mt.", ".router.lm."))
+        assert torch.equal(reader.read(name), lm) == (router == "copy" or ".router." not in name), name
+    assert (
+        run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "stage2", "--output-dir", tmp_path / "out") == 0
+    )
+    if router == "copy":
+        ids = torch.arange(40).view(2, 20)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids).logits, stage1(ids).logits, rtol=1e-5, atol=1e-5)

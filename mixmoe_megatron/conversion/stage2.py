@@ -1,0 +1,120 @@
+"""Stage 1 -> stage 2 as a checkpoint: the MT group starts as a copy of the LM group (eq. 1-2; option `mt_router_init`).
+
+Training does the same by itself when stage 2 starts from a stage 1 checkpoint; this is for those who want the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mixmoe_megatron.conversion.hf_import import write_checkpoint
+from mixmoe_megatron.conversion.mappings import TABLES, Sizes
+from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
+from mixmoe_megatron.conversion.model_sizes import model_sizes, router_generators
+from mixmoe_megatron.conversion.output_dir import check_output_dir
+from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand
+from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import Metadata, read_metadata, require_stage
+from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.upcycling import init_router_weight
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Stage2Request:
+    """What `add_mt_experts.py` is asked to do.
+
+    Attributes:
+        checkpoint_dir: of stage 1.
+        output_dir: the stage 2 checkpoint to make.
+        iteration: None: the one that the tracker file names.
+        seed: of the MT routers when `mt_router_init` is `random`.
+        force: replace an output directory that has content.
+    """
+
+    checkpoint_dir: str
+    output_dir: str
+    iteration: int | None = None
+    seed: int = 1234
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedStage2:
+    """A checked request: everything but the weights is settled."""
+
+    request: Stage2Request
+    metadata: Metadata
+    sizes: Sizes
+    plan: list[LazyTensor]
+
+    def describe(self) -> str:
+        """Return the plan for --dry-run."""
+        return describe_plan(self.plan, self.request.output_dir)
+
+
+def prepare_stage2(request: Stage2Request) -> PreparedStage2:
+    """Read the stage 1 checkpoint's headers and plan the stage 2 one. Writes nothing.
+
+    Raises:
+        MixMoEError: it is of another stage, lacks a tensor, or the output may not be written.
+    """
+    check_output_dir(request.output_dir, request.force)
+    metadata = read_metadata(request.checkpoint_dir)
+    require_stage(metadata, "stage1", "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1).")
+    options = MixMoEOptions.from_dict(metadata.options or {})
+    reader = TorchDistReader(iteration_directory(request.checkpoint_dir, request.iteration))
+    if _EMBEDDING not in reader.names():
+        raise MixMoEError(f"{request.checkpoint_dir} has no {_EMBEDDING}: it is not a checkpoint of a language model.")
+    sizes = model_sizes(metadata.megatron_args, options, "stage2", padded_vocab=reader.shape(_EMBEDDING)[0])
+    generators = router_generators(request.seed)
+    plan = []
+    for name, shape in (tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.megatron):
+        source = name.replace(".mt_experts.", ".lm_experts.").replace(".router.mt.", ".router.lm.")
+        if source not in reader.names() or reader.shape(source) != shape:
+            raise MixMoEError(f"{request.checkpoint_dir} lacks {source} of shape {list(shape)}.")
+        dtype = reader.dtype(source)
+        if options.mt_router_init == "random" and ".router.mt." in name:
+            read = _new_router(name, shape, sizes.init_std, generators, dtype)
+        else:
+            read = _copy(reader, source)
+        plan.append(LazyTensor(name, shape, dtype, read))
+    child = replace(metadata, stage="stage2", versions={}, created_by="add_mt_experts.py")
+    return PreparedStage2(request, child, sizes, plan)
+
+
+def _copy(reader: TorchDistReader, name: str) -> Callable[[], Tensor]:
+    return lambda: reader.read(name).contiguous()
+
+
+def _new_router(
+    name: str,
+    shape: tuple[int, ...],
+    init_std: float,
+    generators: Callable[[str], torch.Generator],
+    dtype: torch.dtype,
+) -> Callable[[], Tensor]:
+    if name.endswith("bias"):
+        return lambda: torch.zeros(shape, dtype=dtype)
+    return lambda: init_router_weight(shape[0], shape[1], init_std, generators(name)).to(dtype)
+
+
+def run_stage2(prepared: PreparedStage2, ranks: Ranks = ALONE) -> None:
+    """Write the stage 2 checkpoint, all or nothing.
+
+    Args:
+        prepared: the same on every rank.
+        ranks: those that share the work; all of them must call this.
+
+    Raises:
+        MixMoEError: the output directory may not be replaced, the disk is full, or a stored tensor is damaged.
+    """
+    request = prepared.request
+    parent = iteration_directory(request.checkpoint_dir, request.iteration)
+    write_checkpoint(prepared.plan, prepared.metadata, prepared.sizes, parent, "stage1", request, ranks)
