@@ -5,9 +5,8 @@ The processes live together and take turns, so that all meet the same machine; a
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import sys
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -142,18 +141,18 @@ class _Worker:
 def _serve(connection: Connection, system: System, task: Task) -> None:
     """The process: report what the built model takes, then answer "step" and "peak"."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            enable_cpu_mode()
-            before = _memory()[0]
-            step = _make_step(system, task)
-            connection.send(_memory()[0] - before)
-            _reset_peak()
-            while connection.recv() == "step":
-                wall, cpu = time.perf_counter(), time.process_time()
-                step()
-                torch.cuda.synchronize()  # in CPU mode it does nothing
-                connection.send((time.perf_counter() - wall, time.process_time() - cpu))
-            connection.send(_memory()[1] - before)
+        os.dup2(2, 1)  # what Megatron and gloo print is no result
+        enable_cpu_mode()
+        before = _memory()[0]
+        step = _make_step(system, task)
+        connection.send(_memory()[0] - before)
+        _reset_peak()
+        while connection.recv() == "step":
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            torch.cuda.synchronize()  # in CPU mode it does nothing
+            connection.send((time.perf_counter() - wall, time.process_time() - cpu))
+        connection.send(_memory()[1] - before)
     except Exception:
         traceback.print_exc()
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.conversion.model_sizes import model_sizes
 from mixmoe_megatron.evaluation.training_log import Curves, read_training_log
+from mixmoe_megatron.flops import step_flops
+from mixmoe_megatron.metadata import read_metadata
 from tests.helpers.forked import run_job
 from tests.helpers.training import make_tiny_world, train_words
 
@@ -86,6 +90,9 @@ def test_stage_1_and_what_tensorboard_gets(world: Path, tmp_path: Path) -> None:
                               (log, tensorboard), strict=True):  # fmt: skip
         check_equal(ours, expected, 2)
     assert not any(name.startswith("mt_") for name in log)
+    metadata = read_metadata(world / "upcycled")
+    sizes = model_sizes(metadata.megatron_args, MixMoEOptions.from_dict(metadata.options or {}), "stage1")
+    assert flops_per_token(log, 1) == pytest.approx([step_flops(sizes, 1, 1.0, 32).total] * 3, rel=1e-5)
     shares = [dict(tensorboard[f"moe_lm_load_layer_3_expert_{expert}"]) for expert in range(4)]
     for step, largest in log["lm_load_max"]:
         assert sum(share[step] for share in shares) == pytest.approx(1.0, abs=1e-6)

@@ -18,6 +18,7 @@ def test_benchmark_measures_every_system(tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == result
     systems = result["systems"]
     assert len(systems) == 7
+    assert done.stdout.startswith("system ")
     for name, row in systems.items():
         assert name in done.stdout
         assert row["seconds"] > 0 and row["cpu_seconds"] > 0
