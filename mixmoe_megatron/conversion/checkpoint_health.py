@@ -20,6 +20,7 @@ from mixmoe_megatron.conversion.megatron_checkpoint import (
     RELEASE,
     TRACKER_FILE,
     StoredEntry,
+    check_files,
     iteration_directory,
     stored_entries,
 )
@@ -71,6 +72,7 @@ def find_damage(directory: str | Path, *, full: bool = False) -> str | None:
         return f"{directory / '.metadata'} is missing, saving was interrupted"
     try:
         entries = stored_entries(directory)
+        check_files(directory, entries)
         config = json.loads((directory / "metadata.json").read_text(encoding="utf-8"))
     except MixMoEError as error:
         return str(error).removesuffix(".")
@@ -81,9 +83,6 @@ def find_damage(directory: str | Path, *, full: bool = False) -> str | None:
     files: dict[str, list[StoredEntry]] = {}
     for entry in entries:
         files.setdefault(entry.file, []).append(entry)
-    for name, parts in sorted(files.items()):
-        if damage := _size_damage(directory, name, max(part.offset + part.length for part in parts)):
-            return damage
     common = directory / _LEGACY_COMMON
     if common.is_file():
         files[common.name] = [StoredEntry(COMMON_STATE_KEY, common.name, 0, common.stat().st_size)]
@@ -93,17 +92,6 @@ def find_damage(directory: str | Path, *, full: bool = False) -> str | None:
         read = [part for part in parts if full or part.key == COMMON_STATE_KEY]
         if damage := _altered_bytes(directory / name, sorted(read, key=lambda part: part.offset)):
             return damage
-    return None
-
-
-def _size_damage(directory: Path, name: str, size: int) -> str | None:
-    path = directory / name
-    if Path(name).name != name:
-        return f"{directory / '.metadata'} names a file outside the checkpoint ({name})"
-    if not path.is_file():
-        return f"{path} is missing"
-    if (found := path.stat().st_size) < size:
-        return f"{path} is {found} bytes long, {size} are needed"
     return None
 
 

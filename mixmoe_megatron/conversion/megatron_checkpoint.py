@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -94,6 +94,25 @@ def stored_entries(directory: str | Path) -> list[StoredEntry]:
         raise MixMoEError(f"{Path(directory) / '.metadata'} cannot be read ({error}).") from None
 
 
+def check_files(directory: Path, entries: Iterable[StoredEntry]) -> None:
+    """Check that every entry lies inside an existing file of a directory; compares sizes, reads nothing.
+
+    Raises:
+        MixMoEError: it does not.
+    """
+    sizes: dict[str, int] = {}
+    for key, file, offset, length in sorted(entries, key=lambda entry: (entry.file, entry.offset)):
+        if Path(file).name != file:
+            raise MixMoEError(f".metadata names {file!r}, which is not a file of {directory}.")
+        if file not in sizes:
+            if not (directory / file).is_file():
+                raise MixMoEError(f"{directory} lacks {file}, which holds {key}.")
+            sizes[file] = (directory / file).stat().st_size
+        if offset < 0 or length < 0 or offset + length > sizes[file]:
+            needed = f"{sizes[file]} bytes, {offset + length} are needed"
+            raise MixMoEError(f"{directory / file} is truncated: it ends before {key} ({needed}).")
+
+
 def _is_beside_the_weights(key: str) -> bool:
     return NOT_WEIGHTS.match(key) is not None or key.endswith("_extra_state")
 
@@ -119,7 +138,9 @@ class TorchDistReader:
             for key, info in metadata.state_dict_metadata.items():
                 if isinstance(info, TensorStorageMetadata) and not _is_beside_the_weights(key):
                     self._add(key, info)
-            self._check_files()
+            parts = {(key, chunk.offsets) for key, _, info in self._tensors.values() for chunk in info.chunks}
+            places = [(key, self._places[MetadataIndex(key, offsets)]) for key, offsets in parts]
+            check_files(self._directory, [StoredEntry(k, p.relative_path, p.offset, p.length) for k, p in places])
         except MixMoEError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -132,22 +153,6 @@ class TorchDistReader:
                 self._tensors[f"decoder.layers.{layer}.{rest}"] = (key, layer, info)
         else:
             self._tensors[key] = (key, None, info)
-
-    def _check_files(self) -> None:
-        """Raise unless every part of every tensor lies inside an existing file of this directory."""
-        sizes: dict[str, int] = {}
-        for key, info in {key: info for key, _, info in self._tensors.values()}.items():
-            for chunk in info.chunks:
-                place = self._places[MetadataIndex(key, chunk.offsets)]
-                file = place.relative_path
-                if Path(file).name != file:
-                    raise MixMoEError(f".metadata names {file!r}, which is not a file of {self._directory}.")
-                if file not in sizes:
-                    if not (self._directory / file).is_file():
-                        raise MixMoEError(f"{self._directory} lacks {file}, which holds {key}.")
-                    sizes[file] = (self._directory / file).stat().st_size
-                if place.offset < 0 or place.offset + place.length > sizes[file]:
-                    raise MixMoEError(f"{self._directory / file} is truncated: it ends before {key}.")
 
     def names(self) -> Collection[str]:
         """Return the per-layer names of all model tensors."""

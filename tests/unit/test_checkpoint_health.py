@@ -72,9 +72,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no format": (lambda d: (d / "metadata.json").unlink(), "metadata.json cannot be read"),
     "empty format": (lambda d: cut(d / "metadata.json", 0), "metadata.json cannot be read"),
     "another format": (lambda d: (d / "metadata.json").write_text("[]"), "does not name the format torch_dist"),
-    "no tensors": (lambda d: tensors(d).unlink(), "__0_0.distcp is missing"),
-    "empty tensors": (lambda d: cut(tensors(d), 0), "__0_0.distcp is 0 bytes long"),
-    "last byte lost": (lambda d: cut(tensors(d), tensors(d).stat().st_size - 1), "are needed"),
+    "no tensors": (lambda d: tensors(d).unlink(), "lacks __0_0.distcp, which holds embedding.weight"),
+    "empty tensors": (lambda d: cut(tensors(d), 0), "is truncated: it ends before embedding.weight (0 bytes, "),
+    "last byte lost": (
+        lambda d: cut(tensors(d), tensors(d).stat().st_size - 1),
+        "is truncated: it ends before output.weight",
+    ),
     "damaged common state": (alter_common_state, f"has altered bytes in {COMMON_STATE_KEY}"),
     "cut common.pt": (lambda d: (d / "common.pt").write_bytes(b"PK\3\4"), "common.pt has altered bytes"),
     "not there": (shutil.rmtree, "iter_0000004 does not exist"),
@@ -142,7 +145,7 @@ def test_metadata_that_names_a_file_elsewhere_is_refused(run: Path) -> None:
     content = (directory / ".metadata").read_bytes()
     name = tensors(directory).name.encode()
     (directory / ".metadata").write_bytes(content.replace(name, b"../" + name[3:]))
-    assert "names a file outside the checkpoint" in str(find_damage(directory))
+    assert "which is not a file of" in str(find_damage(directory))
 
 
 def test_random_damage_never_ends_in_a_traceback(run: Path) -> None:
