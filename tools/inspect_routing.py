@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Show where a Mix-MoE model sends the tokens of each language: a table, routing.json and routing.png.
+"""Show where a Mix-MoE model sends the tokens of each language or direction: tables, routing.json and routing.png.
 
 Example:
-    python tools/inspect_routing.py --model models/mixmoe --mono de=examples/data/mono.de.test.txt.gz \
+    python tools/inspect_routing.py --checkpoint-dir runs/stage2 --mono de=examples/data/mono.de.test.txt.gz \
         --mono en=examples/data/mono.en.test.txt.gz --output-dir runs/routing
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mixmoe_megatron.cli import run_command, setup_logging, write_json
 
@@ -20,8 +21,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", type=Path, required=True, help="exported Mix-MoE model directory")
-    parser.add_argument("--mono", action="append", required=True, metavar="CODE=FILE", help="text; repeatable")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="exported Mix-MoE model directory")
+    model.add_argument("--checkpoint-dir", type=Path, help="Megatron checkpoint; exported to a temporary directory")
+    parser.add_argument(
+        "--mono", action="append", required=True, metavar="NAME=FILE", help="text, a line each; repeatable"
+    )
     parser.add_argument("--limit", type=int, default=0, help="lines of each file, a seeded choice (default: 0, all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of lines (default: 0)")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
@@ -30,26 +35,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def export(checkpoint_dir: Path, output_dir: Path) -> Path:
+    """Export a Megatron checkpoint and return the directory."""
+    from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
+
+    run_export(prepare_export(ExportRequest(checkpoint_dir=str(checkpoint_dir), output_dir=str(output_dir))))
+    return output_dir
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure, print and draw."""
     from itertools import combinations
 
     from mixmoe_megatron.evaluation.figures import draw_routing
     from mixmoe_megatron.evaluation.models import load_model
-    from mixmoe_megatron.evaluation.routing import language_distance, measure_routing
+    from mixmoe_megatron.evaluation.routing import language_distance, measure_routing, specialisation
     from mixmoe_megatron.evaluation.segments import named_paths, read_monolingual
-    from mixmoe_megatron.evaluation.tables import routing_table
+    from mixmoe_megatron.evaluation.tables import routing_table, specialisation_table
 
     paths = named_paths(args.mono, "--mono")
     texts = {language: read_monolingual(path, limit=args.limit, seed=args.seed) for language, path in paths.items()}
-    loaded = load_model(args.model.name, args.model, dtype=args.dtype, device=args.device)
+    with TemporaryDirectory() as scratch:
+        model = args.model or export(args.checkpoint_dir, Path(scratch) / "model")
+        loaded = load_model(model.name, model, dtype=args.dtype, device=args.device)
     measured = {language: measure_routing(loaded, lines) for language, lines in texts.items()}
     routing = {language: value.to_dict() for language, value in measured.items()}
     distances = {f"{a} {b}": language_distance(measured[a], measured[b]) for a, b in combinations(measured, 2)}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "routing.json", {"languages": routing, "distances": distances})
+    measures = specialisation(measured)
+    write_json(
+        args.output_dir / "routing.json",
+        {"languages": routing, "specialisation": measures, "distances": distances},
+    )
     draw_routing(routing, args.output_dir / "routing.png")
     print(routing_table(routing))
+    print(f"\nWhat an expert tells of the text it gets\n\n{specialisation_table(measures)}\n")
     for pair, layers in distances.items():
         values = ", ".join(f"layer {layer} {name} {value:.2f}" for layer, groups in layers.items()
                            for name, value in groups.items())  # fmt: skip

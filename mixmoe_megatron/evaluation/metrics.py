@@ -54,6 +54,8 @@ class Comparison:
         bleu_p_value: Of the BLEU difference.
         chrf_difference: System minus baseline, chrF points.
         chrf_p_value: Of the chrF difference.
+        chrf_baseline_interval: Half-width of the 95 % interval of the baseline's chrF.
+        chrf_interval: Half-width of the 95 % interval of the system's chrF.
         signatures: Metric name to signature, with the resampling's seed and count.
     """
 
@@ -63,6 +65,8 @@ class Comparison:
     bleu_p_value: float
     chrf_difference: float
     chrf_p_value: float
+    chrf_baseline_interval: float
+    chrf_interval: float
     signatures: dict[str, str]
 
     def to_dict(self) -> dict[str, object]:
@@ -125,7 +129,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], target_language:
     metrics = (bleu_of(target_language), CHRF(), CHRF(word_order=2), TER(normalized=asian, asian_support=asian))
     values = [metric.corpus_score(list(hypotheses), [list(references)]).score for metric in metrics]
     signatures = {name: str(metric.get_signature()) for name, metric in zip(METRIC_NAMES, metrics, strict=True)}
-    return Scores(*values, signatures)
+    return Scores(values[0], values[1], values[2], values[3], signatures)
 
 
 def compare(
@@ -165,5 +169,7 @@ def compare(
         bleu_p_value=cast(float, bleu.p_value),
         chrf_difference=chrf.score - chrf_baseline.score,
         chrf_p_value=cast(float, chrf.p_value),
+        chrf_baseline_interval=cast(float, chrf_baseline.ci),
+        chrf_interval=cast(float, chrf.ci),
         signatures={"bleu": str(signatures["BLEU"]), "chrf": str(signatures["chrF2"])},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ class Perplexity:
         loss: Mean negative log likelihood, nats per token.
         perplexity: exp(loss).
         bits_per_byte: Total negative log likelihood in bits over `bytes`; comparable across tokenizers.
+        text_bits: Negative log likelihood of each text, bits; for confidence intervals.
+        text_bytes: UTF-8 bytes of each text.
     """
 
     texts: int
@@ -39,8 +42,10 @@ class Perplexity:
     loss: float
     perplexity: float
     bits_per_byte: float
+    text_bits: list[float]
+    text_bytes: list[int]
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dictionary."""
         return asdict(self)
 
@@ -59,14 +64,22 @@ def split_windows(ids: Sequence[int], start_id: int, window: int) -> list[list[i
     return [whole[start : start + window] for start in range(0, len(ids), window - 1)]
 
 
-def batches_by_length(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[list[int]]]:
-    """Yield batches of sequences of similar length, longest first, that hold about `tokens_per_batch` padded tokens."""
-    batch: list[list[int]] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > tokens_per_batch:
+def batches_by_length(sequences: Sequence[list[int]], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Yield batches of similar length, longest first, that hold about `tokens_per_batch` padded tokens.
+
+    Args:
+        sequences: Token ids.
+        tokens_per_batch: A batch of one sequence may hold more.
+
+    Yields:
+        Indices of sequences.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True):
+        if batch and (len(batch) + 1) * len(sequences[batch[0]]) > tokens_per_batch:
             yield batch
             batch = []
-        batch.append(sequence)
+        batch.append(index)
     if batch:
         yield batch
 
@@ -89,16 +102,16 @@ def pad_right(batch: Sequence[list[int]], pad_id: int, device: torch.device) -> 
 
 
 @torch.inference_mode()
-def _negative_log_likelihood(loaded: LoadedModel, batch: list[list[int]]) -> float:
-    """Sum over a batch, in nats; maths in float32 whatever the model's dtype."""
+def _negative_log_likelihoods(loaded: LoadedModel, batch: list[list[int]]) -> list[float]:
+    """Of each sequence, in nats; maths in float32 whatever the model's dtype."""
     input_ids, mask = pad_right(batch, loaded.tokenizer.pad_id, loaded.device)
     logits = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
     labels = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, _IGNORED)
-    total = 0.0
-    for row_logits, row_labels in zip(logits[:, :-1], labels, strict=True):
-        loss = torch.nn.functional.cross_entropy(row_logits.float(), row_labels, ignore_index=_IGNORED, reduction="sum")
-        total += loss.item()
-    return total
+    losses = (
+        torch.nn.functional.cross_entropy(row_logits.float(), row_labels, ignore_index=_IGNORED, reduction="sum")
+        for row_logits, row_labels in zip(logits[:, :-1], labels, strict=True)
+    )
+    return [loss.item() for loss in losses]
 
 
 def measure_perplexity(
@@ -117,18 +130,27 @@ def measure_perplexity(
     """
     window = max_window if loaded.max_positions is None else min(max_window, loaded.max_positions)
     encoded = loaded.tokenizer.encode(list(texts), add_special_tokens=False)
-    sequences = [piece for ids in encoded for piece in split_windows(ids, loaded.start_id, window)]
+    pieces = [
+        (index, piece) for index, ids in enumerate(encoded) for piece in split_windows(ids, loaded.start_id, window)
+    ]
     tokens = sum(map(len, encoded))
     if tokens == 0:
         raise MixMoEError("There is no text to measure perplexity on.")
-    total = sum(_negative_log_likelihood(loaded, batch) for batch in batches_by_length(sequences, tokens_per_batch))
-    num_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    loss = total / tokens
+    text_losses = [0.0] * len(texts)
+    sequences = [piece for _, piece in pieces]
+    for batch in batches_by_length(sequences, tokens_per_batch):
+        losses = _negative_log_likelihoods(loaded, [sequences[place] for place in batch])
+        for place, loss in zip(batch, losses, strict=True):
+            text_losses[pieces[place][0]] += loss
+    text_bytes = [len(text.encode("utf-8")) for text in texts]
+    loss = sum(text_losses) / tokens
     return Perplexity(
         texts=len(texts),
         tokens=tokens,
-        bytes=num_bytes,
+        bytes=sum(text_bytes),
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=total / math.log(2) / num_bytes,
+        bits_per_byte=sum(text_losses) / math.log(2) / sum(text_bytes),
+        text_bits=[round(value / math.log(2), 4) for value in text_losses],
+        text_bytes=text_bytes,
     )

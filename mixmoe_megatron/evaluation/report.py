@@ -1,4 +1,4 @@
-"""The report of a whole run: report.md, summary.json and pictures, from evaluation.json and the training logs."""
+"""The report of a run: report.md, report.html, summary.json, pictures; from evaluation.json and the training logs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from typing import Any
 
 from mixmoe_megatron.cli import write_json
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.comparison import markdown_comparison
 from mixmoe_megatron.evaluation.figures import AUX_LOSSES, draw_loss_curves, draw_routing, draw_scores
-from mixmoe_megatron.evaluation.tables import p_value_text, perplexity_table, routing_table, score_table, signed, table
+from mixmoe_megatron.evaluation.html_report import render_html
+from mixmoe_megatron.evaluation.interference import interference
+from mixmoe_megatron.evaluation.routing import routing_from_dict, specialisation
+from mixmoe_megatron.evaluation.tables import (
+    interference_table,
+    p_value_text,
+    perplexity_table,
+    routing_table,
+    score_table,
+    signed,
+    specialisation_table,
+    table,
+)
 from mixmoe_megatron.evaluation.training_log import Curves
 
 TOY_NOTE = (
@@ -21,6 +34,14 @@ TOY_NOTE = (
 PERPLEXITY_NOTE = (
     "Perplexity on held-out monolingual text, per token of each model's tokenizer, and bits per byte, which compare "
     "across tokenizers; lower is better."
+)
+INTERFERENCE_NOTE = (
+    "The change of bits per byte with the 95 % interval of a paired bootstrap over texts (above 0: worse); chrF with "
+    "the half-width of sacreBLEU's 95 % interval."
+)
+SPECIALISATION_NOTE = (
+    "How much an expert tells of the text's {} (mutual information; 0: all are routed alike), and the entropy of the "
+    "experts."
 )
 NUM_EXAMPLES = 3
 _REQUIRED = ("baseline", "directions", "perplexity", "routing", "significance", "signatures", "num_test_segments",
@@ -126,7 +147,10 @@ def _verdict(evaluation: dict[str, Any]) -> str:
 def _translation_section(inputs: ReportInputs) -> list[str]:
     evaluation = inputs.evaluation
     counts = ", ".join(f"{name} {count}" for name, count in evaluation["num_test_segments"].items())
-    parts = ["## Translation", f"Test segments: {counts}.", score_table(evaluation)]
+    parts = ["## Translation", f"Test segments: {counts}."]
+    if len(evaluation["directions"]) > 2:
+        parts.append(markdown_comparison(evaluation))
+    parts.append(score_table(evaluation))
     if any(evaluation["significance"].values()):
         parts.append(_verdict(evaluation))
     return [*parts, *_examples(inputs)]
@@ -166,14 +190,26 @@ def _training_section(stages: dict[str, Curves]) -> list[str]:
     return ["## Training", "![Loss curves](loss_curves.png)", table(header, rows)]
 
 
-def _routing_section(routing: dict[str, Any]) -> list[str]:
+def _interference_section(evaluation: dict[str, Any]) -> list[str]:
+    rows = interference(evaluation)
+    if not rows:
+        return []
+    return ["### Before and after, language by language", INTERFERENCE_NOTE, interference_table(rows)]
+
+
+def _routing_section(evaluation: dict[str, Any]) -> list[str]:
     parts = [
         "## Routing",
-        "Share of the tokens of monolingual text that each expert got. `n Σ f P` is the aux loss: 1 when balanced, the "
-        "number of experts at collapse. `top prob` is the mean of the winning expert's probability.",
+        "Share of the tokens that each expert got: of monolingual text, then of prompts with their reference "
+        "translation. `n Σ f P` is the aux loss: 1 when balanced, the number of experts at collapse. `top prob` is the "
+        "mean of the winning expert's probability.",
     ]
-    for name, languages in routing.items():
-        parts += [f"### {name}", f"![Routing of {name}](routing_{name}.png)", routing_table(languages)]
+    for kind, title in (("routing", "languages"), ("routing_of_directions", "directions")):
+        for name, routing in evaluation.get(kind, {}).items():
+            measures = specialisation({text: routing_from_dict(value) for text, value in routing.items()})
+            parts += [f"### {name}, by {title}", f"![{title} of {name}]({kind}_{name}.png)", routing_table(routing)]
+            if len(routing) > 1:
+                parts += [SPECIALISATION_NOTE.format(title), specialisation_table(measures)]
     return parts
 
 
@@ -210,19 +246,21 @@ def render_report(inputs: ReportInputs) -> str:
         parts += _translation_section(inputs)
     if evaluation["perplexity"]:
         parts += ["## What was kept, what was lost", PERPLEXITY_NOTE, perplexity_table(evaluation)]
+        parts += _interference_section(evaluation)
     if inputs.stages:
         parts += _training_section(inputs.stages)
     if evaluation["routing"]:
-        parts += _routing_section(evaluation["routing"])
+        parts += _routing_section(evaluation)
     return "\n\n".join([*parts, *_provenance_section(inputs)]) + "\n"
 
 
 def write_report(inputs: ReportInputs, output_dir: Path) -> dict[str, Any]:
-    """Write report.md, summary.json and the pictures; return the summary.
+    """Write report.md, report.html, summary.json and the pictures; return the summary.
 
     Args:
         inputs: What to report.
-        output_dir: Created if absent. Pictures: scores.png, loss_curves.png, routing_{system}.png.
+        output_dir: Created if absent. Pictures: scores.png, loss_curves.png, routing_{system}.png,
+            routing_of_directions_{system}.png.
 
     Raises:
         MixMoEError: Hypotheses that the evaluation speaks of are missing.
@@ -232,10 +270,12 @@ def write_report(inputs: ReportInputs, output_dir: Path) -> dict[str, Any]:
     draw_scores(inputs.evaluation, output_dir / "scores.png")
     if inputs.stages:
         draw_loss_curves(inputs.stages, output_dir / "loss_curves.png")
-    for name, routing in inputs.evaluation["routing"].items():
-        draw_routing(routing, output_dir / f"routing_{name}.png")
-    temporary = output_dir / f".report.md.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, output_dir / "report.md")
+    for kind in ("routing", "routing_of_directions"):
+        for name, routing in inputs.evaluation.get(kind, {}).items():
+            draw_routing(routing, output_dir / f"{kind}_{name}.png")
+    for name, content in (("report.md", text), ("report.html", render_html(text, output_dir))):
+        temporary = output_dir / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, output_dir / name)
     write_json(output_dir / "summary.json", summary)
     return summary

@@ -5,7 +5,8 @@ Shape legend: T tokens, G expert groups (LM, MT), n experts per group, k chosen 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,7 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
     sequences = [piece for ids in encoded for piece in split_windows(ids, loaded.start_id, window)]
     sums: dict[int, tuple[torch.Tensor, ...]] = {}
     for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
-        input_ids, mask = pad_right(batch, loaded.tokenizer.pad_id, loaded.device)
+        input_ids, mask = pad_right([sequences[index] for index in batch], loaded.tokenizer.pad_id, loaded.device)
         output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
         mask[:, 0] = 0  # context only: already counted, or no token of the text
         kept = mask.flatten().bool()
@@ -130,6 +131,50 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
         for layer in config.moe_layers
     }
     return Routing(tokens, layers)
+
+
+def routing_from_dict(value: dict[str, Any]) -> Routing:
+    """Return the Routing whose `to_dict` gave `value`."""
+    layers = {
+        layer: {name: GroupRouting(**group) for name, group in groups.items()}
+        for layer, groups in value["layers"].items()
+    }
+    return Routing(value["tokens"], layers)
+
+
+def specialisation(routings: Mapping[str, Routing]) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure how far the experts of each layer and group belong to languages (or directions), all weighted alike.
+
+    Args:
+        routings: Language to its routing, from one model.
+
+    Returns:
+        {layer: {group: measures}}: `mutual_information` between language and expert, bits: 0 when all languages use
+        the experts alike, at most log2 of the smaller number of languages and experts. `normalised`: over that most, 0
+        to 1. `entropy`: of the experts within a language, mean over languages, bits: 0 when each language uses one
+        expert. `mean_entropy`: of the experts over all languages, bits: log2(n) when balanced.
+    """
+    first = next(iter(routings.values()))
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for layer, groups in first.layers.items():
+        result[layer] = {}
+        for group in groups:
+            shares = torch.tensor([routing.layers[layer][group].share for routing in routings.values()]).double()
+            entropy, mean_entropy = _entropy(shares).mean().item(), _entropy(shares.mean(dim=0)).item()
+            most = math.log2(min(shares.shape))
+            information = max(0.0, mean_entropy - entropy)
+            result[layer][group] = {
+                "mutual_information": information,
+                "normalised": information / most if most else 0.0,
+                "entropy": entropy,
+                "mean_entropy": mean_entropy,
+            }
+    return result
+
+
+def _entropy(shares: torch.Tensor) -> torch.Tensor:
+    """[..., n] shares to [...] bits."""
+    return -torch.special.xlogy(shares, shares).sum(dim=-1) / math.log(2)
 
 
 def language_distance(first: Routing, second: Routing) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ Layout of the output directory:
 - ``hypotheses/{direction}.{system}.partial.jsonl``: finished batches of an unfinished translation.
 - ``measurements/{system}.json``: perplexity, routing and seconds.
 - ``comet.json``: COMET scores.
-- ``evaluation.json``: all results.
+- ``evaluation.json``: all results; ``comparison.md``, ``.tex``, ``.csv``, ``.json``: the scores as one table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comet_scores import CometScorer
+from mixmoe_megatron.evaluation.comparison import write_comparison
 from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
 from mixmoe_megatron.evaluation.meteor import meteor_is_installed, score_meteor
 from mixmoe_megatron.evaluation.metrics import METRIC_NAMES, compare, score
@@ -151,7 +152,7 @@ class _SystemRun:
         self.plan = plan
         self.hypotheses_dir = output_dir / "hypotheses"
         self.measurements_path = output_dir / "measurements" / f"{name}.json"
-        self.measurements: dict[str, Any] = {"perplexity": {}, "routing": {}, "seconds": {}}
+        self.measurements: dict[str, Any] = {"perplexity": {}, "routing": {}, "routed": [], "seconds": {}}
         if self.measurements_path.exists():
             self.measurements = read_json(self.measurements_path)
 
@@ -192,11 +193,24 @@ class _SystemRun:
         if language in self.measurements["perplexity"]:
             return
         perplexity = self._timed(f"perplexity {language}", lambda: measure_perplexity(self.loaded, texts))
-        if is_mixmoe(self.loaded):
-            routing = self._timed(f"routing {language}", lambda: measure_routing(self.loaded, texts))
-            self.measurements["routing"][language] = routing.to_dict()
+        self._route(language, texts)
         self.measurements["perplexity"][language] = perplexity.to_dict()
         write_json(self.measurements_path, self.measurements)
+
+    def route(self, direction: Direction) -> None:
+        """Measure the routing of prompts and reference translations, unless it is on disk."""
+        if direction.name in self.measurements["routed"]:
+            return
+        languages = (direction.source_language, direction.target_language)
+        pairs = zip(direction.sources, direction.references, strict=True)
+        self._route(direction.name, [f"{self.plan.template.render(a, *languages)} {b}" for a, b in pairs])
+        self.measurements["routed"].append(direction.name)
+        write_json(self.measurements_path, self.measurements)
+
+    def _route(self, name: str, texts: list[str]) -> None:
+        if is_mixmoe(self.loaded):
+            routing = self._timed(f"routing {name}", lambda: measure_routing(self.loaded, texts))
+            self.measurements["routing"][name] = routing.to_dict()
 
 
 def _score_direction(
@@ -278,12 +292,24 @@ def evaluate(plan: EvaluationPlan, output_dir: Path, *, overwrite: bool = False)
         run = _SystemRun(name, plan, output_dir)
         for direction in plan.directions:
             run.translate(direction)
+            run.route(direction)
         for language, texts in plan.monolingual.items():
             run.measure(language, texts)
         measurements[name] = run.measurements
     result = _collect(plan, identity, measurements, output_dir)
     write_json(output_dir / "evaluation.json", result)
+    if plan.directions:
+        write_comparison(result, output_dir)
     return result
+
+
+def _routing_of(measurements: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """System -> language or direction -> routing, for the systems and names that have any."""
+    found = {
+        system: {name: value["routing"][name] for name in names if name in value["routing"]}
+        for system, value in measurements.items()
+    }
+    return {system: routing for system, routing in found.items() if routing}
 
 
 def _collect(
@@ -304,13 +330,8 @@ def _collect(
             language: {name: measurements[name]["perplexity"][language] for name in plan.systems}
             for language in plan.monolingual
         },
-        "routing": {
-            name: {
-                language: value["routing"][language] for language in plan.monolingual if language in value["routing"]
-            }
-            for name, value in measurements.items()
-            if value["routing"]
-        },
+        "routing": _routing_of(measurements, plan.monolingual),
+        "routing_of_directions": _routing_of(measurements, scored),
         "seconds": {name: value["seconds"] for name, value in measurements.items()},
         "selection": plan.selection,
         "options": identity,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mixmoe_megatron.evaluation.interference import interference
+
 METRIC_TITLES = {
     "bleu": "BLEU", "chrf": "chrF", "chrf_plus_plus": "chrF++", "ter": "TER", "meteor": "METEOR", "comet": "COMET"
 }  # fmt: skip
@@ -13,8 +15,8 @@ _PERCENT = {"meteor", "comet"}  # 0 to 1 as they come, shown times 100 as the pa
 
 def metrics_of(evaluation: dict[str, Any]) -> dict[str, str]:
     """Return the metrics that an evaluation has, with their titles."""
-    first = next(iter(next(iter(evaluation["directions"].values()), {"": {}}).values()))
-    return {name: title for name, title in METRIC_TITLES.items() if name in first}
+    measured = {name for systems in evaluation["directions"].values() for scores in systems.values() for name in scores}
+    return {name: title for name, title in METRIC_TITLES.items() if name in measured}
 
 
 def score_text(metric: str, value: float) -> str:
@@ -115,8 +117,41 @@ def routing_table(routing: dict[str, Any]) -> str:
         for value in [measured["layers"][layer][group]]
     ]  # fmt: skip
     experts = len(rows[0]) - 5
-    header = ["layer", "group", "language", *(f"expert {index}" for index in range(experts)), "n Σ f P", "top prob"]
+    header = ["layer", "group", "text", *(f"expert {index}" for index in range(experts)), "n Σ f P", "top prob"]
     return table(header, rows, text_columns=3)
+
+
+def interference_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as one Markdown table; English, which is on a side of every pair, has no translation columns."""
+    header = ["language", "system", "perplexity", "bits per byte", "chrF into English", "chrF from English"]
+    cells = []
+    for row in rows:
+        line = [row["language"], row["system"], "", ""]
+        if row["perplexity"]:
+            line[2] = " -> ".join(f"{value:.1f}" for value in row["perplexity"])
+            change, low, high = row["bits_per_byte_change"]
+            line[3] = f"{change:+.1f} % [{low:+.1f}, {high:+.1f}]"
+        for wanted in (f"{row['language']}-en", f"en-{row['language']}"):
+            found = [value for name, value in row["directions"].items() if name.partition("@")[0] == wanted]
+            line.append("; ".join(_change(value) for value in found))
+        cells.append(line)
+    return table(header, cells, text_columns=2)
+
+
+def _change(value: dict[str, Any]) -> str:
+    before, after = (f"{score:.1f} ± {half:.1f}" for score, half in zip(value["chrf"], value["interval"], strict=True))
+    return f"{before} -> {after}"
+
+
+def specialisation_table(measures: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return the measures of `routing.specialisation`, a row for each layer and group."""
+    rows = [
+        [layer, group, f"{value['mutual_information']:.3f}", f"{100 * value['normalised']:.1f} %",
+         f"{value['entropy']:.2f}", f"{value['mean_entropy']:.2f}"]
+        for layer, groups in measures.items() for group, value in groups.items()
+    ]  # fmt: skip
+    header = ["layer", "group", "mutual information (bits)", "of the most", "entropy (bits)", "entropy over all"]
+    return table(header, rows, text_columns=2)
 
 
 def format_tables(evaluation: dict[str, Any]) -> str:
@@ -131,5 +166,7 @@ def format_tables(evaluation: dict[str, Any]) -> str:
         parts.append(f"Translation, sacreBLEU ({counts})\n\n{score_table(evaluation)}")
     if evaluation["perplexity"]:
         parts.append(f"Perplexity on monolingual text\n\n{perplexity_table(evaluation)}")
+    if rows := interference(evaluation):
+        parts.append(f"Before and after, language by language (95 % intervals)\n\n{interference_table(rows)}")
     parts += [f"Routing of {name}\n\n{routing_table(routing)}" for name, routing in evaluation["routing"].items()]
     return "\n\n".join(parts)

@@ -39,7 +39,8 @@ def test_equals_transformers_loss(loaded) -> None:
     assert result.loss == pytest.approx(total / tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
     num_bytes = len("".join(TEXTS).encode())
-    assert result.bytes == num_bytes
+    assert result.bytes == sum(result.text_bytes) == num_bytes
+    assert result.text_bits == pytest.approx([loss / math.log(2) for loss, _ in sums], rel=1e-4)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / num_bytes, rel=1e-5)
 
 
@@ -64,8 +65,8 @@ def test_windows_predict_each_token_once() -> None:
 def test_batches_hold_everything_once() -> None:
     sequences = [[index] * (index % 7 + 1) for index in range(30)]
     batches = list(batches_by_length(sequences, 20))
-    assert sorted(map(tuple, (s for batch in batches for s in batch))) == sorted(map(tuple, sequences))
-    assert all(len(batch) * max(map(len, batch)) <= 20 for batch in batches)
+    assert sorted(index for batch in batches for index in batch) == list(range(30))
+    assert all(len(batch) * max(len(sequences[index]) for index in batch) <= 20 for batch in batches)
 
 
 def test_without_bos_the_context_is_eos(tmp_path) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.comparison import latex_comparison, markdown_comparison, write_comparison
 from mixmoe_megatron.evaluation.figures import smooth
+from mixmoe_megatron.evaluation.interference import bits_per_byte_change
 from mixmoe_megatron.evaluation.report import TOY_NOTE, ReportInputs, build_summary, render_report, write_report
 from mixmoe_megatron.evaluation.tables import format_tables, p_value_text, table
 from mixmoe_megatron.evaluation.training_log import read_training_log
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 SYSTEMS = ("base", "stage1", "mixmoe")
 
 
@@ -26,7 +33,8 @@ def routing(share: list[float]) -> dict[str, Any]:
 
 def comparison(system: str, difference: float, p_value: float) -> dict[str, Any]:
     return {"baseline": "base", "system": system, "bleu_difference": difference, "bleu_p_value": p_value,
-            "chrf_difference": difference, "chrf_p_value": p_value, "signatures": {}}  # fmt: skip
+            "chrf_difference": difference, "chrf_p_value": p_value, "chrf_interval": 0.7,
+            "chrf_baseline_interval": 0.6, "signatures": {}}  # fmt: skip
 
 
 @pytest.fixture
@@ -34,6 +42,7 @@ def evaluation() -> dict[str, Any]:
     directions = ("de-en", "en-de")
     return {
         "baseline": "base",
+        "systems": {system: f"models/{system}" for system in SYSTEMS},
         "num_test_segments": dict.fromkeys(directions, 2),
         "directions": {
             name: {system: {"bleu": 1.0 + rank, "chrf": 10.0 + rank, "chrf_plus_plus": 9.0 + rank}
@@ -45,10 +54,12 @@ def evaluation() -> dict[str, Any]:
             for name in directions
         },
         "perplexity": {
-            language: {system: {"perplexity": 10.0 + rank, "bits_per_byte": 1.0 + rank / 10}
+            language: {system: {"perplexity": 10.0 + rank, "bits_per_byte": 1.0 + rank / 10,
+                                "text_bits": [10.0 + rank, 20.0 + 2 * rank]}
                        for rank, system in enumerate(SYSTEMS)} for language in ("de", "en")
         },
         "routing": {"mixmoe": {"de": routing([0.7, 0.1, 0.1, 0.1]), "en": routing([0.25] * 4)}},
+        "routing_of_directions": {"mixmoe": {name: routing([0.4, 0.2, 0.2, 0.2]) for name in directions}},
         "seconds": {"base": {"translate de-en": 1.0}},
         "options": {"decoding": "greedy", "systems": {"base": "abc"}},
         "versions": {"python": "3.12"},
@@ -99,6 +110,9 @@ def test_report_text(evaluation, hypotheses_dir) -> None:
     assert "(empty)" in text
     assert "| total |       3 |" in text
     assert "+20.0 %" in text
+    assert "| +20.0 % [+20.0, +20.0] |" in text, "the change of every text is the same, so is every resample's"
+    assert "10.0 ± 0.6 -> 12.0 ± 0.7" in text
+    assert "by directions" in text
     assert TOY_NOTE not in render_report(ReportInputs(evaluation))
 
 
@@ -106,7 +120,8 @@ def test_files_and_pictures(evaluation, tmp_path) -> None:
     stages = {"Stage 1": curves(), "Stage 2": {**curves(), "mt_load_balancing_loss": [(1, 1.2), (2, 1.1)]}}
     summary = write_report(ReportInputs(evaluation, stages), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"report.md", "summary.json", "scores.png", "loss_curves.png", "routing_mixmoe.png"}
+    pictures = {"scores.png", "loss_curves.png", "routing_mixmoe.png", "routing_of_directions_mixmoe.png"}
+    assert names == {"report.md", "report.html", "summary.json", *pictures}
     assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == summary
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert all(f"]({name})" in text for name in names if name.endswith(".png"))
@@ -114,7 +129,8 @@ def test_files_and_pictures(evaluation, tmp_path) -> None:
 
 
 def test_a_report_of_perplexity_alone(evaluation, tmp_path) -> None:
-    evaluation.update(directions={}, significance={}, signatures={}, num_test_segments={}, routing={}, baseline=None)
+    evaluation.update(directions={}, significance={}, signatures={}, num_test_segments={}, routing={}, baseline=None,
+                      routing_of_directions={})  # fmt: skip
     write_report(ReportInputs(evaluation), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Mix-MoE report: de, en")
@@ -206,3 +222,69 @@ def test_the_command(evaluation, tmp_path, repo_root, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", ["write_report.py", "--evaluation", "absent.json", "--output-dir", "out"])
     assert tool.main() == 2
     assert capsys.readouterr().err == "error: There is no file absent.json.\n"
+
+
+def test_the_page_needs_no_other_file(evaluation, tmp_path) -> None:
+    evaluation["systems"] = {name: "<script>" for name in SYSTEMS}
+    write_report(ReportInputs(evaluation, {"Stage 1": curves()}), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'name="viewport"' in page
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count('<div class="table"><table>') == page.count("</table></div>") > 4
+    assert "<script" not in page
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_a_browser_shows_the_page_without_scrolling_sideways(evaluation, tmp_path) -> None:
+    """At the width of a phone: the browser's own layout says how wide the page and its pictures are."""
+    write_report(ReportInputs(evaluation, {"Stage 1": curves()}), tmp_path)
+    page = tmp_path / "report.html"
+    probe = (
+        "<script>addEventListener('load', () => { const root = document.documentElement; document.title = [innerWidth, "
+        "root.scrollWidth, [...document.images].filter(i => i.naturalWidth > 0).length].join(' '); })</script></body>"
+    )
+    page.write_text(page.read_text("utf-8").replace("</body>", probe), "utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", "--virtual-time-budget=5000"]
+    done = subprocess.run([BROWSER, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    width, scroll_width, pictures = map(int, re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout).groups())
+    assert scroll_width <= width
+    assert pictures == 4
+
+
+def test_the_papers_table(evaluation, tmp_path) -> None:
+    for systems in evaluation["directions"].values():
+        for rank, scores in enumerate(systems.values()):
+            scores.update(meteor=0.2 + rank / 100, comet=0.5 - rank / 100)
+    text = markdown_comparison(evaluation)
+    assert "B BLEU, M METEOR, C COMET" in text
+    assert "| mixmoe | **3.0** | **22.0** |     48.0 |" in text
+    assert "| base   |     1.0 |     20.0 | **50.0** |" in text
+    assert text.index("DE-EN B") < text.index("EN-DE B")
+    latex = latex_comparison(evaluation)
+    assert r"\multicolumn{3}{c}{DE-EN}" in latex
+    assert r"mixmoe & \textbf{3.0} & \textbf{22.0} & 48.0 \\" in latex
+    write_comparison(evaluation, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"comparison.{suffix}" for suffix in ("md", "tex", "csv", "json")
+    }
+    lines = (tmp_path / "comparison.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "system,direction,metric,score"
+    assert "base,de-en,meteor,0.2" in lines
+    for systems in evaluation["directions"].values():
+        for scores in systems.values():
+            del scores["meteor"], scores["comet"]
+    assert "B BLEU, F chrF, F+ chrF++" in markdown_comparison(evaluation)
+
+
+def test_intervals_are_those_of_a_paired_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    before = generator.gamma(2.0, 50.0, size=400)
+    after = before * generator.normal(1.05, 0.1, size=400)
+    change, low, high = bits_per_byte_change({"text_bits": before.tolist()}, {"text_bits": after.tolist()})
+    assert low < 5.0 < high
+    assert low < change < high
+    assert high - low < 4.0, "pairing removes what makes a text easy for both"
+    shuffled = bits_per_byte_change({"text_bits": before.tolist()}, {"text_bits": sorted(after.tolist())})
+    assert shuffled[2] - shuffled[1] > 2 * (high - low)

@@ -9,7 +9,16 @@ import torch
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.models import LoadedModel, load_model
-from mixmoe_megatron.evaluation.routing import group_sums, is_mixmoe, language_distance, measure_routing
+from mixmoe_megatron.evaluation.routing import (
+    GroupRouting,
+    Routing,
+    group_sums,
+    is_mixmoe,
+    language_distance,
+    measure_routing,
+    routing_from_dict,
+    specialisation,
+)
 from tests.helpers.tiny_hf import SENTENCES, save_tiny_dense, tiny_mixmoe, tiny_tokenizer
 
 TEXTS = list(SENTENCES[1:6])
@@ -99,3 +108,17 @@ def test_dense_models_have_no_routers(tmp_path) -> None:
     assert not is_mixmoe(loaded)
     with pytest.raises(MixMoEError, match="not a Mix-MoE model"):
         measure_routing(loaded, TEXTS)
+
+
+def test_specialisation_of_languages() -> None:
+    def routing(*shares: float) -> Routing:
+        return Routing(10, {"1": {"lm": GroupRouting(list(shares), list(shares), 1.0, 0.5)}})
+
+    apart = specialisation({"de": routing(1, 0), "en": routing(0, 1)})["1"]["lm"]
+    assert apart == {"mutual_information": 1.0, "normalised": 1.0, "entropy": 0.0, "mean_entropy": 1.0}
+    alike = specialisation({"de": routing(0.5, 0.5), "en": routing(0.5, 0.5)})["1"]["lm"]
+    assert (alike["mutual_information"], alike["entropy"]) == (0.0, 1.0)
+    between = specialisation({"de": routing(0.75, 0.25), "en": routing(0.25, 0.75)})["1"]["lm"]
+    assert between["mutual_information"] == pytest.approx(1 - 0.8112781, abs=1e-6)
+    value = routing(0.75, 0.25)
+    assert routing_from_dict(value.to_dict()) == value

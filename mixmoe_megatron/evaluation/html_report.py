@@ -1,0 +1,57 @@
+"""report.md as one HTML page that needs no other file: pictures inside, readable on a phone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from pathlib import Path
+
+import markdown
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #ccc; --soft: #f4f4f4; }
+@media (prefers-color-scheme: dark) { :root { --line: #555; --soft: #222; } img { background: #fff; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); margin-top: 2.2rem; }
+img { max-width: 100%; height: auto; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top; }
+th { background: var(--soft); } code { overflow-wrap: anywhere; font-size: .85rem; }
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def render_html(text: str, pictures: Path) -> str:
+    """Turn a report into a page.
+
+    Args:
+        text: Markdown of `report.render_report`.
+        pictures: Directory of the PNG files that it names.
+
+    Raises:
+        FileNotFoundError: A picture is missing.
+    """
+    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+
+    def embed(match: re.Match[str]) -> str:
+        data = base64.b64encode((pictures / html.unescape(match[1])).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', embed, body)
+    title = next((line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")), "Report")
+    return _PAGE.format(title=html.escape(title), style=_STYLE, body=body)
