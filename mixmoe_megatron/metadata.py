@@ -37,6 +37,7 @@ class Metadata:
         parent: {"path", "stage", "weights_sha256"} of what this was made from; None if it was made from nothing.
         versions: package name -> version at the time of writing.
         created_by: the command that wrote it.
+        data: what it was trained on so far, {"stage", "prefix", "kind", "tokens", "manifest_sha256"} of each file.
         format_version: of this file.
     """
 
@@ -47,6 +48,7 @@ class Metadata:
     parent: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
+    data: list[dict[str, Any]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     def validate(self) -> None:

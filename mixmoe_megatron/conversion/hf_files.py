@@ -80,7 +80,15 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
     rows: dict[str, Any] = {"stage": metadata.stage, "parameters": num_parameters}
     if metadata.options is not None:
         rows.update(metadata.options)
+    if metadata.parent:
+        rows["made from"] = f"{metadata.parent['stage']}, weights sha256 `{metadata.parent['weights_sha256']}`"
+    rows["made by"] = ", ".join([metadata.created_by, *(f"{k} {v}" for k, v in metadata.versions.items())])
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    if metadata.data:
+        lines += ["", "## Training data", "", "| stage | files | kind | tokens | sha256 of the manifest |"]
+        lines += ["|---|---|---|---:|---|"]
+        names = ("stage", "prefix", "kind", "tokens", "manifest_sha256")
+        lines += ["| " + " | ".join(str(entry.get(name, "")) for name in names) + " |" for entry in metadata.data]
     if not dense:
         lines += [
             "",

@@ -119,23 +119,25 @@ def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:
     return options
 
 
-def _stage_of_mixmoe(hf_dir: str, config: dict[str, Any]) -> str:
-    """Return the stage: the shipped metadata tells `upcycled` from `stage1`, config.json tells 1 from 2."""
+def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
+    """Return the metadata that an export carries; it tells `upcycled` from `stage1`, config.json tells 1 from 2.
+
+    Raises:
+        MixMoEError: it or config.json tells no stage, or they contradict each other.
+    """
     number = config.get("stage")
     if number not in (1, 2):
         raise MixMoEError(f"config.json: stage must be 1 or 2, not {number!r}.")
-    if (Path(hf_dir) / METADATA_FILE).is_file():
-        stage = read_metadata(hf_dir).stage
-        if STAGE_NUMBERS[stage] != number:
-            raise MixMoEError(f"{METADATA_FILE} says {stage!r}, but config.json says stage {number}.")
-        return stage
-    return f"stage{number}"
+    if not (Path(hf_dir) / METADATA_FILE).is_file():
+        return None
+    metadata = read_metadata(hf_dir)
+    if STAGE_NUMBERS[metadata.stage] != number:
+        raise MixMoEError(f"{METADATA_FILE} says {metadata.stage!r}, but config.json says stage {number}.")
+    return metadata
 
 
-def _base_config(hf_dir: str, config: dict[str, Any], megatron_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the dense base's config.json of an exported Mix-MoE model: the shipped copy, or made from its fields."""
-    if (Path(hf_dir) / METADATA_FILE).is_file():
-        return read_metadata(hf_dir).hf_config
+def _base_config(config: dict[str, Any], megatron_args: dict[str, Any]) -> dict[str, Any]:
+    """Make the dense base's config.json of an exported Mix-MoE model that ships none."""
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
     return {**hf_config_from_megatron_args(megatron_args), **{k: config[k] for k in kept if k in config}}
 
@@ -147,6 +149,15 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input or the request.
     """
     check_output_dir(request.output_dir, request.force)
+    return read_hf_model(request)
+
+
+def read_hf_model(request: ImportRequest) -> PreparedImport:
+    """As `prepare_import`, without a thought for the output directory: for those who load the plan into a model.
+
+    Raises:
+        MixMoEError: anything wrong with the input.
+    """
     config = read_hf_config(request.hf_dir)
     megatron_args = megatron_args_from_hf(config)
     if request.make_vocab_size_divisible_by is not None:
@@ -158,10 +169,12 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
                 f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
             )
         options: MixMoEOptions | None = options_from_hf(config)
-        stage = _stage_of_mixmoe(request.hf_dir, config)
-        base_config = _base_config(request.hf_dir, config, megatron_args)
+        shipped = _shipped_metadata(request.hf_dir, config)
+        stage = shipped.stage if shipped else f"stage{config['stage']}"
+        base_config = shipped.hf_config if shipped else _base_config(config, megatron_args)
     else:
-        options, stage, base_config = request.options, "dense" if request.options is None else "upcycled", config
+        shipped, options, base_config = None, request.options, config
+        stage = "dense" if options is None else "upcycled"
     if options is not None:
         mixmoe_megatron_args(
             options, STAGE_NUMBERS[stage], megatron_args["num_layers"], megatron_args["ffn_hidden_size"]
@@ -180,6 +193,7 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
         megatron_args=megatron_args,
         hf_config=base_config,
         created_by=request.created_by,
+        data=shipped.data if shipped else [],
     )
     return PreparedImport(request, metadata, sizes, plan)
 

@@ -104,6 +104,7 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     assert config["mixmoe"]["spectral_norm"] == "backward" and config["auto_map"]["AutoModelForCausalLM"]
     card = (out / "README.md").read_text()
     assert "base_model: tiny/llama" in card and "upcycled" in card and "licence applies" in card
+    assert weights_sha256(hf) in card
     # an upcycled model that comes back is still an upcycled one
     assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", tmp_path / "again") == 0
     before, after = read_metadata(checkpoint), read_metadata(tmp_path / "again")
