@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart test test-all lint format clean clean-venv
+.PHONY: help setup hooks quickstart test test-all test-distributed lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --max-worker-restart 0 --durations 15
@@ -26,6 +26,13 @@ test: setup  ## the tests without the slow ones
 test-all: setup  ## all tests
 	@$(PYTEST)
 
+test-distributed: setup  ## the tests of several processes, the slow ones too: N processes equal one, resharding, kills
+	@$(PYTEST) tests/distributed
+
+test-te: setup  ## structure tests of the Transformer Engine path, in .venv-te (built when missing); no GPU
+	@tools/setup_te_environment.sh
+	@CUDA_HOME=$(CURDIR)/.venv-te/include OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest --require-te tests/te
+
 lint: setup  ## ruff, format check, mypy
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -37,7 +44,7 @@ format: setup  ## rewrite the sources in the common format
 
 clean:  ## remove caches and build output
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 clean-venv: clean  ## remove the environment too
-	@rm -rf .venv
+	@rm -rf .venv .venv-te

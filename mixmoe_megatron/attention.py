@@ -5,7 +5,7 @@ Megatron's own local attention materialises the [B, heads, S, S] scores; its tor
 Under context parallelism the keys and values of the whole sequence are gathered (their gradients scattered back): plain
 and exact. Transformer Engine has the algorithms that overlap this with the attention itself.
 
-Shape legend: S sequence, the local part of it under context parallelism, B batch, A query heads and K key-value heads on
+Shape legend: S sequence (its local part under context parallelism), B batch, A query heads and K key-value heads on
 this rank (K divides A), D head size.
 """
 

@@ -111,8 +111,12 @@ def options_and_stage(config: TransformerConfig, stage: int | None = None) -> tu
     return options, stage
 
 
-# Megatron setting -> values that go with Mix-MoE, and why the others do not.
-_REQUIRED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+#: Megatron setting -> values that go with Mix-MoE, and why the others do not
+Requirements = dict[str, tuple[tuple[Any, ...], str]]
+
+_OWN_EXPERTS = "it is a setting of Megatron's own experts"
+_BASE = "the base is of the Llama or Qwen2 family"
+_REQUIRED_SETTINGS: Requirements = {
     "moe_router_fusion": ((False,), "the fused router knows no expert groups"),
     "moe_router_num_groups": ((None,), "Mix-MoE has its own expert groups"),
     "moe_router_group_topk": ((None,), "Mix-MoE has its own expert groups"),
@@ -121,11 +125,17 @@ _REQUIRED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_router_topk_scaling_factor": ((None, 1.0), "use the option expert_scale"),
     "moe_router_score_function": (("softmax",), "eq. 6-7 of the paper are a softmax in each group"),
     "moe_router_load_balancing_type": (("aux_loss", "none", ["aux_loss"]), "Mix-MoE has one aux loss per group"),
+    "moe_router_quantile_balancing_ema": ((0.0,), "balance is kept by the aux loss of each group"),
+    "moe_router_dtype": ((None, "fp32"), "the routers compute in float32"),
+    "moe_router_padding_for_quantization": ((False, None), "each token goes to exactly topk_per_group experts"),
+    "moe_router_padding_for_fp8": ((False, None), "each token goes to exactly topk_per_group experts"),
     "moe_router_force_load_balancing": ((False,), "it would overrule the routers"),
     "moe_router_force_biased": ((None,), "it would overrule the routers"),
     "moe_enable_routing_replay": ((False,), "the routers do not record their choices"),
     "moe_expert_capacity_factor": ((None,), "Mix-MoE drops no token"),
+    "moe_expert_rank_capacity_factor": ((None,), "Mix-MoE drops no token"),
     "moe_pad_expert_input_to_capacity": ((False,), "Mix-MoE drops no token"),
+    "moe_token_dropping": ((False,), "Mix-MoE drops no token"),
     "moe_input_jitter_eps": ((None,), "the routers take no noise"),
     "moe_z_loss_coeff": ((None,), "the paper has no z-loss"),
     "moe_shared_expert_intermediate_size": ((None,), "Mix-MoE has no shared expert"),
@@ -134,8 +144,30 @@ _REQUIRED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_router_pre_softmax": ((True,), "the softmax comes before the top-k (--moe-router-pre-softmax)"),
     "add_bias_linear": ((False,), "experts have no bias (--disable-bias-linear)"),
     "gated_linear_unit": ((True,), "experts are gated, as the FFN they are cut from (--swiglu)"),
+    "glu_linear_offset": ((0.0,), "experts compute what the FFN did that they are cut from"),
+    "activation_func_clamp_value": ((None,), "experts compute what the FFN did that they are cut from"),
+    "moe_mlp_glu_interleave_size": ((None,), "experts keep gate and up projection apart"),
+    "moe_single_grouped_weight": ((False,), _OWN_EXPERTS),
+    "moe_paged_stash": ((False,), _OWN_EXPERTS),
+    "overlap_moe_expert_parallel_comm": ((False,), "its schedule runs layers in pieces, past what freezes them"),
     "mtp_num_layers": ((None, 0), "multi-token prediction is not part of Mix-MoE"),
+    "experimental_attention_variant": ((None,), _BASE),
+    "is_hybrid_model": ((False,), _BASE),
+    "heterogeneous_block_specs": ((False,), _BASE),
+    "use_mup": ((False,), "the weights come from a pretrained model"),
 }
+
+
+def check_settings(settings: Any, requirements: Requirements) -> None:
+    """Check attributes of a config or of an args namespace; those that it lacks are taken as supported.
+
+    Raises:
+        MixMoEError: one has a value that is not supported.
+    """
+    for name, (allowed, why) in requirements.items():
+        value = getattr(settings, name, allowed[0])
+        if value not in allowed:
+            raise MixMoEError(f"{name}={value!r} does not go with Mix-MoE: {why}.")
 
 
 def check_expert_parallel(num_experts_per_group: int, expert_model_parallel_size: int) -> None:
@@ -158,10 +190,7 @@ def check_transformer_config(config: TransformerConfig, options: MixMoEOptions, 
     Raises:
         MixMoEError: a setting contradicts the options or is not supported; one sentence says which.
     """
-    for name, (allowed, why) in _REQUIRED_SETTINGS.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            raise MixMoEError(f"{name}={value!r} does not go with Mix-MoE: {why}.")
+    check_settings(config, _REQUIRED_SETTINGS)
     if isinstance(config.moe_aux_loss_coeff, list) and len(config.moe_aux_loss_coeff) != 1:
         raise MixMoEError("moe_aux_loss_coeff must be one number: both groups share it.")
     backend = getattr(config, "experts_backend", "auto")

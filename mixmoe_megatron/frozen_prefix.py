@@ -145,11 +145,14 @@ def _run_ahead(decoder: TransformerBlock, hidden_states: torch.Tensor, bound: di
 
 
 def _after_block(decoder: TransformerBlock, args: tuple, output: Any) -> Any:
-    """Give the stage before this one its zero gradient."""
+    """Give the stage before this one its zero gradient, and the one after it a tensor that is no view.
+
+    Pipeline schedules free the output's data, and a checkpoint whose layers pass their input through returns a view.
+    """
     received, decoder._mixmoe_received = decoder._mixmoe_received, None
-    if received is None or not received.requires_grad:
-        return None
-    return make_viewless_tensor(_ZeroGradient.apply(output, received), requires_grad=True, keep_graph=True)
+    if received is not None and received.requires_grad:
+        output = _ZeroGradient.apply(output, received)
+    return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
 
 
 class _ZeroGradient(torch.autograd.Function):

@@ -65,6 +65,10 @@ class GroupRouter(torch.nn.Module):
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the folded weight and the bias. Called as a module: DDP's hook waits for gathered parameters there."""
+        return self.folded_weight(), self.float_bias()
+
     def folded_weight(self) -> torch.Tensor:
         """Return the plain weight that stands for (W_h, W_f): W_h + scale * W_f M, [n, H] float32, differentiable."""
         o = self.options
@@ -128,10 +132,8 @@ class MixMoERouter(TopKRouter):
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return the logits of all experts in logical order: `[..., H]` any float dtype -> `[..., E]` float32."""
-        groups = self.group_routers()
-        weight = torch.cat([group.folded_weight() for group in groups])
-        bias = torch.cat([group.float_bias() for group in groups])
-        return _RouterLinear.apply(input, weight, bias)
+        weights, biases = zip(*(group() for group in self.group_routers()), strict=True)
+        return _RouterLinear.apply(input, torch.cat(weights), torch.cat(biases))
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -174,7 +176,8 @@ class MixMoERouter(TopKRouter):
         combine = 1.0 / self.stage if self.options.group_combine == "mean" else 1.0
         if self.options.router_prob_scaling:
             # The flex dispatcher finds the chosen experts again by their probs: none may underflow to 0.
-            scaled = scores.clamp_min(torch.finfo(torch.float32).tiny) * (self.options.resolved_expert_scale * combine)
+            factor, smallest = self.options.resolved_expert_scale * combine, torch.finfo(torch.float32).tiny
+            scaled = (scores * factor).clamp_min(smallest)
         else:
             scaled = scores * 0.0 + combine  # a zero gradient, not none: DDP waits for every trained parameter
         if valid is not None:

@@ -28,13 +28,13 @@ def main() -> None:
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
         from megatron.training import pretrain
-        from megatron.training.arguments import parse_args, validate_args
+        from megatron.training.arguments import parse_args
         from megatron.training.global_vars import set_global_variables
 
     from megatron.core.enums import ModelType
 
     from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
-    from mixmoe_megatron.training.datasets import configure_data, datasets_provider, has_variable_lengths
+    from mixmoe_megatron.training.datasets import configure_data, datasets_provider
     from mixmoe_megatron.training.resume import mend_distributed_optimizer
     from mixmoe_megatron.training.saving import check_start, is_finished, secure_saving, where_to_go_on
     from mixmoe_megatron.training.startup import prepare_save_directory
@@ -49,13 +49,7 @@ def main() -> None:
     apply_options(args, metadata)
     if not args.dry_run:
         configure_data(args)
-    try:
-        validate_args(args, {})
-    except AssertionError as error:
-        reason = str(error) or f"it demands: {traceback.extract_tb(error.__traceback__)[-1].line}"
-        raise MixMoEError(f"Megatron refuses these arguments: {reason}") from error
-    args.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and has_variable_lengths(args)
-    config = build_config(args)  # checks the options; only then is anything written
+    config = checked_config(args)  # only then is anything written
     set_global_variables(args)
     source = Path(args.tokenizer_model).parent
     if args.rank == 0:
@@ -82,6 +76,35 @@ def stand_alone_environment() -> None:
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+
+
+def checked_config(args: Any) -> Any:
+    """Have the arguments checked, by this project and by Megatron (which completes them), and build the config of them.
+
+    Args:
+        args: the parsed namespace, options applied.
+
+    Returns:
+        A PretrainConfigContainer.
+
+    Raises:
+        MixMoEError: an argument, or what several ask for together, is not supported; one sentence.
+    """
+    from megatron.training.arguments import validate_args
+
+    from mixmoe_megatron.training.datasets import has_variable_lengths
+    from mixmoe_megatron.training.layouts import check_layout
+
+    check_layout(args)
+    try:
+        validate_args(args, {})
+        args.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and has_variable_lengths(args)
+        return build_config(args)
+    except MixMoEError:
+        raise
+    except (AssertionError, ValueError) as error:
+        reason = str(error) or f"it demands: {traceback.extract_tb(error.__traceback__)[-1].line}"
+        raise MixMoEError(f"Megatron refuses these arguments: {' '.join(reason.split())}") from error
 
 
 def build_config(args: Any) -> Any:

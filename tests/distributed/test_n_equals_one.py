@@ -1,4 +1,7 @@
-"""Two processes equal one, in both stages: expert, tensor (with sequence) and data parallelism with its optimizer."""
+"""N processes equal one, in both stages: every parallel layout, alone and combined, with recomputation and overlap.
+
+Four micro-batches a step in one process; with data parallelism the ranks share them, else they accumulate gradients.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,70 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
+from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.freezing import is_trained
 from tests.helpers.training import checkpoint_tensors, make_tiny_world, train
 
 STEPS = 20
-LAYOUTS = {
-    "expert parallel 2": "--expert-model-parallel-size 2",
-    "tensor parallel 2, sequence parallel": "--tensor-model-parallel-size 2 --sequence-parallel",
-    "data parallel 2, distributed optimizer": "--use-distributed-optimizer",
+COMMON = "--micro-batch-size 2 "
+TP = "--tensor-model-parallel-size 2 --sequence-parallel "
+EP = "--expert-model-parallel-size 2 "
+PP = "--pipeline-model-parallel-size 2 "
+PP4 = "--pipeline-model-parallel-size 4 "
+VPP = PP + "--num-virtual-stages-per-pipeline-rank 2 "
+CP = "--context-parallel-size 2 "
+ETP = "--expert-tensor-parallel-size 2 "
+DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer "
+OVERLAP = DISTRIBUTED_OPTIMIZER + "--overlap-grad-reduce --overlap-param-gather "
+ALLGATHER = "--moe-token-dispatcher-type allgather "
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+SELECTIVE = "--recompute-granularity selective --recompute-modules "
+
+#: layout -> (processes, flags)
+ESSENTIAL = {
+    "TP2 SP": (2, TP),
+    "EP2, distributed optimizer, overlap": (2, EP + OVERLAP),
+    "DP2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER),
+    "PP2": (2, PP),
+    "CP2": (2, CP),
+    "TP2 EP2, 2 processes": (2, TP + EP),
 }
+SLOW = {
+    "EP2 allgather": (2, EP + ALLGATHER),
+    "EP2, recompute moe": (2, EP + SELECTIVE + "moe core_attn"),
+    "TP2 SP allgather": (2, TP + ALLGATHER),
+    "TP2 EP2, 2 processes, allgather": (2, TP + EP + ALLGATHER),
+    "TP2 EP2, 2 processes, recompute full": (2, TP + EP + FULL),
+    "TP2 EP2, 2 processes, recompute moe_act": (2, TP + EP + SELECTIVE + "moe_act"),
+    "TP2 EP2, 4 processes": (4, TP + EP + DISTRIBUTED_OPTIMIZER),
+    "TP2 EP4, 4 processes": (4, TP + "--expert-model-parallel-size 4"),
+    "TP4 SP, more ranks than key-value heads": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "TP2 ETP2": (2, TP + ETP),
+    "TP1 ETP2": (2, ETP),
+    "TP2 ETP2 EP2, 4 processes": (4, TP + ETP + EP + DISTRIBUTED_OPTIMIZER),
+    "PP2, recompute moe": (2, PP + SELECTIVE + "moe"),
+    "PP2 uneven, a stage of one layer": (2, PP + "--decoder-first-pipeline-num-layers 1"),
+    "PP4, stages that train nothing": (4, PP4),
+    "PP4, stages that train nothing, overlap": (4, PP4 + OVERLAP),
+    "PP4, stages without a layer": (4, PP4 + DISTRIBUTED_OPTIMIZER + "--pipeline-model-parallel-layout E|tt|tt|L"),
+    "VPP2 PP2": (2, VPP),
+    "VPP2 PP2, recompute full": (2, VPP + FULL),
+    "VPP2 PP2, overlap": (2, VPP + OVERLAP),
+    "EP2 PP2": (4, EP + PP + DISTRIBUTED_OPTIMIZER),
+    "EP2 PP2 allgather": (4, EP + PP + ALLGATHER),
+    "EP2 PP2, recompute full": (4, EP + PP + DISTRIBUTED_OPTIMIZER + FULL),
+    "DP2 PP2, overlap": (4, PP + OVERLAP),
+    "TP2 PP2": (4, TP + PP + DISTRIBUTED_OPTIMIZER),
+    "CP2, distributed optimizer": (2, CP + DISTRIBUTED_OPTIMIZER),
+    "CP2 EP2, 2 processes": (2, CP + EP),
+    "CP2 TP2": (4, CP + TP + DISTRIBUTED_OPTIMIZER),
+    "CP2 PP2": (4, CP + PP + DISTRIBUTED_OPTIMIZER),
+    "DP2, overlap": (2, OVERLAP),
+    "DP4, distributed optimizer": (4, DISTRIBUTED_OPTIMIZER),
+}
+LAYOUTS = ESSENTIAL | SLOW
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +84,42 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(world: Path) -> dict[int, list[float]]:
-    """Losses of the 20 steps of stages 1 and 2 in one process."""
-    losses = {}
+def one_process(world: Path) -> dict[int, tuple[list[float], list[float]]]:
+    """Losses and gradient norms of the 20 steps of stages 1 and 2 in one process."""
+    results = {}
     for stage, parent, data in ((1, "upcycled", "mono"), (2, "stage1", "pairs")):
-        losses[stage], norms = train(stage, world / parent, world / data, world / f"stage{stage}", STEPS)
-        assert len(losses[stage]) == STEPS
+        results[stage] = train(stage, world / parent, world / data, world / f"stage{stage}", STEPS, COMMON)
+        losses, norms = results[stage]
+        assert len(losses) == STEPS
         assert norms[0] > 0
-    return losses
+    return results
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_equal_one(
-    world: Path, one_process: dict[int, list[float]], stage: int, layout: str, tmp_path: Path
+@pytest.mark.parametrize("layout", [*ESSENTIAL, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_n_processes_equal_one(
+    world: Path, one_process: dict[int, tuple[list[float], list[float]]], stage: int, layout: str, tmp_path: Path
 ) -> None:
+    processes, flags = LAYOUTS[layout]
     parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
-    losses, _ = train(stage, world / parent, world / data, tmp_path / "run", STEPS, LAYOUTS[layout], processes=2)
-    assert losses == pytest.approx(one_process[stage], abs=1e-5, rel=0)
-    assert_frozen_tensors_kept(world / parent, tmp_path / "run", stage)
+    run = tmp_path / "run"
+    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes)
+    assert losses == pytest.approx(one_process[stage][0], abs=1e-5, rel=0)
+    assert norms == pytest.approx(one_process[stage][1], rel=2e-3)
+    assert_frozen_tensors_kept(world / parent, run, stage)
+    assert_optimizer_state_of_trained_tensors_only(run, stage)
     expected = checkpoint_tensors(world / f"stage{stage}")
-    for name, tensor in checkpoint_tensors(tmp_path / "run").items():
+    for name, tensor in checkpoint_tensors(run).items():
         difference = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-3)
         assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_frozen_tensors_are_bit_identical_after_20_steps(
-    world: Path, one_process: dict[int, list[float]], stage: int
+def test_one_process_keeps_frozen_tensors_too(
+    world: Path, one_process: dict[int, tuple[list[float], list[float]]], stage: int
 ) -> None:
     assert_frozen_tensors_kept(world / ("upcycled", "stage1")[stage - 1], world / f"stage{stage}", stage)
+    assert_optimizer_state_of_trained_tensors_only(world / f"stage{stage}", stage)
 
 
 def assert_frozen_tensors_kept(parent: Path, child: Path, stage: int) -> None:
@@ -69,3 +132,12 @@ def assert_frozen_tensors_kept(parent: Path, child: Path, stage: int) -> None:
             assert not torch.equal(tensor, origin), f"{name} did not train"
         else:
             assert torch.equal(tensor, before[name]), f"{name} is frozen in stage {stage} but changed"
+
+
+def assert_optimizer_state_of_trained_tensors_only(directory: Path, stage: int) -> None:
+    """Check that each trained tensor has both moments of Adam in a checkpoint, and no frozen tensor any state."""
+    keys = FileSystemReader(iteration_directory(directory)).read_metadata().state_dict_metadata
+    names = {name for name in checkpoint_tensors(directory) if is_trained(name, stage)}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        prefix = f"optimizer.state.{moment}."
+        assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == names
