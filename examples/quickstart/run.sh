@@ -11,7 +11,7 @@ PAIR="${PAIR:-de-en}" MINUTES="${MINUTES:-12}"
 OUT="${OUT:-$PWD/runs/quickstart}" BASE="${BASE:-$PWD/examples/quickstart/base}"
 PYTHON="$PWD/.venv/bin/python"
 DATA=examples/data
-SOURCE="${PAIR%-en}" TARGET=en
+SOURCE="${PAIR%-en}" TARGET=en SEQUENCE=256
 
 fail() { echo "error: $*" >&2; exit 2; }
 [ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first (or 'make quickstart', which does)."
@@ -20,56 +20,8 @@ pairs=$(cd $DATA && printf '%s ' *-en.train.tsv.gz | sed 's/\.train\.tsv\.gz//g'
 [ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
 [[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
 
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
-mkdir -p "$OUT/logs" "$OUT/steps"
-settings="PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
-[ ! -f "$OUT/settings" ] || [ "$(cat "$OUT/settings")" = "$settings" ] \
-  || fail "OUT=$OUT holds a run with $(cat "$OUT/settings"); remove it or choose another OUT."
-echo "$settings" > "$OUT/settings"
-
-# One run at a time in OUT (a killed one needs a moment to let go). A step that outlived it is stopped and done again.
-exec 9> "$OUT/lock"
-flock -w 5 9 || fail "OUT=$OUT is in use by another run."
-orphan=$(cat "$OUT/running" 2>/dev/null || echo none)
-if ps -eo pgid=,args= | awk -v group="$orphan" '$1 == group' | grep -qF "$OUT"; then
-  echo "stopping what a killed run left behind (process group $orphan)"; kill -KILL -- "-$orphan"; sleep 1
-fi
-
-# The newest sign of life in a log: Megatron's iteration and loss, or the last line that is no warning or memory table.
-sign_of_life() {
-  tr '\r' '\n' < "$1" | grep -vE '^[[:space:]]*$|warn|memory|WARNING|^> |datetime' | tail -400 \
-    | { grep -E 'iteration +[0-9]+/' || tail -1 "$1" | grep -vE 'warn' || true; } | tail -1 \
-    | sed -E 's/.*iteration +([0-9]+)\/ *([0-9]+).*lm loss: ([0-9.]+)E\+00.*/step \1 of \2, loss \3/' | cut -c1-110
-}
-
-# step NAME "what it says" COMMAND...: runs once, tells how far it is, keeps its output and its seconds.
-step() {
-  local name=$1 says=$2 start=$SECONDS next=10 log="$OUT/logs/$1.log" pid; shift 2
-  if [ -f "$OUT/steps/$name" ]; then echo "[$name] done before"; return; fi
-  echo "[$name] $says"
-  set -m  # a process group of its own, so that all of the step can be stopped
-  "$@" >> "$log" 2>&1 9>&- &
-  pid=$!
-  set +m
-  echo $pid > "$OUT/running"
-  trap 'kill -- -$pid 2>/dev/null; echo "interrupted; the same command goes on from here" >&2; exit 130' INT TERM
-  while kill -0 $pid 2>/dev/null; do
-    sleep 0.5
-    if [ $((SECONDS - start)) -ge $next ]; then
-      next=$((next + 10)); echo "[$name] $((SECONDS - start)) s: $(sign_of_life "$log")"
-    fi
-  done
-  trap - INT TERM
-  if ! wait $pid; then
-    grep -hE '^error: |^[A-Za-z.]*Error: ' "$log" | tail -1 >&2 || true
-    fail "step $name failed; its whole output is in $log"
-  fi
-  echo "$((SECONDS - start))" > "$OUT/steps/$name.tmp"; mv "$OUT/steps/$name.tmp" "$OUT/steps/$name"
-}
-
-# Run a command after removing what a killed run left of its output, the last word.
-fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
+source examples/resumable.sh
+begin_run "PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
 
 prepare_data() {
   for language in $SOURCE $TARGET; do
@@ -79,29 +31,6 @@ prepare_data() {
   "$PYTHON" tools/preprocess_data.py parallel --input "$DATA/$PAIR.train.tsv.gz" --both-directions \
     --source-language "$SOURCE" --target-language $TARGET --source-column xx --target-column en \
     --max-tokens $((SEQUENCE + 1)) --tokenizer "$OUT/upcycled/tokenizer" --output-prefix "$OUT/data/$PAIR"
-}
-
-train() { # stage, steps, parent, then the stage's own flags
-  local stage=$1 steps=$2 parent=$3; shift 3
-  "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
-    --load "$OUT/stage$stage" --save "$OUT/stage$stage" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
-    --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
-    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval 5 \
-    --tensorboard-dir "$OUT/stage$stage/tensorboard" --tensorboard-log-interval 1 "$@"
-}
-
-# An export must load where this package can't be imported.
-reload() {
-  (cd "$OUT" && env -u PYTHONPATH "$PYTHON" - "$1" <<'PY'
-import sys
-sys.modules["mixmoe_megatron"] = None  # importing it raises ImportError from here on
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-ids = model.generate(**tokenizer("English:", return_tensors="pt", return_token_type_ids=False), max_new_tokens=8)
-print(type(model).__name__, "reloaded and generates:", tokenizer.decode(ids[0]))
-PY
-  )
 }
 
 evaluate() {
@@ -114,18 +43,12 @@ evaluate() {
 }
 
 report() {
-  "$PYTHON" - "$OUT" <<'PY'
-import json, pathlib, sys
-steps = sorted((pathlib.Path(sys.argv[1]) / "steps").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-seconds = {path.name: int(path.read_text()) for path in steps}
-(pathlib.Path(sys.argv[1]) / "seconds.json").write_text(json.dumps(seconds))
-PY
+  write_seconds
   "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
     --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
     --seconds "$OUT/seconds.json" --pair "$PAIR" --toy --output-dir "$OUT"
 }
 
-SEQUENCE=256
 STAGE1_STEPS=$((MINUTES * 12)) STAGE2_STEPS=$((MINUTES * 40)) TEST_SEGMENTS=$((MINUTES * 25))
 
 step upcycle "cut every fourth FFN of $BASE into 4 LM experts" \

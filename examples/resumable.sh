@@ -1,0 +1,90 @@
+# Sourced by the examples' run.sh: steps that run once, tell how far they are, and go on after a kill.
+# Needs: set -euo pipefail, the repository as the current folder; OUT, PYTHON, SEQUENCE and `fail` of
+# the script.
+
+# begin_run SETTINGS: one run at a time in OUT, and never a run of other settings. A step that outlived a killed run is
+# stopped and done again.
+begin_run() {
+  local settings=$1 orphan
+  export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+  mkdir -p "$OUT/logs" "$OUT/steps"
+  [ ! -f "$OUT/settings" ] || [ "$(cat "$OUT/settings")" = "$settings" ] \
+    || fail "OUT=$OUT holds a run with $(cat "$OUT/settings"); remove it or choose another OUT."
+  echo "$settings" > "$OUT/settings"
+  exec 9> "$OUT/lock"
+  flock -w 5 9 || fail "OUT=$OUT is in use by another run."  # a killed one needs a moment to let go
+  orphan=$(cat "$OUT/running" 2>/dev/null || echo none)
+  if ps -eo pgid=,args= | awk -v group="$orphan" '$1 == group' | grep -qF "$OUT"; then
+    echo "stopping what a killed run left behind (process group $orphan)"; kill -KILL -- "-$orphan"; sleep 1
+  fi
+}
+
+# The newest sign of life in a log: Megatron's iteration and loss, or the last line that is no warning or memory table.
+sign_of_life() {
+  tr '\r' '\n' < "$1" | grep -vE '^[[:space:]]*$|warn|memory|WARNING|^> |datetime' | tail -400 \
+    | { grep -E 'iteration +[0-9]+/' || tail -1 "$1" | grep -vE 'warn' || true; } | tail -1 \
+    | sed -E 's/.*iteration +([0-9]+)\/ *([0-9]+).*lm loss: ([0-9.]+)E\+00.*/step \1 of \2, loss \3/' | cut -c1-110
+}
+
+# step NAME "what it says" COMMAND...: runs once, tells how far it is, keeps its output and its seconds.
+step() {
+  local name=$1 says=$2 start=$SECONDS next=10 log="$OUT/logs/$1.log" pid; shift 2
+  if [ -f "$OUT/steps/$name" ]; then echo "[$name] done before"; return; fi
+  echo "[$name] $says"
+  set -m  # a process group of its own, so that all of the step can be stopped
+  "$@" >> "$log" 2>&1 9>&- &
+  pid=$!
+  set +m
+  echo $pid > "$OUT/running"
+  trap 'kill -- -$pid 2>/dev/null; echo "interrupted; the same command goes on from here" >&2; exit 130' INT TERM
+  while kill -0 $pid 2>/dev/null; do
+    sleep 0.5
+    if [ $((SECONDS - start)) -ge $next ]; then
+      next=$((next + 10)); echo "[$name] $((SECONDS - start)) s: $(sign_of_life "$log")"
+    fi
+  done
+  trap - INT TERM
+  if ! wait $pid; then
+    grep -hE '^error: |^[A-Za-z.]*Error: ' "$log" | tail -1 >&2 || true
+    fail "step $name failed; its whole output is in $log"
+  fi
+  echo "$((SECONDS - start))" > "$OUT/steps/$name.tmp"; mv "$OUT/steps/$name.tmp" "$OUT/steps/$name"
+}
+
+# Run a command after removing what a killed run left of its output, the last word.
+fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
+
+# One training stage in OUT/stage1 or OUT/stage2: number, steps, parent, then the stage's own flags.
+train() {
+  local stage=$1 steps=$2 parent=$3; shift 3
+  "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
+    --load "$OUT/stage$stage" --save "$OUT/stage$stage" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
+    --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
+    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval 5 \
+    --tensorboard-dir "$OUT/stage$stage/tensorboard" --tensorboard-log-interval 1 "$@"
+}
+
+# An export must load where this package can't be imported.
+reload() {
+  (cd "$OUT" && env -u PYTHONPATH "$PYTHON" - "$1" <<'PY'
+import sys
+sys.modules["mixmoe_megatron"] = None  # importing it raises ImportError from here on
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = model.generate(**tokenizer("English:", return_tensors="pt", return_token_type_ids=False), max_new_tokens=8)
+print(type(model).__name__, "reloaded and generates:", tokenizer.decode(ids[0]))
+PY
+  )
+}
+
+# OUT/seconds.json: what each finished step took.
+write_seconds() {
+  "$PYTHON" - "$OUT" <<'PY'
+import json, pathlib, sys
+steps = sorted((pathlib.Path(sys.argv[1]) / "steps").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+seconds = {path.name: int(path.read_text()) for path in steps}
+(pathlib.Path(sys.argv[1]) / "seconds.json").write_text(json.dumps(seconds))
+PY
+}
