@@ -2,6 +2,7 @@
 
 The two files `configuration_mixmoe.py` and `modeling_mixmoe.py` are also the code inside an exported checkpoint, which
 loads with `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` where this package is absent.
+Where it is imported, the Auto classes know Mix-MoE and need no trust.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def copy_code(directory: str | os.PathLike[str]) -> None:
         shutil.copyfile(source, temporary)
         os.replace(temporary, target)
 
+
+register_auto_classes()
 
 __all__ = [
     "AUTO_MAP",

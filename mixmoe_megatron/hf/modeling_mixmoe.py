@@ -117,8 +117,8 @@ class MixMoEExperts(nn.Module):
         is_here = (expert_ids < self.num_experts)[:, None]
         rows = hidden_states[order // top_k_index.shape[-1]].where(is_here, 0.0)
         gate, up = _grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        expert_output = _grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
-        weighted = (expert_output * top_k_weights.flatten()[order, None]).where(is_here, 0.0)
+        expert_output = _grouped_linear(self.act_fn(gate) * up, self.down_proj, ends).where(is_here, 0.0)
+        weighted = expert_output * top_k_weights.flatten()[order, None]
         return weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
 
     def _dense_forward(
@@ -250,9 +250,13 @@ class MixMoEPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.gate_up_proj, mean=0.0, std=std)
             nn.init.normal_(module.down_proj, mean=0.0, std=std)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Turn on gradient checkpointing, non-reentrant by default: the reentrant kind would drop the aux loss."""
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        super().gradient_checkpointing_enable(
+            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **kwargs
+        )
 
 
 class MixMoEModel(MixMoEPreTrainedModel):
