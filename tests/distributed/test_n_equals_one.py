@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.freezing import is_trained
+from tests.helpers import plain_deepep
 from tests.helpers.training import checkpoint_tensors, make_tiny_world, train
 
 STEPS = 20
@@ -26,21 +27,24 @@ CP = "--context-parallel-size 2 "
 ETP = "--expert-tensor-parallel-size 2 "
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer "
 OVERLAP = DISTRIBUTED_OPTIMIZER + "--overlap-grad-reduce --overlap-param-gather "
+FLEX = "--moe-token-dispatcher-type flex "  # with DeepEP's calls in plain torch
 ALLGATHER = "--moe-token-dispatcher-type allgather "
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
 SELECTIVE = "--recompute-granularity selective --recompute-modules "
 
-#: layout -> (processes, flags)
+#: layout -> (processes, flags). EP2 of two processes is DP2 for the routers.
 ESSENTIAL = {
     "TP2 SP": (2, TP),
     "EP2, distributed optimizer, overlap": (2, EP + OVERLAP),
-    "DP2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "PP2": (2, PP),
     "CP2": (2, CP),
     "TP2 EP2, 2 processes": (2, TP + EP),
 }
 SLOW = {
+    "DP2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "EP2 allgather": (2, EP + ALLGATHER),
+    "EP2 flex": (2, EP + FLEX),
+    "TP2 EP2 flex, 4 processes": (4, TP + EP + FLEX),
     "EP2, recompute moe": (2, EP + SELECTIVE + "moe core_attn"),
     "TP2 SP allgather": (2, TP + ALLGATHER),
     "TP2 EP2, 2 processes, allgather": (2, TP + EP + ALLGATHER),
@@ -103,7 +107,8 @@ def test_n_processes_equal_one(
     processes, flags = LAYOUTS[layout]
     parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
     run = tmp_path / "run"
-    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes)
+    prelude = plain_deepep.install if FLEX in flags else None
+    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes, prelude)
     assert losses == pytest.approx(one_process[stage][0], abs=1e-5, rel=0)
     assert norms == pytest.approx(one_process[stage][1], rel=2e-3)
     assert_frozen_tensors_kept(world / parent, run, stage)

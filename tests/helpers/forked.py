@@ -93,13 +93,19 @@ class Job:
         return "\n".join(f"--- {path.name}\n{path.read_text('utf-8')}" for path in sorted(self.logs.iterdir()))
 
 
-def run_job(words: list[str], processes: int, logs: Path, environment: dict[str, str] | None = None) -> Job:
-    """Run a job to its end.
+def run_job(
+    words: list[str],
+    processes: int,
+    logs: Path,
+    environment: dict[str, str] | None = None,
+    prelude: Callable[[], None] | None = None,
+) -> Job:
+    """Run a job to its end; the arguments are `Job`'s.
 
     Raises:
         AssertionError: a process failed; the message holds the output of all.
     """
-    job = Job(words, processes, logs, environment)
+    job = Job(words, processes, logs, environment, prelude)
     codes = job.wait()
     assert not any(codes), f"exit codes {codes}\n{job.output()[-12000:]}"
     return job

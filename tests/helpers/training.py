@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -95,11 +96,18 @@ def train_words(stage: int, parent: Path, data: Path, save: Path | None, steps: 
 
 
 def train(
-    stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "", processes: int = 1
+    stage: int,
+    parent: Path,
+    data: Path,
+    save: Path | None,
+    steps: int,
+    extra: str = "",
+    processes: int = 1,
+    prelude: Callable[[], None] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Train `steps` steps and return the losses (nats a token) and gradient norms of all steps."""
     with tempfile.TemporaryDirectory() as logs:
-        job = run_job(train_words(stage, parent, data, save, steps, extra), processes, Path(logs))
+        job = run_job(train_words(stage, parent, data, save, steps, extra), processes, Path(logs), prelude=prelude)
         return logged(job.stdout(processes - 1))
 
 

@@ -137,6 +137,38 @@ def test_nothing_below_the_first_moe_layer_is_in_the_graph() -> None:
     assert inputs == {0: False, 1: False, 2: False, 3: True}
 
 
+def saved_bytes(model: Any) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model_loss(model)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_frozen_layers_below_the_first_moe_layer_keep_nothing(stage: int) -> None:
+    """However many there are; a graph through them, which full recomputation or a pipeline asks for, keeps more."""
+
+    def model_with_below(layers: int) -> Any:
+        options = make_options(moe_layer_placement=str(layers))
+        return freeze_for_stage(make_model(make_config(options, stage, num_layers=layers + 1)), stage)
+
+    one, five = model_with_below(1), model_with_below(5)
+    kept = saved_bytes(one)
+    assert saved_bytes(five) == kept > 0
+    set_frozen_prefix(five.decoder, None)
+    five.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    assert saved_bytes(five) > 2 * kept
+
+
 def test_the_lm_aux_loss_of_stage_2_trains_mt_experts_of_earlier_layers_only() -> None:
     model = freeze_for_stage(model_of(2, coeff=1.0), 2)
     # Of the losses only the LM aux losses are left: no cross-entropy, and the MT routers' aux losses off.

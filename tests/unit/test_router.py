@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.nn import functional
@@ -118,12 +119,25 @@ def test_routing_contract(stage: int, n: int, k: int, preset: str) -> None:
         torch.testing.assert_close(probs.view(18, stage, n).sum(-1), torch.full((18, stage), scale))
 
 
-def test_chosen_probs_stay_positive_when_the_softmax_underflows() -> None:
-    router = make_router(2, num_experts_per_group=4, topk_per_group=3)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"expert_scale": 1e-3}, {"router_prob_scaling": False}])
+def test_the_flex_dispatcher_finds_the_chosen_experts(
+    options: dict[str, Any], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees the probs alone: they are never so small that hardware takes them for 0, whatever the softmax gave."""
+    router = make_router(2, num_experts_per_group=4, topk_per_group=3, **options)
     with torch.no_grad():
         router.lm.bias.copy_(torch.tensor([0.0, -500.0, -900.0, -1000.0]))
-    probs, routing_map = router(torch.randn(4, 1, 24))
-    assert torch.equal(probs > 0, routing_map)
+        router.mt.bias.copy_(torch.tensor([0.0, 80.0, -80.0, 1e4]))
+    padding_mask = torch.tensor([[False, True, False, True]]) if padded else None
+    probs, routing_map = router(torch.randn(4, 1, 24), padding_mask)
+    assert probs.dtype == torch.float32 and probs[routing_map].min() >= torch.finfo(torch.float32).tiny
+    for name in ("fused_dispatch", "set_deepep_num_sms"):
+        monkeypatch.setattr(token_dispatcher, name, lambda *args: None)
+    manager = token_dispatcher._DeepepManager(None, 8, 6, 8, router.config)
+    manager.setup_metadata(routing_map, probs)
+    assert torch.equal(torch.zeros_like(routing_map).scatter_(1, manager.token_indices, True), routing_map)
+    assert torch.equal(torch.zeros_like(probs).scatter_(1, manager.token_indices, manager.token_probs), probs)
 
 
 def test_probs_are_constant_without_prob_scaling() -> None:
