@@ -105,7 +105,7 @@ def kill_at_times(run: Run, count: int, numbers: random.Random) -> None:
         wait_for_step(job)
         time.sleep(numbers.uniform(0, 0.3))
         job.kill(None if turn % 3 == 2 else turn % 3)
-        assert any(code == -9 for code in job.wait()) or run.named_iteration() == run.steps
+        assert -9 in job.wait() or run.named_iteration() == run.steps, job.output()[-8000:]
         assert_resumed(job, expected)
 
 
@@ -157,7 +157,8 @@ def test_a_save_leaves_no_helper_process(world: Path, tmp_path: Path) -> None:
     """It would outlive a killed rank."""
     job = Run(world, EXPERT_PARALLEL, 60, tmp_path).start()
     wait_for_step(job)
-    while not (tmp_path / "run" / TRACKER_FILE).exists() and job.processes[0].is_alive():
+    while not (tmp_path / "run" / TRACKER_FILE).exists():
+        assert job.processes[0].is_alive(), job.output()[-8000:]
         time.sleep(0.005)
     helpers = [child for process in job.processes for child in psutil.Process(process.pid).children()]
     job.kill()
