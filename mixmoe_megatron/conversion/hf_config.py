@@ -158,7 +158,8 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
         if clash := [name for name in given.keys() & scaling.keys() if given[name] != scaling[name]]:
             raise MixMoEError(f"config.json: rope_parameters and rope_scaling disagree about {clash[0]}.")
         scaling.update(given)
-    thetas = {float(v) for v in (config.get("rope_theta"), scaling.get("rope_theta")) if _is_positive(v, "rope_theta")}
+    given_thetas = [config.get("rope_theta"), scaling.get("rope_theta")]
+    thetas: set[float] = {float(value) for value in given_thetas if value and _is_positive(value, "rope_theta")}
     if len(thetas) > 1:
         raise MixMoEError(f"config.json gives two values of rope_theta: {sorted(thetas)}.")
     theta = thetas.pop() if thetas else _DEFAULT_ROPE_THETA

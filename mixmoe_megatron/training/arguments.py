@@ -18,6 +18,7 @@ from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
+from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
 
 #: stage to train -> (stages of the checkpoint it may start from, how to get one)
 PARENT_STAGES = {
@@ -62,10 +63,17 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--init-from",
+        "--hf-load",
         metavar="DIR",
-        help="Checkpoint to start from: upcycled for stage 1, stage 1 for stage 2, dense for stage 0. "
-        "Not used once --load holds a checkpoint of this run.",
+        help="Checkpoint to start from: upcycled for stage 1, stage 1 for stage 2, dense for stage 0; or such a "
+        "Hugging Face directory, a dense one for stage 1 too. Not used once --load holds a checkpoint of this run.",
     )
+    group.add_argument(
+        "--upcycle-options",
+        metavar="X",
+        help="Stage 1 from a dense Hugging Face directory: a preset's name or a JSON object of options (options.py).",
+    )
+    group.add_argument("--hf-save", metavar="DIR", help="Also write each saved iteration as DIR/iter_N, Hugging Face.")
     group.add_argument(
         "--experts-backend",
         choices=EXPERTS_BACKENDS,
@@ -103,7 +111,8 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.error = _refuse  # type: ignore[method-assign]
     early.add_argument("--load")
-    early.add_argument("--init-from")
+    early.add_argument("--init-from", "--hf-load")
+    early.add_argument("--upcycle-options")
     early.add_argument("--mixmoe-stage", type=int)
     early.add_argument("--padded-vocab-size")
     early.add_argument("--tensor-model-parallel-size", type=int, default=1)
@@ -112,21 +121,34 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     if stage not in PARENT_STAGES:
         got = "it is missing" if stage is None else f"got {stage}"
         raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, PARENT_STAGES))}; {got}.")
-    directory, metadata = _source_checkpoint(known.load, known.init_from, stage)
+    directory, metadata = source_checkpoint(known.load, known.init_from, stage, known.upcycle_options)
     model = dict(metadata.megatron_args)
     if stage > 0:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
     divisor = model["make_vocab_size_divisible_by"] * known.tensor_model_parallel_size
     model.setdefault("padded_vocab_size", -(-model["vocab_size"] // divisor) * divisor)
-    front = _words({**_DEFAULTS, "tokenizer_model": str(directory / "tokenizer"), **model})
+    tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
+    front = _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model})
     if is_cpu_mode():
         front = cpu_mode_arguments() + front
     return front + words, metadata
 
 
-def _source_checkpoint(load: str | None, init_from: str | None, stage: int) -> tuple[Path, Metadata]:
-    """The directory whose metadata describes the model: a run of this stage to go on with, else its parent."""
+def source_checkpoint(
+    load: str | None, init_from: str | None, stage: int, upcycle_options: str | None = None
+) -> tuple[Path, Metadata]:
+    """Return the directory whose metadata describes the model, and that: a run of this stage, else its parent.
+
+    Args:
+        load: where a run of this stage may lie.
+        init_from: the parent, a checkpoint or a Hugging Face directory.
+        stage: 0, 1 or 2.
+        upcycle_options: see `hf_directories.open_hf_start`.
+
+    Raises:
+        MixMoEError: there is neither, or it is of the wrong stage.
+    """
     if load is not None and has_checkpoint(Path(load)):
         metadata = read_metadata(load)
         require_stage(metadata, STAGE_NAMES[stage], f"--load {load} must be a run of --mixmoe-stage {stage}.")
@@ -136,7 +158,10 @@ def _source_checkpoint(load: str | None, init_from: str | None, stage: int) -> t
             "give --init-from DIR, the checkpoint to start from"
             + (f" (--load {load} holds no checkpoint yet)." if load else ", or --load DIR, the run to go on with.")
         )
-    metadata = read_metadata(init_from)
+    if is_hf_directory(init_from):
+        metadata = open_hf_start(init_from, stage, upcycle_options).metadata
+    else:
+        metadata = read_metadata(init_from)
     wanted, what_to_run = PARENT_STAGES[stage]
     require_stage(metadata, wanted, what_to_run)
     return Path(init_from), metadata

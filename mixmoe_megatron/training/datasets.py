@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,25 @@ def data_prefixes(args: Any) -> list[str]:
     if not blends:
         raise MixMoEError("no training data: give --data-path P (see tools/preprocess_data.py).")
     return [prefix for prefixes, _ in blends for prefix in prefixes]
+
+
+def training_data(args: Any, stage: str) -> list[dict[str, Any]]:
+    """What a run trains on, for the metadata of its checkpoints: one entry a token file.
+
+    Args:
+        args: Megatron's namespace with the data flags.
+        stage: the stage's name.
+
+    Raises:
+        MixMoEError: as `data_kind`.
+    """
+    found = []
+    for prefix in data_prefixes(args):
+        manifest = read_manifest(prefix)
+        digest = hashlib.sha256(Path(f"{prefix}.json").read_bytes()).hexdigest()
+        entry = {"stage": stage, "prefix": Path(prefix).name, "kind": manifest["kind"], "tokens": manifest["tokens"]}
+        found.append({**entry, "manifest_sha256": digest})
+    return found
 
 
 def data_kind(args: Any) -> str:
@@ -83,9 +103,11 @@ def has_variable_lengths(args: Any) -> bool:
 
 
 def _pads_to_max(args: Any) -> bool:
-    """The allgather dispatcher needs one length: on all ranks that share experts, and (Megatron) in a pipeline."""
+    """Some dispatchers need one length: on all ranks that share experts, and (Megatron, allgather) in a pipeline."""
     shares = args.expert_model_parallel_size > 1 or args.pipeline_model_parallel_size > 1
-    return args.moe_token_dispatcher_type == "allgather" and shares
+    dispatcher = args.moe_token_dispatcher_type
+    uneven = dispatcher == "alltoall" or (dispatcher == "flex" and args.moe_flex_dispatcher_backend == "deepep")
+    return shares and not uneven
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Splits:

@@ -33,8 +33,9 @@ def main() -> None:
 
     from megatron.core.enums import ModelType
 
-    from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
-    from mixmoe_megatron.training.datasets import configure_data, datasets_provider
+    from mixmoe_megatron.training.arguments import STAGE_NAMES, add_mixmoe_args, apply_options, complete_arguments
+    from mixmoe_megatron.training.datasets import configure_data, datasets_provider, training_data
+    from mixmoe_megatron.training.hf_directories import export_after_saves, is_hf_directory
     from mixmoe_megatron.training.resume import mend_distributed_optimizer
     from mixmoe_megatron.training.saving import check_start, is_finished, secure_saving, where_to_go_on
     from mixmoe_megatron.training.startup import prepare_save_directory
@@ -51,17 +52,20 @@ def main() -> None:
         configure_data(args)
     config = checked_config(args)  # only then is anything written
     set_global_variables(args)
-    source = Path(args.tokenizer_model).parent
+    source = Path(args.tokenizer_model)
+    source = source if is_hf_directory(source) else source.parent
     if args.rank == 0:
         check_start(args)
     if is_finished(args):
         logger.info("--load %s holds iteration %d: nothing is left to train", args.load, args.train_iters)
         return
     if args.rank == 0 and not args.dry_run:
-        prepare_save_directory(args.save, source, metadata, args.mixmoe_stage)
+        data = training_data(args, STAGE_NAMES[args.mixmoe_stage])
+        prepare_save_directory(args.save, source, metadata, args.mixmoe_stage, data)
     install_metrics(args)
     mend_distributed_optimizer()
     secure_saving(args)
+    export_after_saves(args)
     try:
         pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except KeyboardInterrupt:
@@ -124,17 +128,28 @@ def build_config(args: Any) -> Any:
 
     from mixmoe_megatron.config import MixMoETransformerConfig
     from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
+
+    transformer = core_transformer_config_from_args(args, config_class=MixMoETransformerConfig)
+    model = gpt_config_from_args(args, config=transformer)
+    model.transformer_layer_spec = mixmoe_decoder_block_spec
+    add_hooks(model, args)
+    return pretrain_cfg_container_from_args(args, model)
+
+
+def add_hooks(model_config: Any, args: Any) -> None:
+    """Give Megatron's model config what must happen before the first step: load the parent, freeze, guard.
+
+    Args:
+        model_config: a GPTModelConfig with a MixMoETransformerConfig.
+        args: Megatron's validated namespace, options applied.
+    """
     from mixmoe_megatron.training.arguments import has_checkpoint
     from mixmoe_megatron.training.startup import freeze_and_report, guard_first_gradient, load_parent
 
     stage = args.mixmoe_stage
-    transformer = core_transformer_config_from_args(args, config_class=MixMoETransformerConfig)
-    transformer.finalize_model_grads_func = guard_first_gradient(stage)
-    model = gpt_config_from_args(args, config=transformer)
-    model.transformer_layer_spec = mixmoe_decoder_block_spec
-    model.rope_scaling_factor = args.rope_scaling_factor
+    model_config.transformer.finalize_model_grads_func = guard_first_gradient(stage)
+    model_config.rope_scaling_factor = args.rope_scaling_factor
     resumes = args.load is not None and has_checkpoint(Path(args.load))
     if not resumes:
-        model.pre_wrap_hooks.append(load_parent(Path(args.init_from), stage))
-    model.pre_wrap_hooks.append(freeze_and_report(stage, dry_run=args.dry_run))
-    return pretrain_cfg_container_from_args(args, model)
+        model_config.pre_wrap_hooks.append(load_parent(Path(args.init_from), stage))
+    model_config.pre_wrap_hooks.append(freeze_and_report(stage, dry_run=args.dry_run))

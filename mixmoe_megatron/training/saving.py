@@ -34,6 +34,7 @@ from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.megatron_checkpoint import RELEASE, TRACKER_FILE, iteration_directory
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training.arguments import has_checkpoint
+from mixmoe_megatron.training.hf_directories import is_hf_directory
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def check_start(args: Any) -> None:
     """
     if args.load is not None and (Path(args.load) / TRACKER_FILE).exists():
         whole_iteration(args.load, args.ckpt_step, flag="--ckpt-step")
-    elif args.init_from is not None:
+    elif args.init_from is not None and not is_hf_directory(args.init_from):
         whole_iteration(args.init_from)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.training import get_args
 
+from mixmoe_megatron.conversion.hf_files import copy_side_files
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, weights_sha256, write_metadata
 from mixmoe_megatron.moe_layer import MixMoELayer
 from mixmoe_megatron.training.arguments import STAGE_NAMES
+from mixmoe_megatron.training.hf_directories import CONTENT_METADATA, is_hf_directory, load_from_hf, open_hf_start
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChu
     Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`).
 
     Args:
-        directory: the parent, see `arguments.PARENT_STAGES`.
+        directory: the parent, see `arguments.PARENT_STAGES`; or a Hugging Face directory, see `hf_directories`.
         stage: the stage to train.
 
     Returns:
@@ -39,12 +41,15 @@ def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChu
     """
 
     def hook(chunks: ModelChunks) -> ModelChunks:
-        path = iteration_directory(directory)
+        from_hf = is_hf_directory(directory)
+        path = directory if from_hf else iteration_directory(directory)
+        plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
+        stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
         for chunk in chunks:
-            state = chunk.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(path)))
+            state = chunk.sharded_state_dict(metadata=stored_as)
             if stage == 2:
                 state = {key: value for key, value in state.items() if not _is_mt(key)}
-            loaded = dist_checkpointing.load(state, str(path))
+            loaded = load_from_hf(state, plan) if from_hf else dist_checkpointing.load(state, str(path))
             missing = [key for key in chunk.load_state_dict(loaded, strict=False).missing_keys if not _is_mt(key)]
             if missing := [key for key in missing if not key.endswith("_extra_state")]:
                 raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
@@ -132,14 +137,17 @@ def _demand_gradient(model: ModelChunks, stage: int) -> None:
         )
 
 
-def prepare_save_directory(save: str | None, source: Path, metadata: Metadata, stage: int) -> None:
+def prepare_save_directory(
+    save: str | None, source: Path, metadata: Metadata, stage: int, data: Sequence[dict[str, Any]] = ()
+) -> None:
     """Write `mixmoe_metadata.json` and the tokenizer next to the checkpoints of this run (rank 0 only).
 
     Args:
         save: --save, None when nothing is saved.
-        source: the checkpoint directory that the run starts from or goes on from.
+        source: the checkpoint or Hugging Face directory that the run starts from, or goes on from.
         metadata: of `source`.
         stage: the stage that this run trains.
+        data: the token files of this run (datasets.training_data).
 
     Raises:
         MixMoEError: `save` holds a checkpoint of another stage.
@@ -156,12 +164,14 @@ def prepare_save_directory(save: str | None, source: Path, metadata: Metadata, s
     if not (directory / "tokenizer").is_dir():
         temporary = directory / ".tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source / "tokenizer", temporary)
+        copy_side_files(source if is_hf_directory(source) else source / "tokenizer", temporary)
         temporary.rename(directory / "tokenizer")
     parent = metadata.parent
     if metadata.stage != STAGE_NAMES[stage] or stage == 0:
-        digest = weights_sha256(iteration_directory(source))
-        parent = {"path": str(source), "stage": metadata.stage, "weights_sha256": digest}
+        from_hf = is_hf_directory(source)
+        digest = weights_sha256(source if from_hf else iteration_directory(source))
+        parent_stage = "dense" if from_hf and metadata.stage == "upcycled" else metadata.stage  # upcycled at load
+        parent = {"path": str(source), "stage": parent_stage, "weights_sha256": digest}
     child = Metadata(
         stage=STAGE_NAMES[stage],
         options=metadata.options,
@@ -169,6 +179,7 @@ def prepare_save_directory(save: str | None, source: Path, metadata: Metadata, s
         hf_config=metadata.hf_config,
         parent=parent,
         created_by="tools/pretrain_mixmoe.py",
+        data=[*metadata.data, *data],
     )
     write_metadata(directory, child)
 

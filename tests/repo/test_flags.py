@@ -8,6 +8,7 @@ from mixmoe_megatron.training.arguments import add_mixmoe_args
 
 LIMIT = 15
 PINNED = {"--mixmoe-stage", "--init-from", "--experts-backend", "--loss-on", "--dry-run"}
+PINNED |= {"--hf-load", "--hf-save", "--upcycle-options"}
 
 
 def test_training_adds_the_pinned_flags_only() -> None:

@@ -1,0 +1,130 @@
+"""Training straight from a Hugging Face directory, and Hugging Face directories beside the checkpoints of a run.
+
+Both give what the commands of checkpoints_conversion give. On the way in nothing is written: each rank reads the
+tensors of its layers and experts, one at a time, upcycles them, and keeps its slice.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.training import training
+from torch import Tensor
+
+from mixmoe_megatron.conversion.hf_config import read_hf_config
+from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
+from mixmoe_megatron.conversion.hf_import import ImportRequest, PreparedImport, read_hf_model
+from mixmoe_megatron.conversion.megatron_checkpoint import LAYER, TRACKER_FILE
+from mixmoe_megatron.conversion.plan import LazyTensor
+from mixmoe_megatron.conversion.ranks import Ranks
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.options import MixMoEOptions
+
+#: How `sharded_state_dict` names and cuts tensors when there is no checkpoint to ask.
+CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+def is_hf_directory(directory: str | Path) -> bool:
+    """Whether a directory is a Hugging Face model and not a Megatron checkpoint."""
+    return (Path(directory) / "config.json").is_file() and not (Path(directory) / TRACKER_FILE).is_file()
+
+
+def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None) -> PreparedImport:
+    """Read what a run would start from: configuration and headers of the weights.
+
+    Args:
+        directory: dense for stage 0 (kept dense) and stage 1 (upcycled), an exported stage 1 for stage 2.
+        stage: to train.
+        upcycle_options: a preset's name or a JSON object of Mix-MoE options, `preset` among them; None: recommended.
+
+    Raises:
+        MixMoEError: anything wrong with the directory or the options.
+    """
+    options = None
+    if stage and read_hf_config(directory).get("model_type") != "mixmoe":
+        options = _parse_options(upcycle_options)
+    elif upcycle_options:
+        raise MixMoEError("--upcycle-options only go with a dense model in stage 1: here nothing is upcycled.")
+    return read_hf_model(ImportRequest(str(directory), output_dir="", options=options))
+
+
+def _parse_options(text: str | None) -> MixMoEOptions:
+    values: dict[str, Any] = {}
+    if text and text.lstrip().startswith("{"):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise MixMoEError(f"--upcycle-options is not a JSON object ({error}).") from None
+    elif text:
+        values = {"preset": text}
+    return MixMoEOptions.from_preset(values.pop("preset", "recommended"), **values)
+
+
+def load_from_hf(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Tensor]:
+    """Return this rank's values of a sharded state dict, as `dist_checkpointing.load` does for a checkpoint.
+
+    Args:
+        state: of a model chunk; objects (`_extra_state`) are left out.
+        plan: the model's tensors by per-layer name, from `open_hf_start`.
+
+    Raises:
+        MixMoEError: the plan lacks a tensor, or a weight file is damaged.
+    """
+    tensors = {tensor.name: tensor for tensor in plan}
+    last: dict[str, Tensor] = {}  # gate and up of one FFN are two parts of one tensor
+
+    def values(part: ShardedTensor) -> Tensor:
+        name, region = part.key, part.global_slice()
+        if name.startswith("decoder.layers.") and not LAYER.match(name):  # layers stacked along the first axis
+            name, region = f"decoder.layers.{region[0]}.{name.removeprefix('decoder.layers.')}", region[1:]
+        if name not in tensors:
+            raise MixMoEError(f"the Hugging Face model lacks what makes {name}.")
+        if name not in last:
+            last.clear()
+            last[name] = tensors[name].read()
+        found = last[name][region].to(part.dtype)
+        if found.shape == part.local_shape:
+            return found.clone()
+        padded = torch.zeros(part.local_shape, dtype=part.dtype)  # vocabulary rows that tensor parallelism adds
+        padded[: found.shape[0]] = found
+        return padded
+
+    tensor_state = {key: value for key, value in state.items() if not isinstance(value, ShardedObject)}
+    wanted, _, factories = load_preprocess(tensor_state)
+    loaded = dict_list_map_outplace(values, wanted)
+    return apply_factory_merges(loaded, factories)
+
+
+def export_after_saves(args: Any) -> None:
+    """After each save, write the same iteration as a Hugging Face directory, `--hf-save`/iter_0000123. All ranks share.
+
+    Args:
+        args: Megatron's validated namespace, and ours: hf_save.
+
+    Raises:
+        MixMoEError: --hf-save without --save, or with --async-save.
+    """
+    if args.hf_save is None:
+        return
+    if args.save is None or args.async_save:
+        raise MixMoEError("--hf-save exports what --save has just written: it needs --save, and no --async-save.")
+    save_checkpoint = training.save_checkpoint
+
+    @functools.wraps(save_checkpoint)
+    def save(iteration: int, *rest: Any, **kwargs: Any) -> None:
+        save_checkpoint(iteration, *rest, **kwargs)
+        if kwargs.get("non_persistent_ckpt"):
+            return
+        torch.distributed.barrier()
+        output = Path(args.hf_save) / f"iter_{iteration:07d}"
+        request = ExportRequest(args.save, str(output), iteration=iteration, force=True)
+        run_export(prepare_export(request), Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size()))
+
+    training.save_checkpoint = save
