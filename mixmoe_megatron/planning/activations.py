@@ -1,0 +1,70 @@
+"""An estimate of the activations that a rank keeps for the backward pass.
+
+Counted is what the modules of a layer save, with flash attention and a SwiGLU that saves its input, and tokens spread
+evenly over the experts. A frozen linear layer keeps no input. Layers below the first MoE layer keep nothing (they build
+no graph, see `frozen_prefix.py`), nor does the attention of the first MoE layer. Not counted: what a kernel needs for
+a moment, fragmentation.
+
+Shape legend: t tokens of a micro-batch on a context-parallel rank, s = t / TP (sequence parallel), r = rows of all
+groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per element B bytes (2 in bfloat16).
+
+| part | elements |
+|---|---|
+| attention | s H + 3 t (Q + K) / TP (one tensor of Q + 2 K, rotated Q + K, output Q); trained: + s H |
+| dense FFN | s H + 2 t F / TP; trained: + s H + t F / TP |
+| MoE FFN | 2 s H (first MoE layer: s H) + r (H + 2 f / ETP); trained group: + its rows x f / ETP |
+| output | s H; trained: + s H; logits t P / TP, and 8 bytes for each of them (float32 softmax, gradient) |
+"""
+
+from __future__ import annotations
+
+from mixmoe_megatron.conversion.mappings import Sizes
+from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+
+_LOGIT_COPIES_BYTES = 8  # float32 softmax, and its gradient
+
+
+def activation_bytes(model: Model, layout: Layout, batch: Batch, pp_rank: int) -> int:
+    """Estimate the peak of the activations on the ranks of a pipeline stage.
+
+    A stage keeps the activations of as many micro-batches as it has started and not finished (1F1B schedule), but
+    only one set of logits. With full recomputation it keeps the inputs of the layers, and one layer's activations.
+
+    Args:
+        model: the model.
+        layout: the parallel sizes.
+        batch: sizes, dtype and recomputation.
+        pp_rank: the pipeline stage.
+    """
+    sizes, size = model.sizes(layout.tp), batch.bytes_per_element
+    tokens = batch.micro_batch_size * batch.seq_length // layout.cp
+    hidden = tokens // layout.tp * sizes.hidden_size * size
+    first = sizes.moe_layers[0] if model.stage else -1
+    kept = [
+        _layer_bytes(sizes, model, layout, layer, tokens, size)
+        for layer in layout.layers(sizes.num_layers, pp_rank)
+        if layer >= first
+    ]
+    in_flight = min(layout.micro_batches(batch), layout.pp - pp_rank)
+    total = in_flight * sum(kept)
+    if batch.recompute == "full":
+        total = in_flight * len(kept) * hidden + max(kept, default=0)
+    if pp_rank == layout.pp - 1:
+        logits = tokens * sizes.padded_vocab_size // layout.tp
+        total += hidden * (1 + (model.stage == 0)) + logits * (size + _LOGIT_COPIES_BYTES)
+    return total
+
+
+def _layer_bytes(sizes: Sizes, model: Model, layout: Layout, layer: int, tokens: int, size: int) -> int:
+    """Bytes of one layer above the frozen prefix for one micro-batch."""
+    trained, sequence = int(model.stage == 0), tokens // layout.tp * sizes.hidden_size
+    query, key = sizes.num_attention_heads * sizes.kv_channels, sizes.num_query_groups * sizes.kv_channels
+    attention = sequence * (1 + trained) + 3 * tokens * (query + key) // layout.tp
+    if layer not in sizes.moe_layers:
+        ffn = sequence * (1 + trained) + tokens * sizes.ffn_hidden_size * (2 + trained) // layout.tp
+        return size * (attention + ffn)
+    is_first = layer == sizes.moe_layers[0]
+    rows = tokens // layout.tp * model.options.topk_per_group * layout.etp  # of one group
+    inner = sizes.moe_ffn_hidden_size // layout.etp
+    experts = rows * (sizes.num_groups * (sizes.hidden_size + 2 * inner) + inner)
+    return size * (attention * (not is_first) + sequence * (2 - is_first) + experts)

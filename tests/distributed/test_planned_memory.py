@@ -1,0 +1,59 @@
+"""The planner's bytes are what real processes hold after a training step, in both stages, under seven layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.metadata import read_metadata
+from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.memory import stage_memory
+from tests.helpers.forked import run_job
+from tests.helpers.training import make_tiny_world, train, train_words
+
+TWO_PROCESSES = [Layout(dp=2, ep=2), Layout(tp=2), Layout(dp=2), Layout(pp=2)]
+FOUR_PROCESSES = [Layout(tp=2, dp=2, ep=2), Layout(pp=2, dp=2, ep=2), Layout(tp=2, dp=2, etp=2)]
+LAYOUTS = [*TWO_PROCESSES, *(pytest.param(layout, marks=pytest.mark.slow) for layout in FOUR_PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny upcycled model with data, and a stage 1 of one step."""
+    directory = tmp_path_factory.mktemp("world")
+    make_tiny_world(directory)
+    train(1, directory / "upcycled", directory / "mono", directory / "stage1", steps=1)
+    return directory
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layout: Layout, stage: int) -> None:
+    parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
+    assert_planned(world, tmp_path, layout, stage, parent, data, "fp32")
+
+
+@pytest.mark.parametrize("flag", ["", "--grad-reduce-in-bf16"])
+def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
+    assert_planned(world, tmp_path, Layout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)
+
+
+def assert_planned(
+    world: Path, logs: Path, layout: Layout, stage: int, parent: str, data: str, dtype: str, flag: str = ""
+) -> None:
+    """Train one step in so many processes and compare every rank's bytes with the plan."""
+    metadata = read_metadata(world / parent)
+    model = Model(megatron_args_from_hf(metadata.hf_config), MixMoEOptions.from_dict(metadata.options or {}), stage)
+    batch = Batch(2, 8, 32, dtype=dtype, grads_in_fp32=not flag)
+    flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", *layout.flags()]
+    flags += ["--micro-batch-size", "2", *(["--bf16"] if dtype == "bf16" else []), *flag.split()]
+    words = train_words(stage, world / parent, world / data, None, 1, " ".join(flags))
+    job = run_job(["tests/helpers/measured_run.py", *words[1:]], layout.world_size, logs)
+    planned = [memory for pp_rank in range(layout.pp) for memory in stage_memory(model, layout, batch, pp_rank)]
+    for rank, memory in enumerate(planned):
+        (line,) = (line for line in job.stdout(rank).splitlines() if line.startswith("MEMORY "))
+        expected = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+        assert json.loads(line.removeprefix("MEMORY ")) == expected, f"rank {rank}"
