@@ -246,6 +246,15 @@ def _lengthen(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
 
 
+def _async_loop(*args: Any, **kwargs: Any) -> None:
+    """Run Megatron's process that writes asynchronous checkpoints, a fresh interpreter, in CPU mode too."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    loop = PersistentAsyncCaller.async_loop  # Megatron's own: this process has no stand-ins yet
+    enable_cpu_mode()
+    loop(*args, **kwargs)
+
+
 def _replace_megatron_functions() -> None:
     def replace(module: str, **functions: Any) -> None:
         for name, function in functions.items():
@@ -264,6 +273,8 @@ def _replace_megatron_functions() -> None:
     )
     replace("core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_numpy_if_asked)
     replace("core.datasets.utils", compile_helpers=_nothing)  # the wheel holds the compiled helpers
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.async_utils").PersistentAsyncCaller
+    writer.async_loop = staticmethod(_async_loop)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize = importlib.import_module("megatron.training.initialize").initialize_megatron

@@ -290,7 +290,7 @@ class MixMoEExperts(MegatronModule):
         for weight in group.parameters():
             # Experts belong to Megatron's expert process groups under every layout, also where these equal the dense
             # ones: the optimizer then has the same parts, and its checkpoint loads under any layout.
-            weight.allreduce = False  # type: ignore[attr-defined]
+            weight.allreduce = False
         return group
 
     def groups(self) -> list[MegatronModule]:

@@ -95,7 +95,7 @@ def _is_torch_adam(optimizer: Any) -> bool:
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
-def _fill(optimizer: torch.optim.Optimizer) -> None:
+def _fill(optimizer: Any) -> None:
     """Give each parameter (shards of any shape and dtype) what torch's Adam makes on its first step.
 
     An optimizer without parameters gets a state of no parameter (key None), which tells its counted step.
