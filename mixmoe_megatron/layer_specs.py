@@ -1,12 +1,8 @@
 """Layer specs: Megatron's own GPT specs with each MoE layer's FFN replaced by a MixMoELayer.
 
-The only file that knows how Megatron 0.19 describes a model. Three ways in:
-
-- `mixmoe_decoder_block_spec(config, vp_stage=...)`: any stage, dense included; what our training uses, and what a
-  caller of the form `spec(model_config, vp_stage=...)` (Megatron 0.19's GPTModelBuilder) can call.
-- `stage1` and `stage2`: layer specs for a stock `pretrain_gpt.py --spec mixmoe_megatron.layer_specs stage1`, which
-  takes the object as it is and gives it a plain TransformerConfig. Options are then the preset `recommended`, with n
-  and k from --num-experts and --moe-router-topk (which count both groups) and the layers from --moe-layer-freq.
+The only file that knows how Megatron 0.19 describes a model. `mixmoe_decoder_block_spec(config, vp_stage=...)` serves
+any stage, dense included, and has the form that Megatron's GPTModelBuilder calls. For a stock `pretrain_gpt.py --spec`
+see `training.stock`, which adds the options, freezing and weights.
 
 Without Transformer Engine the local modules are used, with this package's attention core and RMSNorm.
 """
@@ -17,20 +13,31 @@ import copy
 from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_decoder_layer_specs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
-from megatron.core.utils import get_pg_rank
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from mixmoe_megatron.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.backends import uses_transformer_engine
 from mixmoe_megatron.frozen_prefix import MixMoETransformerLayer
 from mixmoe_megatron.moe_layer import MixMoELayer, mixmoe_submodules
+
+
+class SeparateRMSNorm(TorchRMSNorm):
+    """A norm that Transformer Engine does not fuse into the linear layer behind it but keeps as a module.
+
+    That module has an `_extra_state` in checkpoints. So has this one (always empty): either loads the other's.
+    """
+
+    def get_extra_state(self) -> None:
+        """Return None: there is nothing to keep."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Ignore what Transformer Engine stored (nothing, without fp8)."""
 
 
 def mixmoe_decoder_block_spec(
@@ -60,7 +67,7 @@ def mixmoe_decoder_block_spec(
     )
     return TransformerBlockSubmodules(
         layer_specs=[_mixmoe_layer_spec(spec, use_te, mixmoe_stage) for spec in block.layer_specs],
-        layer_norm=block.layer_norm if use_te else TorchRMSNorm,
+        layer_norm=block.layer_norm if use_te else SeparateRMSNorm,
     )
 
 
@@ -77,58 +84,16 @@ def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool, mixmoe_stage: int | None)
 
 def _use_torch_modules(submodules: TransformerLayerSubmodules, is_moe: bool) -> None:
     submodules.input_layernorm = TorchRMSNorm
-    submodules.pre_mlp_layernorm = TorchRMSNorm
+    submodules.pre_mlp_layernorm = SeparateRMSNorm if is_moe else TorchRMSNorm
     attention = copy.copy(submodules.self_attention)
     attention.submodules = copy.copy(attention.submodules)
     if attention.submodules.core_attention is DotProductAttention:
         attention.submodules.core_attention = TorchCoreAttention
     for name in ("q_layernorm", "k_layernorm"):
         if getattr(attention.submodules, name, IdentityOp) is not IdentityOp:
-            setattr(attention.submodules, name, TorchRMSNorm)
+            setattr(attention.submodules, name, SeparateRMSNorm)
     submodules.self_attention = attention
     if is_moe:
         # Transformer Engine fuses the norm before a dense FFN into it, never the one before experts: same keys there.
         keys = submodules.sharded_state_dict_keys_map
         submodules.sharded_state_dict_keys_map = {k: v for k, v in keys.items() if k != "pre_mlp_layernorm."}
-
-
-class StockTransformerLayer(MixMoETransformerLayer):
-    """A layer that finds out by its number whether it is a dense or a Mix-MoE layer.
-
-    Stock `pretrain_gpt.py --spec` takes one spec for all layers, before any config exists.
-
-    Args:
-        config: a plain TransformerConfig.
-        submodules: must be None.
-        layer_number: 1-based, within the pipeline stage unless `add_layer_offset` is False.
-        mixmoe_stage: 1 or 2.
-        kwargs: TransformerLayer's other arguments.
-
-    Raises:
-        MixMoEError: the config does not go with Mix-MoE.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: TransformerLayerSubmodules | None = None,
-        layer_number: int = 1,
-        mixmoe_stage: int | None = None,
-        **kwargs: Any,
-    ):
-        use_te = uses_transformer_engine(config)
-        offset = 0
-        if kwargs.get("add_layer_offset", True):
-            groups = kwargs.get("pg_collection")
-            pp_rank = get_pg_rank(groups.pp) if groups is not None else None
-            offset = get_transformer_layer_offset(config, kwargs.get("vp_stage"), pp_rank)
-        specs = get_gpt_decoder_layer_specs(
-            config, use_te, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
-        )
-        spec = _mixmoe_layer_spec(specs[layer_number - 1 + offset], use_te, mixmoe_stage)
-        super().__init__(config, spec.submodules, layer_number=layer_number, **kwargs)
-
-
-#: For a stock `pretrain_gpt.py --spec mixmoe_megatron.layer_specs stage1` (LM experts) or `stage2` (LM and MT).
-stage1 = ModuleSpec(module=StockTransformerLayer, params={"mixmoe_stage": 1})
-stage2 = ModuleSpec(module=StockTransformerLayer, params={"mixmoe_stage": 2})

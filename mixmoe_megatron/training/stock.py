@@ -1,0 +1,100 @@
+"""Mix-MoE in an unmodified Megatron-LM script: `pretrain_gpt.py --spec mixmoe_megatron.training.stock stage1`.
+
+Megatron's model builder calls the object that --spec names as `spec(model_config, vp_stage=...)`, before it runs the
+model's pre-wrap hooks, builds the optimizer and loads a checkpoint. That call is where the script becomes a Mix-MoE
+run: the options come from the checkpoint's metadata, and the hooks that load the parent and freeze are put in place.
+
+- `--pretrained-checkpoint DIR`: the parent, upcycled for stage 1, stage 1 for stage 2 (its MT group starts as the LM
+  group). Loaded under any parallel layout.
+- `--load DIR`: a run of the same stage to go on with; Megatron loads it. While it holds none, the parent is loaded.
+
+`stock_flags` gives the flags of the model; data, loss and logging intervals remain the script's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import get_args
+
+from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig, check_transformer_config
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
+from mixmoe_megatron.training.arguments import apply_options, complete_arguments, has_checkpoint, source_checkpoint
+from mixmoe_megatron.training.pretrain import add_hooks
+from mixmoe_megatron.training.resume import mend_distributed_optimizer
+from mixmoe_megatron.training.startup import prepare_save_directory
+from mixmoe_megatron.training.throughput import install_metrics
+
+
+def stage1(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Return the decoder of stage 1, and make the script that builds it a run of stage 1.
+
+    Args:
+        model_config: Megatron's GPTModelConfig.
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        MixMoEError: no checkpoint to start from, one of the wrong stage, or flags that contradict its options.
+    """
+    return _decoder(model_config, 1, vp_stage)
+
+
+def stage2(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Return the decoder of stage 2, and make the script that builds it a run of stage 2; see `stage1`."""
+    return _decoder(model_config, 2, vp_stage)
+
+
+def stock_flags(stage: int, words: list[str]) -> list[str]:
+    """Return the flags of the model and its tokenizer that a stock script needs beside the user's own.
+
+    Args:
+        stage: 1 or 2.
+        words: the user's flags; of them --pretrained-checkpoint, --load and --tensor-model-parallel-size matter.
+
+    Raises:
+        MixMoEError: as `stage1`.
+    """
+    own = ["--mixmoe-stage", str(stage), *words]
+    names = {"--pretrained-checkpoint": "--init-from"}
+    own = [names.get(word, word) for word in own]
+    return complete_arguments(own)[0][: -len(own)]
+
+
+def _decoder(model_config: Any, stage: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+    if not isinstance(model_config.transformer, MixMoETransformerConfig):  # the first model chunk
+        _become_mixmoe_run(model_config, stage)
+    return mixmoe_decoder_block_spec(model_config, vp_stage=vp_stage)
+
+
+def _become_mixmoe_run(model_config: Any, stage: int) -> None:
+    args = get_args()
+    parent = args.pretrained_checkpoint
+    if parent is None and not (args.load and has_checkpoint(Path(args.load))):
+        raise MixMoEError(
+            f"stage {stage} needs --pretrained-checkpoint DIR, the checkpoint to start from, or --load DIR, a run of "
+            "this stage to go on with."
+        )
+    if args.finetune:
+        raise MixMoEError("--finetune would start from --load: give that checkpoint as --pretrained-checkpoint.")
+    source, metadata = source_checkpoint(args.load, parent, stage)
+    # What `arguments.add_mixmoe_args` would have parsed.
+    vars(args).update(mixmoe_stage=stage, init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None)
+    apply_options(args, metadata)
+    _become_mixmoe_config(model_config.transformer, MixMoEOptions.from_dict(metadata.options or {}), stage)
+    add_hooks(model_config, args)
+    args.pretrained_checkpoint = None  # a hook loads it; Megatron knows neither MT := LM nor other stages' keys
+    if args.rank == 0:
+        prepare_save_directory(args.save, source, metadata, stage)
+    install_metrics(args)
+    mend_distributed_optimizer()
+
+
+def _become_mixmoe_config(config: TransformerConfig, options: MixMoEOptions, stage: int) -> None:
+    """Give a TransformerConfig the Mix-MoE fields in place: Megatron's wrappers hold this very object already."""
+    config.__class__ = MixMoETransformerConfig
+    vars(config).update(options.to_dict(), mixmoe_stage=stage, experts_backend="auto", moe_grouped_gemm=True)
+    check_transformer_config(config, options, stage)
