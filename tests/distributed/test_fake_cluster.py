@@ -245,7 +245,7 @@ def test_the_ranks_of_an_example_build(example: dict[str, Any], stage: int, tmp_
     check_cluster(example, stage, tmp_path, every_rank=False)
 
 
-@pytest.mark.slow  # a minute: 400 ranks
+@pytest.mark.slow  # minutes: 400 ranks in all
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_rank_of_an_example_builds(example: dict[str, Any], stage: int, tmp_path: Path) -> None:
     check_cluster(example, stage, tmp_path, every_rank=True)
