@@ -13,7 +13,6 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.freezing import is_trained
-from tests.helpers import plain_deepep
 from tests.helpers.training import checkpoint_tensors, make_tiny_world, train
 
 STEPS = 20
@@ -27,7 +26,6 @@ CP = "--context-parallel-size 2 "
 ETP = "--expert-tensor-parallel-size 2 "
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer "
 OVERLAP = DISTRIBUTED_OPTIMIZER + "--overlap-grad-reduce --overlap-param-gather "
-FLEX = "--moe-token-dispatcher-type flex "  # with DeepEP's calls in plain torch
 ALLGATHER = "--moe-token-dispatcher-type allgather "
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
 SELECTIVE = "--recompute-granularity selective --recompute-modules "
@@ -43,8 +41,6 @@ ESSENTIAL = {
 SLOW = {
     "DP2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER),
     "EP2 allgather": (2, EP + ALLGATHER),
-    "EP2 flex": (2, EP + FLEX),
-    "TP2 EP2 flex, 4 processes": (4, TP + EP + FLEX),
     "EP2, recompute moe": (2, EP + SELECTIVE + "moe core_attn"),
     "TP2 SP allgather": (2, TP + ALLGATHER),
     "TP2 EP2, 2 processes, allgather": (2, TP + EP + ALLGATHER),
@@ -107,8 +103,7 @@ def test_n_processes_equal_one(
     processes, flags = LAYOUTS[layout]
     parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
     run = tmp_path / "run"
-    prelude = plain_deepep.install if FLEX in flags else None
-    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes, prelude)
+    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes)
     assert losses == pytest.approx(one_process[stage][0], abs=1e-5, rel=0)
     assert norms == pytest.approx(one_process[stage][1], rel=2e-3)
     assert_frozen_tensors_kept(world / parent, run, stage)
