@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart test test-all test-distributed lint format clean clean-venv
+.PHONY: help setup hooks quickstart test test-all test-te test-transformers5 test-distributed lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --max-worker-restart 0 --durations 15
@@ -29,6 +29,9 @@ test-all: setup  ## all tests
 test-distributed: setup  ## the tests of several processes, the slow ones too: N processes equal one, resharding, kills
 	@$(PYTEST) tests/distributed
 
+test-transformers5: setup  ## the Hugging Face tests on transformers 5.x, in .venv-transformers5 (made when missing)
+	@tools/test_transformers5.sh
+
 test-te: setup  ## structure tests of the Transformer Engine path, in .venv-te (built when missing); no GPU
 	@tools/setup_te_environment.sh
 	@CUDA_HOME=$(CURDIR)/.venv-te/include OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest --require-te tests/te
@@ -47,4 +50,4 @@ clean:  ## remove caches and build output
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 clean-venv: clean  ## remove the environment too
-	@rm -rf .venv .venv-te
+	@rm -rf .venv .venv-te .venv-transformers5
