@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart test test-all test-te test-transformers5 test-distributed lint format clean clean-venv
+.PHONY: help setup hooks quickstart protocol test test-all test-distributed test-te test-transformers5
+.PHONY: lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --max-worker-restart 0 --durations 15
@@ -19,6 +20,9 @@ hooks: setup  ## install the pre-commit hooks
 
 quickstart: setup  ## the whole path on a laptop; MINUTES=2 shortens it, OUT=DIR chooses the folder
 	@bash examples/quickstart/run.sh
+
+protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 directions; MINUTES and OUT as above
+	@bash examples/protocol/run.sh
 
 test: setup  ## the tests without the slow ones
 	@$(PYTEST) -m "not slow"

@@ -17,4 +17,5 @@ if [ "$(cat "$VENV/.complete" 2>/dev/null)" != "$PWD ${PACKAGES[*]}" ]; then
   printf '%s\n' "$PWD ${PACKAGES[*]}" > "$VENV/.complete"
 fi
 export OMP_NUM_THREADS=1
-exec "$VENV/bin/python" -m pytest -q -m "not slow" tests/unit/test_hf_{capture,configuration,experts,generation,loading,model,training}.py "$@"
+exec "$VENV/bin/python" -m pytest -q -m "not slow" \
+  tests/unit/test_hf_{capture,configuration,experts,generation,loading,model,training}.py "$@"
