@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Time and peak memory of the conversion commands on a random checkpoint of a real model's shape, beside `cp`.
 
-The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same run. A bare start
-of Python with torch is shown too: it is part of each command's time. The way back is compared bit by bit.
+The yardstick is what `cp` of the same bytes, until they are on the disk, plus one read of them takes, on the same disk
+in the same run. A bare start of Python with torch is shown too: it is part of each command's time. The way back is
+compared bit by bit.
 
 Example:
     python tools/benchmark_conversion.py --model llama-3.2-1b --directory runs/benchmark
@@ -23,9 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-3.2-1b", help="shape (default: %(default)s)")
-    parser.add_argument(
-        "--directory", required=True, help="scratch space of 3 times the model's size"
-    )
+    parser.add_argument("--directory", required=True, help="scratch space of 3 times the model's size")
     parser.add_argument("--kind", choices=("dense", "upcycled"), default="dense", help="what to make in Megatron")
     parser.add_argument("--processes", type=int, default=1, help="of each conversion (torchrun when more than one)")
     parser.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")
-        print("step                     seconds  / (cp + read)  peak GB")
+        print("step                     seconds  / yardstick    peak GB")
         for step in result["steps"]:
             ratio, peak = step.get("ratio"), step.get("peak_gigabytes")
             shown = f"{ratio:14.2f}" if ratio is not None else " " * 14

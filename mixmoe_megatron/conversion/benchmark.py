@@ -118,6 +118,8 @@ def _check_same(one: Path, other: Path) -> None:
 def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[str, Any]:
     """Write a random model, time `cp` and a read, convert it to Megatron and back, and compare.
 
+    The copy is on the disk when its time ends, as the conversions' files are.
+
     Args:
         model: of MODELS.
         scratch: made, and left for the caller to remove.
@@ -125,8 +127,8 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
         processes: of each conversion.
 
     Returns:
-        `gigabytes` of the model, and `steps`: each with name, seconds, for the conversions also the ratio to cp + read
-        and the peak memory in GB.
+        `gigabytes` of the model, and `steps`: each with name, seconds, for the conversions also the ratio to cp, sync
+        and read together, and the peak memory in GB.
 
     Raises:
         MixMoEError: the disk has no room, a command failed, or a bit was lost.
@@ -139,20 +141,23 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
     os.sync()
     start_up = _run([sys.executable, "-c", "import torch"])[0]
     copying = _run(["cp", "-r", str(original), str(copy)])[0]
+    start = time.perf_counter()
+    os.sync()
+    syncing = time.perf_counter() - start
     reading = _read_all(copy)
     shutil.rmtree(copy)
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    steps: list[dict[str, Any]] = [{"name": name, "seconds": seconds} for name, seconds in (
-        ("cp", copying), ("read", reading), ("(start Python and torch)", start_up))]  # fmt: skip
+    parts = {"cp": copying, "sync of the copy": syncing, "read": reading, "(start Python and torch)": start_up}
+    steps: list[dict[str, Any]] = [{"name": name, "seconds": seconds} for name, seconds in parts.items()]
     there = [str(_COMMANDS / "hf_to_mixmoe.py"), "--hf-dir", str(original), "--output-dir", str(checkpoint)]
     there += ["--dense"] if kind == "dense" else []
     home = [str(_COMMANDS / "mixmoe_to_hf.py"), "--checkpoint-dir", str(checkpoint), "--output-dir", str(back)]
     for name, words in (("Hugging Face -> Megatron", there), ("Megatron -> Hugging Face", home)):
         os.sync()
         seconds, peak = _run([*launch, *words])
-        ratio = seconds / (copying + reading)
+        ratio = seconds / (copying + syncing + reading)
         steps.append({"name": name, "seconds": seconds, "ratio": ratio, "peak_gigabytes": peak})
     if kind == "dense":
         _check_same(original, back)
