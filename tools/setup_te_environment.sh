@@ -116,7 +116,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 assert HAVE_TE'
 }
 
-fingerprint="$(cat tools/setup_te_environment.sh "$BASE/.setup-complete" | cksum) $PWD"
+torch=$(cd "$BASE/lib/python3.12/site-packages" && echo torch-*.dist-info)  # what the binding is compiled against
+fingerprint="$(cksum <tools/setup_te_environment.sh) $torch $PWD"
 [ "$(cat "$STAMP" 2>/dev/null)" = "$fingerprint" ] && exit 0
 check_machine
 make_environment
