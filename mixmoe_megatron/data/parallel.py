@@ -36,13 +36,17 @@ class ParallelDataset(torch.utils.data.Dataset):
 
     Args:
         prefixes: Path prefix or prefixes, as given to tools/preprocess_data.py; several are joined.
-        num_samples: Length of the dataset: train_iters * global_batch_size. Documents repeat epoch-wise.
+        num_samples: Length of the dataset: train_iters * global_batch_size, documents repeat epoch-wise. None: one
+            epoch.
         seed: Seed of the order.
         group_size: How many consecutive samples have similar lengths: micro_batch_size * data_parallel_size, or the
             global batch size for an order that does not depend on the number of processes.
         max_length: The model's sequence length; None: no limit.
         loss_on: "target": target and EOS count; "all": every label counts.
         shuffle: False: the documents in file order, again and again, not grouped by length.
+
+    Attributes:
+        lengths: [num_documents] integers, tokens of each document as a sample.
 
     Raises:
         MixMoEError: A file is missing or not parallel data, the files were built with several tokenizers, a document
@@ -52,7 +56,7 @@ class ParallelDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         prefixes: str | Path | Sequence[str | Path],
-        num_samples: int,
+        num_samples: int | None = None,
         *,
         seed: int = 0,
         group_size: int = 1,
@@ -60,21 +64,22 @@ class ParallelDataset(torch.utils.data.Dataset):
         loss_on: Literal["target", "all"] = "target",
         shuffle: bool = True,
     ) -> None:
-        if num_samples < 1 or group_size < 1:
+        if group_size < 1 or (num_samples is not None and num_samples < 1):
             raise MixMoEError(f"num_samples ({num_samples}) and group_size ({group_size}) must be 1 or more.")
         if loss_on not in ("target", "all"):
             raise MixMoEError(f"loss_on must be 'target' or 'all', not '{loss_on}'.")
         self.prefixes = [prefixes] if isinstance(prefixes, str | Path) else list(prefixes)
-        self.num_samples, self.seed, self.group_size = num_samples, seed, group_size
+        self.seed, self.group_size = seed, group_size
         self.loss_on, self.shuffle = loss_on, shuffle
         self.manifests = _read_manifests(self.prefixes)
         self.directions = sorted({name for manifest in self.manifests for name in manifest["directions"]})
         self._files = [_open_documents(prefix) for prefix in self.prefixes]
-        lengths = [file.sequence_lengths.reshape(-1, 2).sum(axis=1) for file in self._files]
+        lengths = [file.sequence_lengths.reshape(-1, 2).sum(axis=1) - 1 for file in self._files]
         self._starts = np.cumsum([0, *map(len, lengths)])
-        self._lengths = np.concatenate(lengths)
+        self.lengths = np.concatenate(lengths)
+        self.num_samples = self.num_documents if num_samples is None else num_samples
         self._orders: dict[int, np.ndarray] = {}
-        longest = int(self._lengths.max()) - 1
+        longest = int(self.lengths.max())
         if max_length is not None and longest > max_length:
             raise MixMoEError(
                 f"{', '.join(map(str, self.prefixes))}: the longest sample has {longest} tokens but the sequence "
@@ -84,7 +89,7 @@ class ParallelDataset(torch.utils.data.Dataset):
     @property
     def num_documents(self) -> int:
         """How many documents the files hold: the samples of one epoch."""
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __len__(self) -> int:
         """Return num_samples."""
@@ -114,7 +119,10 @@ class ParallelDataset(torch.utils.data.Dataset):
         Raises:
             IndexError: index is out of range.
         """
-        document = self.document_index(index)
+        return self.document(self.document_index(index))
+
+    def document(self, document: int) -> dict[str, Any]:
+        """Return the sample, as `self[index]` does, of document 0 .. num_documents - 1."""
         place = int(np.searchsorted(self._starts, document, side="right")) - 1
         sequence = 2 * (document - int(self._starts[place]))
         (prompt, target), modes = self._files[place][sequence : sequence + 2]
@@ -130,7 +138,7 @@ class ParallelDataset(torch.utils.data.Dataset):
         if epoch not in self._orders:
             if len(self._orders) >= KEPT_EPOCHS:
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = epoch_order(self._lengths, epoch, self.seed, self.group_size)
+            self._orders[epoch] = epoch_order(self.lengths, epoch, self.seed, self.group_size)
         return self._orders[epoch]
 
 

@@ -87,6 +87,12 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Parallel text: count the loss on target + EOS only, or on all tokens.",
     )
     group.add_argument(
+        "--pack",
+        action="store_true",
+        help="Parallel text: a sample is as many whole documents as fit in --seq-length, each attending to itself "
+        "alone; next to nothing is padded.",
+    )
+    group.add_argument(
         "--dry-run", action="store_true", help="Print the report of trainable and frozen parameters, and stop."
     )
     return parser

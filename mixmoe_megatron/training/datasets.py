@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from megatron.training import get_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from mixmoe_megatron.data.parallel import ParallelDataset, collate
+from mixmoe_megatron.data.packing import PackedDataset, collate_packs, padding_shares
+from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
 from mixmoe_megatron.data.tokenizers import check_tokenizer_fits_model, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
 
+logger = logging.getLogger(__name__)
 Splits = tuple[Any, Any, Any]
 
 
@@ -82,15 +85,32 @@ def configure_data(args: Any) -> None:
     Parallel samples have their own lengths: they come by an own loader ("external").
 
     Raises:
-        MixMoEError: --calculate-per-token-loss with a loss on the target only.
+        MixMoEError: --calculate-per-token-loss with a loss on the target only, or --pack with what it does not go with.
     """
     if data_kind(args) != "parallel":
+        if args.pack:
+            raise MixMoEError("--pack is for parallel data; Megatron packs monolingual data by itself: leave it out.")
         return
     args.dataloader_type = "external"
+    if args.pack:
+        _check_packing(args)
     if args.calculate_per_token_loss and args.loss_on == "target":
         raise MixMoEError(
             "--calculate-per-token-loss divides the aux losses by the target tokens alone, while they are taken over "
             "all tokens: leave it out, or count the loss on all tokens (--loss-on all)."
+        )
+
+
+def _check_packing(args: Any) -> None:
+    """Refuse layouts for which packed documents are not exact, or not of the one length that they need."""
+    if args.context_parallel_size > 1:
+        raise MixMoEError(
+            "--pack needs --context-parallel-size 1: context parallelism splits a whole row, not each of its documents."
+        )
+    if args.micro_batch_size > 1 and args.pipeline_model_parallel_size > 1 and _pads_to_max(args):
+        raise MixMoEError(
+            f"--pack with pipeline parallelism and --moe-token-dispatcher-type {args.moe_token_dispatcher_type} needs "
+            "--micro-batch-size 1: take it, or the dispatcher alltoall."
         )
 
 
@@ -179,8 +199,7 @@ def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> 
     prefixes, weights = blend
     if weights is not None:
         raise MixMoEError("parallel data takes no blend weights: give the prefixes alone in --data-path.")
-    data_parallel_size = mpu.get_data_parallel_world_size()
-    dataset = ParallelDataset(
+    documents = ParallelDataset(
         prefixes,
         num_samples,
         seed=args.seed,
@@ -188,28 +207,50 @@ def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> 
         max_length=args.seq_length,
         loss_on=args.loss_on,
     )
+    if torch.distributed.get_rank() == 0:
+        _log_padding(args, documents)
     sampler = MegatronPretrainingSampler(
-        total_samples=len(dataset),
+        total_samples=num_samples,
         consumed_samples=consumed,
         micro_batch_size=args.micro_batch_size,
         data_parallel_rank=mpu.get_data_parallel_rank(),
-        data_parallel_size=data_parallel_size,
+        data_parallel_size=mpu.get_data_parallel_world_size(),
     )
-    tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
-    tokenizer = open_tokenizer(Path(args.tokenizer_model))
     loader = torch.utils.data.DataLoader(
-        dataset,
+        PackedDataset(documents, num_samples, args.seq_length) if args.pack else documents,
         batch_sampler=sampler,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=partial(
-            collate,
-            pad_id=tokenizer.eos_id,
-            pad_multiple=tensor_parallel * context_parallel,
-            max_length=args.seq_length,
-            pad_to_max=_pads_to_max(args),
-        ),
+        collate_fn=_collate_function(args),
     )
     return iter(loader)
+
+
+def _collate_function(args: Any) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """What makes a micro-batch of samples, its width one that this layout can split."""
+    tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    multiple, to_max = tensor_parallel * context_parallel, _pads_to_max(args)
+    pad_id = open_tokenizer(Path(args.tokenizer_model)).eos_id
+    if args.pack:
+        length = args.micro_batch_size * args.seq_length if to_max else None
+        return partial(collate_packs, pad_id=pad_id, pad_multiple=multiple, length=length)
+    return partial(collate, pad_id=pad_id, pad_multiple=multiple, max_length=args.seq_length, pad_to_max=to_max)
+
+
+def _log_padding(args: Any, documents: ParallelDataset) -> None:
+    order = epoch_order(documents.lengths, 0, args.seed, args.global_batch_size)
+    full, grouped, packed = padding_shares(documents.lengths, order, args.micro_batch_size, args.seq_length)
+    logger.info(
+        "share of padding, %d documents of %.0f tokens: %.1f%% when all are padded to %d tokens, %.1f%% in "
+        "micro-batches of %d of similar lengths, at most %.1f%% packed; this run: %s",
+        documents.num_documents,
+        documents.lengths.mean(),
+        100 * full,
+        args.seq_length,
+        100 * grouped,
+        args.micro_batch_size,
+        100 * packed,
+        "packed" if args.pack else "all padded" if _pads_to_max(args) else "similar lengths",
+    )

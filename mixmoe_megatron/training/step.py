@@ -1,6 +1,7 @@
 """One forward step: fetch and distribute a batch, run the model, sum the masked loss.
 
 Shape legend: B samples of a micro-batch, S sequence length (padded; the local part of it under context parallelism).
+With --pack a micro-batch is one row (B is 1) of whole documents, end to end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
@@ -44,6 +46,21 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[s
     batch["padding_mask"] = batch["padding_mask"].bool()
     batch["lengths"] = lengths
     return batch
+
+
+def packed_documents(position_ids: torch.Tensor) -> PackedSeqParams:
+    """Tell Megatron where documents begin in a packed row: attention and rotary positions keep to each.
+
+    Args:
+        position_ids: [1, S] int64; 0 where a document, or the padding at the end, begins.
+    """
+    ends = torch.tensor([position_ids.numel()], device=position_ids.device)
+    bounds = torch.cat([(position_ids.flatten() == 0).nonzero().flatten(), ends]).to(torch.int32)
+    # The longest document, no more: with a rotary table as long as the row Megatron would not restart the positions.
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def loss_func(
@@ -93,8 +110,10 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
     timers("batch-generator").stop()
+    packed = packed_documents(batch["position_ids"]) if get_args().pack else None
     if get_args().dataloader_type == "external":
-        count_lengths(batch["lengths"], model)
+        lengths = batch["lengths"]  # of a packed row: all its tokens; the padding behind them is a document too
+        count_lengths(lengths if packed is None else packed.cu_seqlens_q.clamp(max=lengths).diff(), model)
     # Without padding no mask is passed, so that the aux losses count all tokens without a masked copy.
     padding_mask = batch["padding_mask"] if bool(batch["padding_mask"].any()) else None
     output = model(
@@ -104,5 +123,6 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
         padding_mask=padding_mask,
+        packed_seq_params=packed,
     )
     return output, partial(loss_func, batch["loss_mask"])

@@ -31,6 +31,8 @@ def arguments(*prefixes: str, **fields: object) -> SimpleNamespace:
     empty = dict.fromkeys(("data_args_path", "train_data_path", "valid_data_path", "test_data_path"))
     more = {"per_split_data_args_path": None, "tokenizer_type": "NullTokenizer", "pipeline_model_parallel_size": 1}
     more |= {"calculate_per_token_loss": False, "loss_on": "target", "dataloader_type": "single"}
+    more |= {"pack": False, "context_parallel_size": 1, "micro_batch_size": 2, "expert_model_parallel_size": 1}
+    more |= {"moe_token_dispatcher_type": "alltoall"}
     return SimpleNamespace(data_path=list(prefixes) or None, **empty, **{**more, **fields})
 
 
@@ -57,9 +59,28 @@ def test_parallel_data_sets_the_loader_and_refuses_a_loss_that_scales_the_aux_lo
     args = arguments(write_manifest(tmp_path / "a", "parallel", 100), pipeline_model_parallel_size=2)
     datasets.configure_data(args)
     assert args.dataloader_type == "external"
-    assert args.variable_seq_lengths
+    assert datasets.has_variable_lengths(args)
     args.calculate_per_token_loss = True
     with pytest.raises(MixMoEError, match="calculate-per-token-loss"):
         datasets.configure_data(args)
     args.loss_on = "all"
     datasets.configure_data(args)
+
+
+def test_packing_is_for_parallel_data(tmp_path: Path) -> None:
+    with pytest.raises(MixMoEError, match="--pack is for parallel data"):
+        datasets.configure_data(arguments(write_manifest(tmp_path / "a", "monolingual", 100), pack=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"context_parallel_size": 2}, "--pack needs --context-parallel-size 1"),
+     ({"pipeline_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}, "needs --micro-batch-size 1")],
+)  # fmt: skip
+def test_layouts_that_packing_does_not_go_with(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    prefix = write_manifest(tmp_path / "a", "parallel", 100)
+    with pytest.raises(MixMoEError, match=message):
+        datasets.configure_data(arguments(prefix, pack=True, **fields))
+    datasets.configure_data(
+        arguments(prefix, pack=True, **{**fields, "context_parallel_size": 1, "micro_batch_size": 1})
+    )
