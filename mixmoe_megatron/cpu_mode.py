@@ -42,7 +42,9 @@ CPU_MODE_ARGUMENTS = (
     "--use-cpu-initialization",
 )
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "as_tensor", "eye")
+_FACTORIES = (
+    "tensor", "as_tensor", "zeros", "ones", "empty", "empty_like", "full", "rand", "randn", "randint", "arange", "eye",
+)  # fmt: skip
 _CPU = torch.device("cpu")
 
 
@@ -128,12 +130,9 @@ def _check_megatron_version() -> None:
         )
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+def _always(value: Any) -> Callable[..., Any]:
+    """A new function that returns `value`: torch.compile refuses one object under two names of torch."""
+    return lambda *args, **kwargs: value
 
 
 def _replace_cuda_functions() -> None:
@@ -152,7 +151,7 @@ def _replace_cuda_functions() -> None:
         "default_stream": lambda *a: stream,
         "get_rng_state": lambda *a: torch.get_rng_state(),
         "set_rng_state": lambda state, *a: torch.set_rng_state(state),
-        "manual_seed": lambda seed: _nothing(torch.manual_seed(seed)),
+        "manual_seed": lambda seed: torch.manual_seed(seed) and None,
         "memory_stats": lambda *a: {},
         "is_current_stream_capturing": lambda: False,
         "FloatTensor": torch.FloatTensor,
@@ -162,11 +161,11 @@ def _replace_cuda_functions() -> None:
         "LongTensor": torch.LongTensor,
     }
     for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats"):
-        replacements[name] = _nothing
+        replacements[name] = _always(None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        replacements[name] = _zero
+        replacements[name] = _always(0)
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _nothing)
+        setattr(torch.cuda.nvtx, name, _always(None))
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
 
@@ -272,7 +271,7 @@ def _replace_megatron_functions() -> None:
         _reduce_scatter_along_first_dim=_reduce_scatter_uneven(mappings._reduce_scatter_along_first_dim),
     )
     replace("core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_numpy_if_asked)
-    replace("core.datasets.utils", compile_helpers=_nothing)  # the wheel holds the compiled helpers
+    replace("core.datasets.utils", compile_helpers=_always(None))  # the wheel holds the compiled helpers
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.async_utils").PersistentAsyncCaller
     writer.async_loop = staticmethod(_async_loop)
     with warnings.catch_warnings():
@@ -281,5 +280,5 @@ def _replace_megatron_functions() -> None:
         replace(
             "training.training",
             initialize_megatron=functools.partial(initialize, allow_no_cuda=True),
-            set_jit_fusion_options=_nothing,
+            set_jit_fusion_options=_always(None),
         )

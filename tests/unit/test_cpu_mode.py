@@ -80,3 +80,11 @@ def test_enabled_once_and_on_the_cpu() -> None:
         torch.cuda.set_rng_state(state)
         assert torch.equal(torch.rand(2), one)
     """)
+
+
+def test_torch_compile_works_beside_it() -> None:
+    run_program("""
+        cpu_mode.enable_cpu_mode()
+        double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
+        assert double(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+    """)
