@@ -71,14 +71,21 @@ class StackedWeight:
     def _shards(
         self, key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: slice | None = None
     ) -> list[ShardedTensor]:
-        """Cut a tensor like the weight (the weight, or its optimizer state) into the pieces that are stored."""
-        if not self.own_keys:
+        """Cut a tensor like the weight (the weight, or its optimizer state) into the pieces that are stored.
+
+        Each is contiguous, as `--ckpt-fully-parallel-load` broadcasts them: halves are cut expert by expert.
+        """
+        if self.stride == 1 and not self.own_keys:
             return self._halves(key, tensor, ((len(self.offsets), self.ep_rank, self.ep_size),), replica_id)
         result = []
-        for index, expert in enumerate(tensor):
-            expert_id = self.ep_rank * len(tensor) + index
-            own_key = key.replace(f"experts.{self.name}.", f"experts.{expert_id}.{self.name}.")
-            result += self._halves(own_key, expert, (), replica_id)
+        for index in range(len(tensor)):
+            expert = self.ep_rank * len(tensor) + index
+            if self.own_keys:
+                own_key = key.replace(f"experts.{self.name}.", f"experts.{expert}.{self.name}.")
+                result += self._halves(own_key, tensor[index], (), replica_id)
+            else:
+                place = (len(self.offsets), expert, len(tensor) * self.ep_size)
+                result += self._halves(key, tensor[index : index + 1], (place,), replica_id)
         return result
 
     def _halves(self, key: str, tensor: torch.Tensor, ep_offsets: tuple, replica_id: Any) -> list[ShardedTensor]:
@@ -106,7 +113,7 @@ class StackedWeight:
 
     def _merge(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Put loaded pieces together again: the inverse of `_shards`."""
-        if not self.own_keys:
-            return torch.cat(pieces, dim=1 + self.parallel_axis)
         starts = range(0, len(pieces), self.stride)
-        return torch.stack([torch.cat(pieces[i : i + self.stride], dim=self.parallel_axis) for i in starts])
+        if self.own_keys:
+            return torch.stack([torch.cat(pieces[i : i + self.stride], dim=self.parallel_axis) for i in starts])
+        return torch.cat([torch.cat(pieces[i : i + self.stride], dim=1 + self.parallel_axis) for i in starts])
