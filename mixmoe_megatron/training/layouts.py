@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_support
+
 from mixmoe_megatron.config import Requirements, check_settings
 from mixmoe_megatron.errors import MixMoEError
 
@@ -54,6 +56,11 @@ def check_layout(args: Any) -> None:
         raise MixMoEError(
             "--tensor-model-parallel-size > 1 needs --sequence-parallel: without it every tensor-parallel rank would "
             "send all tokens to the experts."
+        )
+    if args.async_save and args.async_strategy == "nvrx" and not has_nvrx_async_support():
+        raise MixMoEError(
+            "--async-save uses nvidia-resiliency-ext, which is not installed here: install it, or add "
+            "--async-strategy mcore --use-persistent-ckpt-worker."
         )
     _check_virtual_stages(args)
 

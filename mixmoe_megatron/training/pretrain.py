@@ -36,7 +36,7 @@ def main() -> None:
     from mixmoe_megatron.training.arguments import STAGE_NAMES, add_mixmoe_args, apply_options, complete_arguments
     from mixmoe_megatron.training.datasets import configure_data, datasets_provider, training_data
     from mixmoe_megatron.training.hf_directories import export_after_saves, is_hf_directory
-    from mixmoe_megatron.training.resume import mend_distributed_optimizer
+    from mixmoe_megatron.training.resume import mend_optimizers
     from mixmoe_megatron.training.saving import check_start, is_finished, secure_saving, where_to_go_on
     from mixmoe_megatron.training.startup import prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
@@ -63,7 +63,7 @@ def main() -> None:
         data = training_data(args, STAGE_NAMES[args.mixmoe_stage])
         prepare_save_directory(args.save, source, metadata, args.mixmoe_stage, data)
     install_metrics(args)
-    mend_distributed_optimizer()
+    mend_optimizers()
     secure_saving(args)
     export_after_saves(args)
     try:

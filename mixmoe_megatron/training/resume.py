@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 @functools.cache
-def mend_distributed_optimizer() -> None:
+def mend_optimizers() -> None:
     """Make Megatron's optimizers save and load the step, whatever Adam they wrap and wherever the parameters are.
 
     Works once in a process. Where Megatron uses a fused Adam, only ranks without parameters are touched.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.training import checkpointing, training
@@ -46,12 +47,27 @@ def check_start(args: Any) -> None:
         args: Megatron's namespace: load, ckpt_step, and ours: init_from.
 
     Raises:
-        MixMoEError: names the damaged file and how to take the newest iteration that is whole.
+        MixMoEError: names the damaged file and how to take the newest iteration that is whole; or the optimizer's
+            state is one that this run cannot take.
     """
     if args.load is not None and (Path(args.load) / TRACKER_FILE).exists():
-        whole_iteration(args.load, args.ckpt_step, flag="--ckpt-step")
+        _check_optimizer_state(args, whole_iteration(args.load, args.ckpt_step, flag="--ckpt-step"))
     elif args.init_from is not None and not is_hf_directory(args.init_from):
         whole_iteration(args.init_from)
+
+
+def _check_optimizer_state(args: Any, iteration: Path) -> None:
+    """Refuse a state of the other kind of optimizer: Megatron would fail in its middle, far from the reason."""
+    if args.no_load_optim or args.finetune or iteration.name == RELEASE:
+        return
+    stored_as = dist_checkpointing.load_content_metadata(str(iteration)) or {}
+    distributed = "distrib_optim_sharding_type" in stored_as
+    if distributed != args.use_distributed_optimizer:
+        with_or_without, other = ("with", "add") if distributed else ("without", "drop")
+        raise MixMoEError(
+            f"{iteration} was saved {with_or_without} --use-distributed-optimizer, which stores the optimizer's state "
+            f"in another form: {other} this flag, or start with a fresh optimizer by --no-load-optim."
+        )
 
 
 def is_finished(args: Any) -> bool:

@@ -25,7 +25,7 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.training.arguments import apply_options, complete_arguments, has_checkpoint, source_checkpoint
 from mixmoe_megatron.training.pretrain import add_hooks
-from mixmoe_megatron.training.resume import mend_distributed_optimizer
+from mixmoe_megatron.training.resume import mend_optimizers
 from mixmoe_megatron.training.startup import prepare_save_directory
 from mixmoe_megatron.training.throughput import install_metrics
 
@@ -90,7 +90,7 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     if args.rank == 0:
         prepare_save_directory(args.save, source, metadata, stage)
     install_metrics(args)
-    mend_distributed_optimizer()
+    mend_optimizers()
 
 
 def _become_mixmoe_config(config: TransformerConfig, options: MixMoEOptions, stage: int) -> None:

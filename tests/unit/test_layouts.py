@@ -56,6 +56,7 @@ REFUSED = {
     "--expert-model-parallel-size 8": "num_experts_per_group=4 is not divisible by expert_model_parallel_size=8",
     "--pipeline-model-parallel-size 8": "Megatron refuses these arguments: ",
     PP2 + "--num-virtual-stages-per-pipeline-rank 3": "num_layers=4 is not divisible by",
+    "--async-save": "add --async-strategy mcore --use-persistent-ckpt-worker",
     "--recompute-granularity full": "Megatron refuses these arguments: ",
     "--tensor-model-parallel-size 8 --sequence-parallel": "Megatron refuses these arguments: num_attention_heads",
 }
