@@ -73,6 +73,7 @@ CASES: dict[str, tuple[str, str]] = {
     "train: no data": (STAGE_1, "no training data: give --data-path"),
     "train: no data file": (STAGE_1 + " --data-path {bad}/nothing", "{bad}/nothing.bin does not exist"),
     "train: both kinds": (STAGE_1 + " --data-path {world}/mono {world}/pairs", "mixes monolingual and parallel data"),
+    "train: packed monolingual text": (STAGE_1 + " --data-path {world}/mono --pack", "--pack is for parallel data"),
     "train: another tokenizer": (STAGE_1 + " --data-path {bad}/other", "built with another tokenizer"),
     "train: experts by ranks": (
         STAGE_1 + " --data-path {world}/mono --expert-model-parallel-size 3",
