@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Turn text into token files for training: `mono` for stage 1, `parallel` for stage 2. See examples/data/README.md."""
+"""Turn text into token files for training: `mono` for stage 1, `parallel` for stage 2. See examples/data/README.md.
+
+`blend` prints what --data-path takes to mix monolingual files: --data-path $(tools/preprocess_data.py blend P1 P2)
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from mixmoe_megatron.cli import run_command, setup_logging
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of both subcommands."""
+    """Add the arguments of both kinds of data."""
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, gzip or not")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer directory")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
@@ -51,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parallel.add_argument("--prompt-template", metavar="FILE", help="default: ALMA's wording")
     parallel.set_defaults(run=run_parallel)
+
+    blend = commands.add_parser("blend", help="weights of monolingual files by temperature", allow_abbrev=False)
+    blend.add_argument("prefixes", nargs="+", metavar="P", help="output prefixes of `mono`")
+    blend.add_argument("--temperature", type=float, default=1.0, metavar="T", help="weight: tokens ** (1 / T)")
+    blend.set_defaults(run=run_blend)
     return parser
 
 
@@ -87,6 +95,14 @@ def run_parallel(args: argparse.Namespace) -> None:
         template=load_template(args.prompt_template),
     )
     build_parallel(args.input, open_tokenizer(args.tokenizer), args.output_prefix, options)
+
+
+def run_blend(args: argparse.Namespace) -> None:
+    """Print "WEIGHT P WEIGHT P ..."."""
+    from mixmoe_megatron.data.monolingual import blend_weights
+
+    weights = blend_weights(args.prefixes, args.temperature)
+    print(*(f"{weight:.6f} {prefix}" for weight, prefix in zip(weights, args.prefixes, strict=True)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from mixmoe_megatron.data.corpus import (
     read_rows,
     summarise,
 )
-from mixmoe_megatron.data.storage import TokenFileWriter, describe_sources
+from mixmoe_megatron.data.storage import TokenFileWriter, describe_sources, read_manifest
 from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
@@ -107,6 +107,23 @@ def build_monolingual(
         )
     logger.info("%s: %s; %d tokens", prefix, summarise(counts), manifest["tokens"])
     return manifest
+
+
+def blend_weights(prefixes: Sequence[str | Path], temperature: float) -> list[float]:
+    """Return each token file's share of a blend, proportional to its tokens to the power of 1 / temperature.
+
+    Args:
+        prefixes: Paths without suffix.
+        temperature: 1: as many of each file as it has; higher: more of the small files; without end, all alike.
+
+    Raises:
+        MixMoEError: The temperature is below 1, or a file is missing or not monolingual.
+    """
+    if not temperature >= 1:
+        raise MixMoEError(f"--temperature must be 1 or more, not {temperature}.")
+    tokens = [read_manifest(prefix, kind="monolingual")["tokens"] for prefix in prefixes]
+    powers = [number ** (1 / temperature) for number in tokens]
+    return [power / sum(powers) for power in powers]
 
 
 def _documents(

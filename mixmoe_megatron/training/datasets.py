@@ -243,8 +243,9 @@ def _log_padding(args: Any, documents: ParallelDataset) -> None:
     order = epoch_order(documents.lengths, 0, args.seed, args.global_batch_size)
     full, grouped, packed = padding_shares(documents.lengths, order, args.micro_batch_size, args.seq_length)
     logger.info(
-        "share of padding, %d documents of %.0f tokens: %.1f%% when all are padded to %d tokens, %.1f%% in "
+        "%s: share of padding, %d documents of %.0f tokens: %.1f%% when all are padded to %d tokens, %.1f%% in "
         "micro-batches of %d of similar lengths, at most %.1f%% packed; this run: %s",
+        ", ".join(Path(prefix).name for prefix in documents.prefixes),
         documents.num_documents,
         documents.lengths.mean(),
         100 * full,

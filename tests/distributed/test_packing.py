@@ -51,6 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+#: losses, gradient norms, final tensors
 Run = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 

@@ -156,3 +156,24 @@ def test_the_command(bpe: TextTokenizer, tmp_path: Path, repo_root: Path, capsys
     assert read_manifest(tmp_path / "mono", "monolingual")["counts"]["read"] == 113
     assert command(["mono", "--input", "nowhere.txt", *common]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: Cannot read nowhere.txt: No such file or directory."
+
+
+def test_a_blend_by_temperature(
+    bpe: TextTokenizer, tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = runpy.run_path(str(repo_root / "tools" / "preprocess_data.py"))["main"]
+    large, small = str(tmp_path / "large"), str(tmp_path / "small")
+    for prefix, documents in ((large, 64), (small, 4)):
+        lines = "\n".join(f"{LONG} {number % 10}" for number in range(documents))
+        (tmp_path / "text").write_text(lines)
+        build_monolingual([tmp_path / "text"], bpe, prefix, MonolingualOptions(keep_duplicates=True))
+    tokens = [read_manifest(prefix)["tokens"] for prefix in (large, small)]
+    assert tokens[0] == 16 * tokens[1]
+    for temperature, weights in (("1", (16 / 17, 1 / 17)), ("2", (4 / 5, 1 / 5)), ("inf", (1 / 2, 1 / 2))):
+        assert command(["blend", large, small, "--temperature", temperature]) == 0
+        words = capsys.readouterr().out.split()
+        assert words[1::2] == [large, small]
+        assert list(map(float, words[::2])) == pytest.approx(weights, abs=1e-6)
+    for words, message in ((["--temperature", "0.5"], "--temperature must be 1 or more"), (["nowhere"], "nowhere.bin")):
+        assert command(["blend", large, *words]) == 2
+        assert message in capsys.readouterr().err
