@@ -24,27 +24,29 @@ MODELS = [
     for kind in KINDS
     if not (family == "mistral" and kind != "dense")  # a Mix-MoE Mistral is a Mix-MoE Llama
 ]
+ESSENTIAL = ["llama-untied-stage2", "qwen2-tied-dense", "qwen2-tied-stage1", "mistral-untied-dense"]
 LAYOUTS = {
     "TP2": {"tensor_model_parallel_size": 2},
     "EP2": {"expert_model_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2xEP2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
 }
-CASES = [
-    (name, layout)
-    for name in MODELS
-    for layout in ("checkpoint", *LAYOUTS)
-    if not (name.endswith("dense") and "EP2" in layout)  # no experts to spread
-]
 VOCAB_SIZE = 509  # odd: every tensor-parallel size pads it
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every model as Hugging Face directory and checkpoint, and the checkpoints saved again under every layout."""
-    root = tmp_path_factory.mktemp("converted")
+def layouts_of(name: str) -> list[str]:
+    """The layouts under which a model is saved; a dense one has no experts to spread."""
+    return [layout for layout in LAYOUTS if not (name.endswith("dense") and "EP2" in layout)]
+
+
+def cases(models: list[str]) -> list[tuple[str, str]]:
+    return [(name, layout) for name in models for layout in ("checkpoint", *layouts_of(name))]
+
+
+def convert(root: Path, models: list[str]) -> Path:
+    """Write models as Hugging Face directory and checkpoint, and the checkpoints saved again under every layout."""
     jobs = []
-    for name in MODELS:
+    for name in models:
         family, tied, kind = name.split("-")
         hf, checkpoint = root / name / "hf", root / name / "checkpoint"
         fields = {**base_fields(family), "vocab_size": VOCAB_SIZE}
@@ -54,19 +56,33 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tiny_mixmoe(family, int(kind[-1]), tie_word_embeddings=tied == "tied", **fields).save_pretrained(hf)
         flags = ["--dense"] if kind == "dense" else []
         assert run_conversion("hf_to_mixmoe", "--hf-dir", hf, "--output-dir", checkpoint, *flags) == 0
-        for layout, sizes in LAYOUTS.items():
-            if (name, layout) in CASES:
-                jobs.append([str(checkpoint), str(root / name / layout), sizes])
+        jobs += [[str(checkpoint), str(root / name / layout), LAYOUTS[layout]] for layout in layouts_of(name)]
     (root / "jobs.json").write_text(json.dumps(jobs))
     run_job(["tests/helpers/resave.py", str(root / "jobs.json")], 2, root / "logs")
     return root
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(tmp_path_factory.mktemp("converted"), ESSENTIAL)
+
+
+@pytest.fixture(scope="module")
+def all_converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(tmp_path_factory.mktemp("converted"), MODELS)
+
+
+@pytest.mark.parametrize(("name", "layout"), cases(ESSENTIAL))
 def test_bits_survive_every_layout(converted: Path, tmp_path: Path, name: str, layout: str) -> None:
     checkpoint = converted / name / layout
     assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", checkpoint, "--output-dir", tmp_path / "back") == 0
     assert_bit_equal(load_weights_of(tmp_path / "back"), load_weights_of(converted / name / "hf"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), cases(MODELS))
+def test_bits_of_every_model_survive(all_converted: Path, tmp_path: Path, name: str, layout: str) -> None:
+    test_bits_survive_every_layout(all_converted, tmp_path, name, layout)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -74,7 +90,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_share_the_work_and_write_the_same_bytes(converted: Path, tmp_path: Path, processes: int) -> None:
     hf = converted / "qwen2-tied-dense" / "hf"
     there = ["checkpoints_conversion/hf_to_mixmoe.py", "--hf-dir", str(hf), "--output-dir"]
@@ -131,7 +147,7 @@ def kill_at(number: int) -> None:
 
 
 @pytest.mark.parametrize("command", ["hf_to_mixmoe", "mixmoe_to_hf"])
-@pytest.mark.parametrize("number", [1, 9, -1])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 9, -1])
 def test_killed_conversions_leave_nothing_that_looks_finished(
     converted: Path, tmp_path: Path, command: str, number: int
 ) -> None:

@@ -6,21 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 
 from mixmoe_megatron.cli import EXIT_BAD_INPUT
 from mixmoe_megatron.conversion.checkpoint_health import find_damage
 from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
 from tests.helpers.forked import Job, run_job
-from tests.helpers.training import checkpoint_tensors, make_tiny_world, train_words
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    return directory
+from tests.helpers.training import checkpoint_tensors, train_words
 
 
 def refused(words: list[str], logs: Path) -> str:

@@ -64,7 +64,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=BASES)
+SMALLEST, *LARGER = BASES
+
+
+@pytest.fixture(scope="module", params=[SMALLEST, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)])
 def example(request: pytest.FixtureRequest, corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An example's printed commands by script, its token files made by them, its checkpoints' metadata."""
     name = request.param

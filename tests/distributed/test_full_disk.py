@@ -12,7 +12,7 @@ from mixmoe_megatron.conversion.checkpoint_health import find_damage
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from tests.helpers.crashes import file_size_limit_from, full_disk_from
 from tests.helpers.forked import Job, run_job
-from tests.helpers.training import make_tiny_world, train_words
+from tests.helpers.training import train_words
 
 POINTS = {
     "tensors of rank 0": (0, "iter_0000004/__0_0.distcp"),
@@ -20,13 +20,6 @@ POINTS = {
     "metadata": (0, "iter_0000004/.metadata.tmp"),
     "format": (0, "iter_0000004/metadata.json"),
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    return directory
 
 
 def words(world: Path, save: Path) -> list[str]:

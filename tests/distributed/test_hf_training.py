@@ -9,7 +9,7 @@ import torch
 
 from mixmoe_megatron.metadata import read_metadata, weights_sha256
 from tests.helpers.conversion import run_conversion
-from tests.helpers.training import checkpoint_tensors, make_tiny_world, train
+from tests.helpers.training import checkpoint_tensors, train
 
 LAYOUTS = {
     "one process": ("", 1),
@@ -17,14 +17,6 @@ LAYOUTS = {
     "PP2": ("--pipeline-model-parallel-size 2", 2),
 }
 UPCYCLE = """ --upcycle-options {"moe_every":2}"""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base, its upcycled checkpoint, and token files."""
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:

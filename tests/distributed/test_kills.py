@@ -16,7 +16,7 @@ from mixmoe_megatron.conversion.checkpoint_health import find_damage
 from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE, iteration_directory
 from tests.helpers.crashes import die_at_change, record_changes
 from tests.helpers.forked import Job
-from tests.helpers.training import checkpoint_tensors, make_tiny_world, train, train_words
+from tests.helpers.training import checkpoint_tensors, train_words
 
 EXPERT_PARALLEL = "stage 1, expert parallel 2"
 LAYOUTS = {
@@ -60,15 +60,6 @@ class Run:
 def assert_resumed(job: Job, iteration: int) -> None:
     """Check that a job, where it came to loading a checkpoint at all, took this iteration; 0: it has none."""
     assert set(_RESUMED.findall(job.stdout(0))) <= {str(iteration)}, job.output()[-8000:]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny upcycled model, data, and a stage 1 of four steps."""
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    train(1, directory / "upcycled", directory / "mono", directory / "stage1", 4)
-    return directory
 
 
 def undisturbed_run(world: Path, layout: str, steps: int, directory: Path) -> Run:
@@ -144,6 +135,7 @@ def test_kills_before_each_change_on_the_disk(world: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("stage1")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kills_at_random_moments(layout: str, world: Path, tmp_path: Path) -> None:
     expected = undisturbed_run(world, layout, 60, tmp_path / "undisturbed")

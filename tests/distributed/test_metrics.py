@@ -27,8 +27,13 @@ LAYOUTS = {
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2",
     ),
     "data parallel 2, distributed optimizer": (2, "--use-distributed-optimizer"),
-    "expert 2 x pipeline 2": (4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "expert 2 x pipeline 2, recomputed": (
+        4,
+        "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
 }
+QUICK = ("pipeline 2, one stage without an MoE layer", "tensor parallel 2, sequence parallel")
 LOGGED = [1, 2, 4]  # the first step, then every second
 RATES = ("tokens_per_second", "tflops_per_rank")
 
@@ -75,7 +80,9 @@ def flops_per_token(curves: Curves, processes: int) -> list[float]:
     return [processes * 1e12 * flops[step] / tokens[step] for step in LOGGED]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
 def test_every_layout_tells_the_same(
     world: Path, one_process: tuple[Curves, Curves], layout: str, tmp_path: Path
 ) -> None:

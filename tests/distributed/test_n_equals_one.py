@@ -13,10 +13,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.freezing import is_trained
-from tests.helpers.training import checkpoint_tensors, make_tiny_world, train
+from tests.distributed.conftest import COMMON, STEPS, Log
+from tests.helpers.training import checkpoint_tensors, train
 
-STEPS = 20
-COMMON = "--micro-batch-size 2 "
 TP = "--tensor-model-parallel-size 2 --sequence-parallel "
 EP = "--expert-model-parallel-size 2 "
 PP = "--pipeline-model-parallel-size 2 "
@@ -33,13 +32,15 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules "
 #: layout -> (processes, flags). EP2 of two processes is DP2 for the routers.
 ESSENTIAL = {
     "TP2 SP": (2, TP),
-    "EP2, distributed optimizer, overlap": (2, EP + OVERLAP),
+    "EP2": (2, EP),
+    "DP2, distributed optimizer, overlap": (2, OVERLAP),
     "PP2": (2, PP),
     "CP2": (2, CP),
     "TP2 EP2, 2 processes": (2, TP + EP),
 }
 SLOW = {
     "DP2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER),
+    "EP2, distributed optimizer, overlap": (2, EP + OVERLAP),
     "EP2 allgather": (2, EP + ALLGATHER),
     "EP2, recompute moe": (2, EP + SELECTIVE + "moe core_attn"),
     "TP2 SP allgather": (2, TP + ALLGATHER),
@@ -56,6 +57,7 @@ SLOW = {
     "PP2 uneven, a stage of one layer": (2, PP + "--decoder-first-pipeline-num-layers 1"),
     "PP4, stages that train nothing": (4, PP4),
     "PP4, stages that train nothing, overlap": (4, PP4 + OVERLAP),
+    "PP4, stages that train nothing, recompute full": (4, PP4 + FULL),
     "PP4, stages without a layer": (4, PP4 + DISTRIBUTED_OPTIMIZER + "--pipeline-model-parallel-layout E|tt|tt|L"),
     "VPP2 PP2": (2, VPP),
     "VPP2 PP2, recompute full": (2, VPP + FULL),
@@ -69,36 +71,15 @@ SLOW = {
     "CP2 EP2, 2 processes": (2, CP + EP),
     "CP2 TP2": (4, CP + TP + DISTRIBUTED_OPTIMIZER),
     "CP2 PP2": (4, CP + PP + DISTRIBUTED_OPTIMIZER),
-    "DP2, overlap": (2, OVERLAP),
     "DP4, distributed optimizer": (4, DISTRIBUTED_OPTIMIZER),
 }
 LAYOUTS = ESSENTIAL | SLOW
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny upcycled model with data, trained for 20 steps in each stage by one process."""
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def one_process(world: Path) -> dict[int, tuple[list[float], list[float]]]:
-    """Losses and gradient norms of the 20 steps of stages 1 and 2 in one process."""
-    results = {}
-    for stage, parent, data in ((1, "upcycled", "mono"), (2, "stage1", "pairs")):
-        results[stage] = train(stage, world / parent, world / data, world / f"stage{stage}", STEPS, COMMON)
-        losses, norms = results[stage]
-        assert len(losses) == STEPS
-        assert norms[0] > 0
-    return results
-
-
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("layout", [*ESSENTIAL, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_n_processes_equal_one(
-    world: Path, one_process: dict[int, tuple[list[float], list[float]]], stage: int, layout: str, tmp_path: Path
+    world: Path, one_process: dict[int, Log], stage: int, layout: str, tmp_path: Path
 ) -> None:
     processes, flags = LAYOUTS[layout]
     parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
@@ -115,9 +96,7 @@ def test_n_processes_equal_one(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_one_process_keeps_frozen_tensors_too(
-    world: Path, one_process: dict[int, tuple[list[float], list[float]]], stage: int
-) -> None:
+def test_one_process_keeps_frozen_tensors_too(world: Path, one_process: dict[int, Log], stage: int) -> None:
     assert_frozen_tensors_kept(world / ("upcycled", "stage1")[stage - 1], world / f"stage{stage}", stage)
     assert_optimizer_state_of_trained_tensors_only(world / f"stage{stage}", stage)
 

@@ -13,22 +13,15 @@ from mixmoe_megatron.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 from mixmoe_megatron.planning.memory import stage_memory
 from tests.helpers.forked import run_job
-from tests.helpers.training import make_tiny_world, train, train_words
+from tests.helpers.training import train_words
 
-TWO_PROCESSES = [Layout(dp=2, ep=2), Layout(tp=2), Layout(dp=2), Layout(pp=2)]
-FOUR_PROCESSES = [Layout(tp=2, dp=2, ep=2), Layout(pp=2, dp=2, ep=2), Layout(tp=2, dp=2, etp=2)]
-LAYOUTS = [*TWO_PROCESSES, *(pytest.param(layout, marks=pytest.mark.slow) for layout in FOUR_PROCESSES)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny upcycled model with data, and a stage 1 of one step."""
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    train(1, directory / "upcycled", directory / "mono", directory / "stage1", steps=1)
-    return directory
+ESSENTIAL = [Layout(dp=2, ep=2)]
+SLOW = [Layout(tp=2), Layout(dp=2), Layout(pp=2)]
+SLOW += [Layout(tp=2, dp=2, ep=2), Layout(pp=2, dp=2, ep=2), Layout(tp=2, dp=2, etp=2)]  # four processes
+LAYOUTS = [*ESSENTIAL, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
 
 
+@pytest.mark.usefixtures("stage1")
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layout: Layout, stage: int) -> None:
@@ -36,6 +29,7 @@ def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layo
     assert_planned(world, tmp_path, layout, stage, parent, data, "fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["", "--grad-reduce-in-bf16"])
 def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
     assert_planned(world, tmp_path, Layout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)

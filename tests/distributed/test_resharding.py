@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from mixmoe_megatron.cli import EXIT_BAD_INPUT
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
-from tests.helpers.forked import run_job
-from tests.helpers.training import checkpoint_tensors, logged, make_tiny_world, train_words
+from tests.helpers.forked import Job, run_job
+from tests.helpers.training import checkpoint_tensors, logged, train_words
 
 STEPS, SAVED = 10, 5
 #: layout -> (flags, processes)
@@ -35,9 +36,14 @@ LAYOUTS = {
     "DP2": ("", 2),
 }
 MATRIX = ("1", "TP2", "EP2", "PP2", "TP2xEP2")
-CYCLE = [*itertools.pairwise(("1", "TP2", "PP2", "EP2", "TP2xEP2", "PP4", "DP2", "1")), ("TP2xEP2", "TP2xEP2")]
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer"
-FULLY_PARALLEL = f"{DISTRIBUTED_OPTIMIZER} --ckpt-fully-parallel-save --ckpt-assume-constant-structure"
+#: stage, optimizer, source, target
+QUICK = [
+    (1, "", "1", "TP2"), (1, "", "1", "PP2"), (1, "", "EP2", "1"), (1, "", "PP4", "1"),
+    (2, DISTRIBUTED_OPTIMIZER, "TP2", "EP2"), (2, DISTRIBUTED_OPTIMIZER, "TP2", "1"),
+    (2, DISTRIBUTED_OPTIMIZER, "PP2", "TP2"), (2, DISTRIBUTED_OPTIMIZER, "1", "TP2xEP2"),
+]  # fmt: skip
+FULLY_PARALLEL = "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --ckpt-assume-constant-structure"
 ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 _RATE_AND_SAMPLES = re.compile(r"consumed samples: +(\d+) .*?learning rate: ([0-9.E+-]+)")
 
@@ -45,42 +51,44 @@ _RATE_AND_SAMPLES = re.compile(r"consumed samples: +(\d+) .*?learning rate: ([0-
 class Runs:
     """Training runs below a directory, each made once, when it is first asked for."""
 
-    def __init__(self, world: Path):
-        self.world = world
+    def __init__(self, world: Path, directory: Path):
+        self.world, self.directory = world, directory
         self.source = cache(self._source)
         self.uninterrupted = cache(self._uninterrupted)
 
-    def run(
-        self, stage: int, layout: str, save: Path | None, extra: str, *, load: Path | None = None, parent: str = ""
-    ) -> str:
-        """Run to step 10, or as `extra` says, and return the log."""
+    def words(self, stage: int, layout: str, save: Path | None, extra: str, parent: str = "1") -> list[str]:
+        """The command line of a run to step 10, or as `extra` says."""
+        start = self.world / "upcycled" if stage == 1 else self.source(1, parent, "")
         data = self.world / ("mono", "pairs")[stage - 1]
-        flags, processes = LAYOUTS[layout]
-        start = self.world / "upcycled" if stage == 1 else self.source(1, parent or "1", "")
-        words = train_words(stage, start, data, save, STEPS, f"{flags} {extra}")
-        words += ["--data-cache-path", str(self.world / "cache")]
+        extra = f"{LAYOUTS[layout][0]} --data-cache-path {self.directory}/cache {extra}"
+        return train_words(stage, start, data, save, STEPS, extra)
+
+    def run(
+        self, stage: int, layout: str, save: Path | None, extra: str, *, load: Path | None = None, parent: str = "1"
+    ) -> str:
+        """Run and return the log."""
+        words = self.words(stage, layout, save, extra, parent)
         if load is not None:
             words += ["--load", str(load)]
+        processes = LAYOUTS[layout][1]
         with tempfile.TemporaryDirectory() as logs:
             return run_job(words, processes, Path(logs)).stdout(processes - 1)
 
     def _source(self, stage: int, layout: str, optimizer: str) -> Path:
         """The checkpoint of step 5 under a layout."""
-        directory = self.world / f"stage{stage} {layout} {optimizer}"
+        directory = self.directory / f"stage{stage}-{layout}{optimizer}".replace(" ", "")
         self.run(stage, layout, directory, f"{optimizer} --exit-interval {SAVED}")
         return directory
 
     def _uninterrupted(self, stage: int) -> tuple[str, Path]:
         """The log and the last checkpoint of one process that trains all steps."""
-        directory = self.world / f"stage{stage} uninterrupted"
+        directory = self.directory / f"stage{stage}-uninterrupted"
         return self.run(stage, "1", directory, ""), directory
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    directory = tmp_path_factory.mktemp("resharding")
-    make_tiny_world(directory)
-    return Runs(directory)
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(world, tmp_path_factory.mktemp("resharding"))
 
 
 def saved_objects(directory: Path) -> dict[str, Any]:
@@ -119,35 +127,28 @@ def assert_goes_on(runs: Runs, stage: int, source: str, target: str, optimizer: 
     for key in compared:
         largest = expected_tensors[key].abs().max().clamp_min(1e-12 if "exp_avg_sq" in key else 1e-3)
         difference = (tensors[key] - expected_tensors[key]).abs().max() / largest
-        assert difference < 1e-3, f"{key} differs by {difference:.1e} of its largest value"
+        assert difference < 1e-4, f"{key} differs by {difference:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("target", MATRIX)
-@pytest.mark.parametrize("source", MATRIX)
-def test_stage_1_goes_on_under_any_layout(runs: Runs, source: str, target: str, tmp_path: Path) -> None:
-    assert_goes_on(runs, 1, source, target, "", tmp_path / "run")
+def cases() -> list[Any]:
+    """Every pair of the matrix, in each stage with an optimizer of its own; those of QUICK are not slow."""
+    pairs = [(1, "", *pair) for pair in itertools.product(MATRIX, MATRIX)]
+    pairs += [(1, "", *pair) for pair in (("PP4", "1"), ("1", "PP4"), ("PP4", "PP4"))]
+    pairs += [(2, DISTRIBUTED_OPTIMIZER, *pair) for pair in itertools.product(MATRIX, MATRIX)]
+    pairs += [(2, DISTRIBUTED_OPTIMIZER, *pair) for pair in (("TP2xEP2", "PP4"), ("PP4", "DP2"), ("DP2", "1"))]
+    return [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in pairs]
 
 
-@pytest.mark.parametrize(("source", "target"), CYCLE)
-def test_stage_2_goes_on_with_the_distributed_optimizer(runs: Runs, source: str, target: str, tmp_path: Path) -> None:
-    assert_goes_on(runs, 2, source, target, DISTRIBUTED_OPTIMIZER, tmp_path / "run")
-
-
-@pytest.mark.slow  # the rest of the matrix: 75 pairs, about eight minutes
-@pytest.mark.parametrize(("stage", "optimizer"), [(1, DISTRIBUTED_OPTIMIZER), (2, ""), (2, DISTRIBUTED_OPTIMIZER)])
-@pytest.mark.parametrize("target", MATRIX)
-@pytest.mark.parametrize("source", MATRIX)
-def test_whole_matrix(runs: Runs, stage: int, optimizer: str, source: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "optimizer", "source", "target"), cases())
+def test_goes_on_under_any_layout(
+    runs: Runs, stage: int, optimizer: str, source: str, target: str, tmp_path: Path
+) -> None:
     assert_goes_on(runs, stage, source, target, optimizer, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("source", "target"), [("PP4", "1"), ("1", "PP4"), ("PP4", "PP4")])
-def test_ranks_that_train_nothing_know_the_step(runs: Runs, source: str, target: str, tmp_path: Path) -> None:
-    assert_goes_on(runs, 1, source, target, "", tmp_path / "run")
-
-
-def test_fully_parallel_saving(runs: Runs, tmp_path: Path) -> None:
-    assert_goes_on(runs, 1, "EP2", "DP2", FULLY_PARALLEL, tmp_path / "run")
+@pytest.mark.parametrize("optimizer", ["", pytest.param(DISTRIBUTED_OPTIMIZER, marks=pytest.mark.slow)])
+def test_fully_parallel_saving_and_loading(runs: Runs, optimizer: str, tmp_path: Path) -> None:
+    assert_goes_on(runs, 1, "EP2", "DP2", f"{optimizer} {FULLY_PARALLEL}".strip(), tmp_path / "run")
 
 
 def test_asynchronous_saving(runs: Runs, tmp_path: Path) -> None:
@@ -161,6 +162,21 @@ def test_without_the_optimizer_the_losses_would_differ(runs: Runs) -> None:
     assert max(abs(a - b) for a, b in zip(logged(log)[0], expected, strict=True)) > 1e-3
 
 
+@pytest.mark.parametrize(("flags", "other_flags"), [("", DISTRIBUTED_OPTIMIZER), (DISTRIBUTED_OPTIMIZER, "")])
+def test_the_other_kind_of_optimizer_is_refused(runs: Runs, flags: str, other_flags: str, tmp_path: Path) -> None:
+    """And the flag that the sentence names helps."""
+    stage = 2 if flags else 1
+    source = runs.source(stage, "1", flags)
+    words = runs.words(stage, "1", None, f"{other_flags} --load {source}")
+    job = Job(words, 1, tmp_path)
+    assert job.wait() == [EXIT_BAD_INPUT], job.output()[-8000:]
+    assert "Traceback" not in job.output()
+    assert "start with a fresh optimizer by --no-load-optim." in job.output()
+    log = runs.run(stage, "1", None, f"{other_flags} --no-load-optim", load=source)
+    assert len(logged(log)[0]) == STEPS - SAVED
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("parent", "layout"), [*itertools.pairwise((*MATRIX, "1"))])
 def test_stage_2_starts_from_stage_1_of_any_layout(runs: Runs, parent: str, layout: str) -> None:
     losses, _ = logged(runs.run(2, layout, None, f"--exit-interval {SAVED}", parent=parent))
@@ -168,6 +184,7 @@ def test_stage_2_starts_from_stage_1_of_any_layout(runs: Runs, parent: str, layo
     assert losses == pytest.approx(expected[:SAVED], abs=1e-5, rel=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
 def test_every_layout_saves_the_same_model(runs: Runs, layout: str, tmp_path: Path) -> None:
     """A step with a learning rate of zero saves what was loaded; the export is equal byte for byte."""

@@ -12,17 +12,16 @@ import torch
 
 from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE, iteration_directory
 from tests.helpers.forked import Job, run_job
-from tests.helpers.training import checkpoint_tensors, make_tiny_world, train, train_words
+from tests.helpers.training import checkpoint_tensors, train, train_words
 
 STEPS = 30
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny world, with a stage 1 that was not disturbed."""
-    directory = tmp_path_factory.mktemp("world")
-    make_tiny_world(directory)
-    train(1, directory / "upcycled", directory / "mono", directory / "stage1", STEPS, processes=2)
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a stage 1 that ran to its end."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    train(1, world / "upcycled", world / "mono", directory, STEPS, processes=2)
     return directory
 
 
@@ -41,27 +40,27 @@ def stopped_run(world: Path, tmp_path: Path, number: signal.Signals, extra: str)
     return job, words
 
 
-def assert_goes_on(world: Path, tmp_path: Path, words: list[str]) -> None:
+def assert_goes_on(undisturbed: Path, tmp_path: Path, words: list[str]) -> None:
     saved = int(iteration_directory(tmp_path / "run").name.removeprefix("iter_"))
     assert 4 <= saved < STEPS
     job = run_job(words, 2, tmp_path / "resumed")
     assert f"at iteration {saved}\n" in job.stdout(0)
-    expected = checkpoint_tensors(world / "stage1")
+    expected = checkpoint_tensors(undisturbed)
     for name, tensor in checkpoint_tensors(tmp_path / "run").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(world: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_a_sentence_that_is_true(world: Path, undisturbed: Path, tmp_path: Path) -> None:
     job, words = stopped_run(world, tmp_path, signal.SIGINT, "")
     assert 130 in [process.exitcode for process in job.processes], job.output()[-8000:]
     newest = iteration_directory(tmp_path / "run").name
     sentence = f"interrupted: {newest} in {tmp_path / 'run'} is saved, and the same command goes on from there."
     assert sentence in job.output()
-    assert_goes_on(world, tmp_path, words)
+    assert_goes_on(undisturbed, tmp_path, words)
 
 
-def test_exit_signal_handler_saves_and_ends_well(world: Path, tmp_path: Path) -> None:
+def test_exit_signal_handler_saves_and_ends_well(world: Path, undisturbed: Path, tmp_path: Path) -> None:
     job, words = stopped_run(world, tmp_path, signal.SIGTERM, "--exit-signal-handler")
     assert [process.exitcode for process in job.processes] == [0, 0], job.output()[-8000:]
     assert "exiting program after receiving SIGTERM" in job.output()
-    assert_goes_on(world, tmp_path, words)
+    assert_goes_on(undisturbed, tmp_path, words)
