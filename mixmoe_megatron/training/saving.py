@@ -15,8 +15,10 @@ Source: none in the paper; found by killing runs with megatron-core 0.19.2.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import os
 import queue
 import shutil
 from collections.abc import Callable
@@ -182,6 +184,9 @@ def _tell_failures(function: Callable[..., None], args: Any, reason: _LastError)
             elsewhere = isinstance(error, CheckpointException)
             why = reason.text.rpartition("error: ")[2] or ("another rank tells why" if elsewhere else str(error))
             free = shutil.disk_usage(args.save).free / 1e6
+            full = os.strerror(errno.ENOSPC)
+            if free < 1 and full not in why:
+                why = f"{full} ({why})"  # torch's writer tells another error than the system's when its end fails too
             raise MixMoEError(
                 f"saving to {args.save} failed: {why} ({free:,.1f} MB are free there); {where_to_go_on(args.save)}."
             ) from error
