@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol test test-all test-distributed test-te test-transformers5
+.PHONY: help setup hooks quickstart protocol test test-all test-distributed test-te test-bridge test-transformers5
 .PHONY: lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -40,6 +40,10 @@ test-te: setup  ## structure tests of the Transformer Engine path, in .venv-te (
 	@tools/setup_te_environment.sh
 	@CUDA_HOME=$(CURDIR)/.venv-te/include OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest --require-te tests/te
 
+test-bridge: setup  ## Megatron-Bridge on exported models, in .venv-bridge (made, with .venv-te, when missing); no GPU
+	@tools/setup_te_environment.sh
+	@tools/test_bridge.sh
+
 lint: setup  ## ruff, format check, mypy
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -54,4 +58,4 @@ clean:  ## remove caches and build output
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 clean-venv: clean  ## remove the environment too
-	@rm -rf .venv .venv-te .venv-transformers5
+	@rm -rf .venv .venv-te .venv-bridge .venv-transformers5

@@ -68,6 +68,23 @@ def single_process() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
+def transformer_fields(megatron_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the TransformerConfig fields that follow from the arguments of a dense architecture.
+
+    Args:
+        megatron_args: as returned by `hf_config.megatron_args_from_hf`.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = TransformerConfig.__dataclass_fields__
+    return {
+        **{name: value for name, value in megatron_args.items() if name in known},
+        "layernorm_epsilon": megatron_args["norm_epsilon"],
+        "gated_linear_unit": megatron_args["swiglu"],
+        "activation_func": torch.nn.functional.silu,
+    }
+
+
 def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) -> MixMoETransformerConfig:
     """Return the Megatron configuration of a checkpoint's model for one process.
 
@@ -76,17 +93,9 @@ def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) ->
         dtype: of the parameters.
         fields: TransformerConfig fields to add or override.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    args = metadata.megatron_args
     options = MixMoEOptions() if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
-    known = set(TransformerConfig.__dataclass_fields__)
-    same_name = {name: value for name, value in args.items() if name in known}
     settings: dict[str, Any] = {
-        **same_name,
-        "layernorm_epsilon": args["norm_epsilon"],
-        "gated_linear_unit": args["swiglu"],
-        "activation_func": torch.nn.functional.silu,
+        **transformer_fields(metadata.megatron_args),
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "pipeline_dtype": dtype,
