@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time and peak memory of the conversion commands on a random checkpoint of a real model's shape, beside `cp`.
 
-The yardstick is what `cp` of the same bytes, until they are on the disk, plus one read of them takes, on the same disk
-in the same run. A bare start of Python with torch is shown too: it is part of each command's time. The way back is
-compared bit by bit.
+The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same run; also with the
+sync that puts the copy on the disk, where the commands' files are when they end. A bare start of Python with torch is
+shown too: it is part of each command's time. The way back is compared bit by bit.
 
 Example:
     python tools/benchmark_conversion.py --model llama-3.2-1b --directory runs/benchmark
@@ -42,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")
-        print("step                     seconds  / yardstick    peak GB")
+        print("step                     seconds  / (cp+read)  / (cp+sync+read)  peak GB")
         for step in result["steps"]:
-            ratio, peak = step.get("ratio"), step.get("peak_gigabytes")
-            shown = f"{ratio:14.2f}" if ratio is not None else " " * 14
-            print(f"{step['name']:<24} {step['seconds']:7.1f} {shown}  {'' if peak is None else f'{peak:7.2f}'}")
+            line = f"{step['name']:<24} {step['seconds']:7.1f}"
+            if "ratio" in step:
+                line += f" {step['ratio']:12.2f} {step['ratio_synced']:17.2f} {step['peak_gigabytes']:8.2f}"
+            print(line)
         if args.output:
             write_json(args.output, result)
 

@@ -118,7 +118,7 @@ def _check_same(one: Path, other: Path) -> None:
 def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[str, Any]:
     """Write a random model, time `cp` and a read, convert it to Megatron and back, and compare.
 
-    The copy is on the disk when its time ends, as the conversions' files are.
+    The conversions' files are on the disk when they end; a copy's are not before a sync, whose time is given apart.
 
     Args:
         model: of MODELS.
@@ -127,8 +127,8 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
         processes: of each conversion.
 
     Returns:
-        `gigabytes` of the model, and `steps`: each with name, seconds, for the conversions also the ratio to cp, sync
-        and read together, and the peak memory in GB.
+        `gigabytes` of the model, and `steps`: each with name, seconds, for the conversions also `peak_gigabytes` of
+        memory, and `ratio` to cp and read together, `ratio_synced` to these and the sync.
 
     Raises:
         MixMoEError: the disk has no room, a command failed, or a bit was lost.
@@ -157,8 +157,9 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
     for name, words in (("Hugging Face -> Megatron", there), ("Megatron -> Hugging Face", home)):
         os.sync()
         seconds, peak = _run([*launch, *words])
-        ratio = seconds / (copying + syncing + reading)
-        steps.append({"name": name, "seconds": seconds, "ratio": ratio, "peak_gigabytes": peak})
+        step = {"name": name, "seconds": seconds, "peak_gigabytes": peak}
+        step["ratio"], step["ratio_synced"] = (seconds / (copying + reading + more) for more in (0.0, syncing))
+        steps.append(step)
     if kind == "dense":
         _check_same(original, back)
     return {"model": model, "kind": kind, "processes": processes, "gigabytes": total / 1e9, "steps": steps}

@@ -17,6 +17,7 @@ from torch import Tensor
 from mixmoe_megatron.conversion.hf_files import own_file
 from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.streaming import DiskFile, write_each
 from mixmoe_megatron.errors import MixMoEError
 
 SINGLE_FILE = "model.safetensors"
@@ -208,7 +209,7 @@ def write_safetensors(
     on_tensor: Callable[[int], None] = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> list[str]:
-    """Write tensors as `model.safetensors`, or as several shards with an index. One tensor at a time is in memory.
+    """Write tensors as `model.safetensors`, or as several shards with an index. Two tensors at a time are in memory.
 
     Several ranks write into the same files, each its share of the tensors: every place is known beforehand.
 
@@ -251,17 +252,13 @@ def write_safetensors(
 def _write_share(
     path: Path, shard: _Shard, tensors: list[LazyTensor], with_header: bool, on_tensor: Callable[[int], None]
 ) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as stream:
+    with DiskFile(path) as file:
         if with_header:
-            os.ftruncate(stream.fileno(), shard.size)
-            _write_all(stream, memoryview(shard.header))
-        for tensor in tensors:
-            stream.seek(shard.starts[tensor.name])
-            _write_all(stream, memoryview(tensor.read().view(-1).view(torch.uint8).numpy()))
+            file.write(shard.header)
+            os.truncate(path, shard.size)
+
+        def write(tensor: LazyTensor, values: Tensor) -> None:
+            file.write(values.view(-1).view(torch.uint8).numpy(), shard.starts[tensor.name])
             on_tensor(tensor.num_bytes)
-        os.fsync(stream.fileno())
 
-
-def _write_all(stream: Any, data: memoryview) -> None:
-    while len(data):
-        data = data[stream.write(data) :]
+        write_each(tensors, write)

@@ -6,6 +6,7 @@ Layers of a dense model are stored stacked, see `megatron_checkpoint`, which rea
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from mixmoe_megatron.conversion.megatron_checkpoint import COMMON_STATE_KEY, LAYER, RELEASE, TRACKER_FILE
 from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.streaming import DiskFile, write_each
 
 CHECKPOINT_VERSION = 3.0
 _FILE_BYTES = 1 << 29  # of one .distcp file, about: small enough to share a model among many ranks
@@ -52,7 +54,7 @@ def write_torch_dist(
 
     Args:
         checkpoint_dir: an existing directory; make it a temporary one (see output_dir.whole_directory).
-        plan: tensors by per-layer name. They are written in this order, one in memory at a time.
+        plan: tensors by per-layer name. They are written in this order, two in memory at a time.
         megatron_args: put into the checkpoint as its `args`.
         stacked_layers: L for a homogeneous (dense) model, whose layers are stored as one tensor; 0 for a Mix-MoE model.
         empty_objects: keys of objects to store as None (mappings.extra_state_keys).
@@ -121,17 +123,14 @@ def _stored_as(tensor: LazyTensor, stacked_layers: int) -> tuple[str, torch.Size
 class _Stream(io.RawIOBase):
     """A file for torch.save, which hides the OSError of a full disk behind a RuntimeError of its own."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("xb", buffering=0)
+    def __init__(self, file: DiskFile, name: str) -> None:
+        self.file, self.name = file, name
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`."""
         try:
-            rest = memoryview(data).cast("B")
-            while len(rest):
-                rest = rest[self.file.write(rest) :]
-            return memoryview(data).nbytes
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
@@ -147,24 +146,24 @@ class _Stream(io.RawIOBase):
             torch.save(value, cast(IO[bytes], self))
         except RuntimeError:
             raise self.error or RuntimeError(f"torch cannot save {index.fqn}") from None
-        places[index] = _StorageInfo(Path(self.file.name).name, start, self.file.tell() - start)
-
-    def finish(self) -> None:
-        """Wait for the disk, and close."""
-        os.fsync(self.file.fileno())
-        self.file.close()
+        places[index] = _StorageInfo(self.name, start, self.file.tell() - start)
 
 
 def _write_tensors(
     path: Path, tensors: list[LazyTensor], stacked_layers: int, on_tensor: Callable[[int], None]
 ) -> Places:
-    stream, places = _Stream(path), Places()
-    for tensor in tensors:
-        key, offsets, sizes, _ = _stored_as(tensor, stacked_layers)
-        values: Tensor = tensor.read().reshape(sizes)
-        stream.save(values.clone() if _is_view(values) else values, MetadataIndex(key, offsets), places)
-        on_tensor(tensor.num_bytes)
-    stream.finish()
+    places = Places()
+    with DiskFile(path) as file:
+        stream = _Stream(file, path.name)
+
+        def write(tensor: LazyTensor, values: Tensor) -> None:
+            key, offsets, sizes, _ = _stored_as(tensor, stacked_layers)
+            own = values.clone() if _is_view(values) else values
+            stream.save(own.reshape(sizes), MetadataIndex(key, offsets), places)
+            gc.collect(1)  # torch.save leaves a reference cycle that holds the values
+            on_tensor(tensor.num_bytes)
+
+        write_each(tensors, write)
     return places
 
 
@@ -174,10 +173,11 @@ def _is_view(values: Tensor) -> bool:
 
 
 def _write_objects(path: Path, objects: dict[str, Any]) -> Places:
-    stream, places = _Stream(path), Places()
-    for key, value in objects.items():
-        stream.save([value], MetadataIndex(key), places)
-    stream.finish()
+    places = Places()
+    with DiskFile(path) as file:
+        stream = _Stream(file, path.name)
+        for key, value in objects.items():
+            stream.save([value], MetadataIndex(key), places)
     return places
 
 

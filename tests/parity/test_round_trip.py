@@ -111,6 +111,21 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     assert (after.stage, after.options, after.hf_config) == (before.stage, before.options, before.hf_config)
 
 
+def test_transformers_takes_the_carried_generation_config(tmp_path: Path) -> None:
+    hf, checkpoint, out = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "out"
+    save_tiny_dense(hf, "llama", **base_fields("llama"))
+    given = {"max_new_tokens": 7, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
+    (hf / "generation_config.json").write_text(json.dumps(given))
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", hf, "--output-dir", checkpoint) == 0
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", checkpoint, "--output-dir", out) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    found = model.generation_config
+    assert {name: getattr(found, name) for name in given} == given
+    found.validate(strict=True)
+    made = model.generate(torch.tensor([[11, 12, 13]]), pad_token_id=0)
+    assert made.shape[1] == 10 or int(made[0, -1]) in given["eos_token_id"]  # type: ignore[operator]
+
+
 def test_upcycling_depends_on_the_seed_alone(tmp_path: Path) -> None:
     save_tiny_dense(tmp_path / "hf", "qwen2")
     weights = []
