@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time and peak memory of the conversion commands on a random checkpoint of a real model's shape, beside `cp`.
 
-The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same run; also with the
-sync that puts the copy on the disk, where the commands' files are when they end. A bare start of Python with torch is
-shown too: it is part of each command's time. The way back is compared bit by bit.
+The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same run; also with
+the sync that puts the copy on the disk, where the commands' files are when they end. A bare start of Python with torch
+is shown too: it is part of each command's time. The way back is compared bit by bit.
 
 Example:
     python tools/benchmark_conversion.py --model llama-3.2-1b --directory runs/benchmark
