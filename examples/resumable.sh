@@ -79,12 +79,15 @@ PY
   )
 }
 
-# OUT/seconds.json: what each finished step took.
-write_seconds() {
+# report TITLE: report.md, report.html and summary.json in OUT, with the seconds of each finished step.
+report() {
   "$PYTHON" - "$OUT" <<'PY'
 import json, pathlib, sys
 steps = sorted((pathlib.Path(sys.argv[1]) / "steps").iterdir(), key=lambda path: path.stat().st_mtime_ns)
 seconds = {path.name: int(path.read_text()) for path in steps}
 (pathlib.Path(sys.argv[1]) / "seconds.json").write_text(json.dumps(seconds))
 PY
+  "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
+    --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
+    --seconds "$OUT/seconds.json" --pair "$1" --toy --output-dir "$OUT"
 }

@@ -42,13 +42,6 @@ evaluate() {
     --decoding greedy --max-length-ratio 2 --batch-size 64 --output-dir "$OUT/evaluation"
 }
 
-report() {
-  write_seconds
-  "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
-    --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
-    --seconds "$OUT/seconds.json" --pair "cs de et fi ru tr zh - en" --toy --output-dir "$OUT"
-}
-
 step prepare "clean, deduplicate and split the text of examples/data" "$PYTHON" tools/prepare_data.py \
   --protocol examples/protocol/protocol.yaml --output-dir "$TEXT" --workers 2
 step upcycle "cut every fourth FFN of $BASE into 4 LM experts" \
@@ -66,6 +59,6 @@ step export "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_convers
   --checkpoint-dir "$OUT/stage2" --output-dir "$OUT/hf_mixmoe" "$OUT/hf_mixmoe"
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"
 step evaluate "translate $TEST_SEGMENTS segments of 14 directions with base and Mix-MoE; score; perplexity" evaluate
-step report "write $OUT/report.html, report.md and summary.json" report
+step report "write $OUT/report.html, report.md and summary.json" report "cs de et fi ru tr zh - en"
 cat "$OUT/evaluation/comparison.md"
 echo "Toy-sized figures of a toy-sized model. Report: $OUT/report.html"

@@ -42,13 +42,6 @@ evaluate() {
     --output-dir "$OUT/evaluation"
 }
 
-report() {
-  write_seconds
-  "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
-    --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
-    --seconds "$OUT/seconds.json" --pair "$PAIR" --toy --output-dir "$OUT"
-}
-
 STAGE1_STEPS=$((MINUTES * 12)) STAGE2_STEPS=$((MINUTES * 40)) TEST_SEGMENTS=$((MINUTES * 25))
 
 step upcycle "cut every fourth FFN of $BASE into 4 LM experts" \
@@ -66,6 +59,6 @@ step export2 "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_conver
   --checkpoint-dir "$OUT/stage2" --output-dir "$OUT/hf_mixmoe" "$OUT/hf_mixmoe"
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"
 step evaluate "translate $TEST_SEGMENTS test segments each way with base, stage 1, Mix-MoE; score; perplexity" evaluate
-step report "write $OUT/report.md and $OUT/summary.json" report
+step report "write $OUT/report.md and $OUT/summary.json" report "$PAIR"
 tr '\r' '\n' < "$OUT/logs/evaluate.log" | grep -vE '^[0-9-]+ [0-9:,]+ (INFO|WARNING)|it/s|%\|' | sed -n '/./,$p'
 echo "Toy-sized figures of a toy-sized model. Report: $OUT/report.md"

@@ -216,6 +216,24 @@ def _reader(
     return read
 
 
+def split_by_bytes(plan: list[LazyTensor], max_bytes: int) -> list[list[LazyTensor]]:
+    """Fill files in the plan's order.
+
+    Args:
+        plan: the tensors.
+        max_bytes: of one file; a tensor larger than that gets one of its own.
+    """
+    files: list[list[LazyTensor]] = [[]]
+    used = 0
+    for tensor in plan:
+        if files[-1] and used + tensor.num_bytes > max_bytes:
+            files.append([])
+            used = 0
+        files[-1].append(tensor)
+        used += tensor.num_bytes
+    return files
+
+
 def verify_written(plan: list[LazyTensor], written: Source) -> None:
     """Check that what was written, read back from its headers, is what was planned.
 

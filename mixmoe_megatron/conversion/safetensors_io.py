@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixmoe_megatron.conversion.hf_files import own_file
-from mixmoe_megatron.conversion.plan import LazyTensor
+from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.streaming import DiskFile, write_each
 from mixmoe_megatron.errors import MixMoEError
@@ -173,19 +173,6 @@ class _Shard:
     size: int
 
 
-def _assign_files(plan: list[LazyTensor], max_shard_bytes: int) -> list[list[LazyTensor]]:
-    """Fill shards in the plan's order; a tensor larger than a shard gets one of its own."""
-    shards: list[list[LazyTensor]] = [[]]
-    used = 0
-    for tensor in plan:
-        if shards[-1] and used + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(tensor)
-        used += tensor.num_bytes
-    return shards
-
-
 def _layout(file: str, tensors: list[LazyTensor]) -> _Shard:
     """Settle the places of a file's tensors: the wider dtypes first, so that every tensor is aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -224,7 +211,7 @@ def write_safetensors(
         The names of the files written.
     """
     directory = Path(directory)
-    groups = _assign_files(plan, max_shard_bytes)
+    groups = split_by_bytes(plan, max_shard_bytes)
     one = len(groups) == 1
     names = [
         SINGLE_FILE if one else f"model-{k:05d}-of-{len(groups):05d}.safetensors" for k in range(1, len(groups) + 1)

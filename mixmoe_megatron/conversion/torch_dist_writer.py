@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mixmoe_megatron.conversion.megatron_checkpoint import COMMON_STATE_KEY, LAYER, RELEASE, TRACKER_FILE
-from mixmoe_megatron.conversion.plan import LazyTensor
+from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.streaming import DiskFile, write_each
 
@@ -69,7 +69,7 @@ def write_torch_dist(
     """
     directory = Path(checkpoint_dir) / RELEASE
     directory.mkdir(exist_ok=True)
-    files = _assign_files(plan)
+    files = split_by_bytes(plan, _FILE_BYTES)
 
     def write_mine() -> Places:
         places: Places = {}
@@ -96,18 +96,6 @@ def _common_state(megatron_args: dict[str, Any]) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-
-
-def _assign_files(plan: list[LazyTensor]) -> list[list[LazyTensor]]:
-    files: list[list[LazyTensor]] = [[]]
-    used = 0
-    for tensor in plan:
-        if files[-1] and used + tensor.num_bytes > _FILE_BYTES:
-            files.append([])
-            used = 0
-        files[-1].append(tensor)
-        used += tensor.num_bytes
-    return files
 
 
 def _stored_as(tensor: LazyTensor, stacked_layers: int) -> tuple[str, torch.Size, torch.Size, torch.Size]:

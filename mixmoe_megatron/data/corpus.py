@@ -77,22 +77,45 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, d
         MixMoEError: A column is missing (names the file and the line), or the file is unreadable.
     """
     name = str(path).removesuffix(".gz")
-    return _read_jsonl(path, columns) if name.endswith(".jsonl") else _read_tsv(path, columns)
+    if name.endswith(".jsonl"):
+        return _read_jsonl(path, columns)
+    return (
+        (number, dict(zip(columns, row, strict=True))) for number, row in read_tsv(path, columns) if row is not None
+    )
 
 
-def _read_tsv(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    lines = read_lines(path)
+def read_tsv(
+    path: str | Path, columns: Sequence[str], *, lenient: bool = False
+) -> Iterator[tuple[int, tuple[str, ...] | None]]:
+    """Read the named columns of a TSV file with a header.
+
+    Args:
+        path: The file.
+        columns: Names in the header.
+        lenient: A row with another number of columns than the header is None, and bytes that are not UTF-8 become lone
+            surrogates, where both are errors otherwise.
+
+    Yields:
+        The line number, from 1, and the texts in the order of `columns`.
+
+    Raises:
+        MixMoEError: A column is missing, a row is broken (names the file and the line), or the file is unreadable.
+    """
+    lines = read_lines(path, errors="surrogateescape" if lenient else "strict")
     _, header_line = next(lines, (0, ""))
     header = header_line.split("\t")
     for column in columns:
         if column not in header:
             raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {', '.join(header)}.")
-    places = [(column, header.index(column)) for column in columns]
+    places = [header.index(column) for column in columns]
     for number, line in lines:
         cells = line.split("\t")
-        if len(cells) != len(header):
+        if len(cells) == len(header):
+            yield number, tuple(cells[place] for place in places)
+        elif lenient:
+            yield number, None
+        else:
             raise MixMoEError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}.")
-        yield number, {column: cells[place] for column, place in places}
 
 
 def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.cli import whole_file, write_json
 from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_text, table
 
 #: the columns of a direction, and what stands in for a metric that was not measured
@@ -111,7 +110,6 @@ def write_comparison(evaluation: dict[str, Any], output_dir: Path) -> None:
         "csv": csv_comparison(evaluation),
     }
     for suffix, text in texts.items():
-        temporary = output_dir / f".comparison.{suffix}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output_dir / f"comparison.{suffix}")
+        with whole_file(output_dir / f"comparison.{suffix}") as stream:
+            stream.write(text)
     write_json(output_dir / "comparison.json", evaluation["directions"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.cli import whole_file, write_json
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comparison import markdown_comparison
 from mixmoe_megatron.evaluation.figures import AUX_LOSSES, draw_loss_curves, draw_routing, draw_scores
@@ -274,8 +273,7 @@ def write_report(inputs: ReportInputs, output_dir: Path) -> dict[str, Any]:
         for name, routing in inputs.evaluation.get(kind, {}).items():
             draw_routing(routing, output_dir / f"{kind}_{name}.png")
     for name, content in (("report.md", text), ("report.html", render_html(text, output_dir))):
-        temporary = output_dir / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, output_dir / name)
+        with whole_file(output_dir / name) as stream:
+            stream.write(content)
     write_json(output_dir / "summary.json", summary)
     return summary

@@ -14,7 +14,6 @@ Layout of the output directory:
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import time
@@ -24,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.cli import whole_file, write_json
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate
 from mixmoe_megatron.errors import MixMoEError
@@ -131,9 +130,8 @@ def _merge_identity(old: dict[str, Any], new: dict[str, Any], output_dir: Path) 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     """Write lines atomically; every line must be free of newlines."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    with whole_file(path) as stream:
+        stream.writelines(f"{line}\n" for line in lines)
 
 
 def _read_lines(path: Path, count: int) -> list[str]:

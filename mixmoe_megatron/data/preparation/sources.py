@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.data.corpus import read_lines
+from mixmoe_megatron.data.corpus import read_lines, read_tsv
 from mixmoe_megatron.data.languages import flores_code
 from mixmoe_megatron.errors import MixMoEError
 
@@ -182,22 +182,10 @@ def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
     if kind == ".jsonl":
         return _read_jsonl(path, columns)
     if kind == ".tsv":
-        return _read_tsv(path, columns)
+        return (row for _, row in read_tsv(path, columns, lenient=True))
     if len(columns) > 1:
         raise MixMoEError(f"{path}: a pair of languages needs .tsv, .jsonl or .parquet, or two `aligned` files.")
     return ((line,) for _, line in read_lines(path, errors="surrogateescape"))
-
-
-def _read_tsv(path: str, columns: list[str]) -> Iterator[Row]:
-    lines = read_lines(path, errors="surrogateescape")
-    header = next(lines, (0, ""))[1].split("\t")
-    for column in columns:
-        if column not in header:
-            raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {', '.join(header)}.")
-    places = [header.index(column) for column in columns]
-    for _, line in lines:
-        cells = line.split("\t")
-        yield tuple(cells[place] for place in places) if len(cells) == len(header) else None
 
 
 def _read_jsonl(path: str, columns: list[str]) -> Iterator[Row]:
