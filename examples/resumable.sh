@@ -1,6 +1,5 @@
 # Sourced by the examples' run.sh: steps that run once, tell how far they are, and go on after a kill.
-# Needs: set -euo pipefail, the repository as the current folder; OUT, PYTHON, SEQUENCE and `fail` of
-# the script.
+# Needs: set -euo pipefail, the repository as the current folder; OUT, BASE, PYTHON, SEQUENCE and `fail` of the script.
 
 # begin_run SETTINGS: one run at a time in OUT, and never a run of other settings. A step that outlived a killed run is
 # stopped and done again.
@@ -55,14 +54,14 @@ step() {
 # Run a command after removing what a killed run left of its output, the last word.
 fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 
-# One training stage in OUT/stage1 or OUT/stage2: number, steps, parent, then the stage's own flags.
+# One training stage in OUT/stage1, OUT/stage2 or $stage_dir: number, steps, parent, then the stage's own flags.
 train() {
-  local stage=$1 steps=$2 parent=$3; shift 3
+  local stage=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/stage$1}"; shift 3
   "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
-    --load "$OUT/stage$stage" --save "$OUT/stage$stage" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
+    --load "$directory" --save "$directory" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
     --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval 5 \
-    --tensorboard-dir "$OUT/stage$stage/tensorboard" --tensorboard-log-interval 1 "$@"
+    --tensorboard-dir "$directory/tensorboard" --tensorboard-log-interval 1 "$@"
 }
 
 # An export must load where this package can't be imported.
@@ -90,4 +89,51 @@ PY
   "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
     --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
     --seconds "$OUT/seconds.json" --pair "$1" --toy --output-dir "$OUT"
+}
+
+# What protocol and transfer share: the seven pairs of examples/data with English. Text and token files are in OUT.
+LANGUAGES="cs de et fi ru tr zh"
+
+# multilingual_stage1 STEPS: the steps from BASE and examples/data to OUT/text, OUT/data and the checkpoint OUT/stage1.
+multilingual_stage1() {
+  local steps=$1 mono
+  step prepare "clean, deduplicate and split the text of examples/data" "$PYTHON" tools/prepare_data.py \
+    --protocol examples/protocol/protocol.yaml --output-dir "$OUT/text" --workers 2
+  step upcycle "cut every fourth FFN of $BASE into 4 LM experts" \
+    fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" --output-dir "$OUT/upcycled" "$OUT/upcycled"
+  step data "turn the text of eight languages into token files" tokenize_multilingual
+  read -ra mono <<< "$(for language in en $LANGUAGES; do printf '%s ' "$OUT/data/mono.$language"; done)"
+  step stage1 "$steps steps on monolingual text: LM experts and router" \
+    train 1 "$steps" "$OUT/upcycled" --data-path "${mono[@]}" --split 100,0,0 \
+    --data-cache-path "$OUT/data/cache" --micro-batch-size 16 --global-batch-size 16 --lr 5e-4 --min-lr 5e-5
+}
+
+tokenize_multilingual() {
+  for language in en $LANGUAGES; do
+    "$PYTHON" tools/preprocess_data.py mono --input "$OUT/text/mono.$language.train.txt.gz" \
+      --tokenizer "$OUT/upcycled/tokenizer" --output-prefix "$OUT/data/mono.$language"
+  done
+  for language in $LANGUAGES; do
+    "$PYTHON" tools/preprocess_data.py parallel --input "$OUT/text/$language-en.train.tsv.gz" --both-directions \
+      --source-language "$language" --target-language en --max-tokens $((SEQUENCE + 1)) \
+      --tokenizer "$OUT/upcycled/tokenizer" --output-prefix "$OUT/data/$language-en"
+  done
+}
+
+# train_pairs STEPS PAIR...: stage 2 from OUT/stage1 on these pairs, both directions of each.
+train_pairs() {
+  local steps=$1; shift
+  train 2 "$steps" "$OUT/stage1" --data-path "${@/#/"$OUT/data/"}" --micro-batch-size 32 --global-batch-size 32 \
+    --lr 2e-3 --min-lr 2e-4
+}
+
+# evaluate_multilingual SEGMENTS NAME=DIR...: BASE and the named models in 14 directions and eight languages.
+evaluate_multilingual() {
+  local segments=$1 words=() system; shift
+  for system in base="$BASE" "$@"; do words+=(--system "$system"); done
+  for language in $LANGUAGES; do words+=(--test "$language-en=$OUT/text/$language-en.test.tsv.gz"); done
+  for language in en $LANGUAGES; do words+=(--mono "$language=$OUT/text/mono.$language.test.txt.gz"); done
+  "$PYTHON" tools/evaluate_translation.py --baseline base "${words[@]}" --both-directions \
+    --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 --batch-size 64 \
+    --output-dir "$OUT/evaluation"
 }
