@@ -81,34 +81,18 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
         return MixMoEOptions.from_dict({name: getattr(self, name) for name in OPTION_NAMES})
 
 
-def options_and_stage(config: TransformerConfig, stage: int | None = None) -> tuple[MixMoEOptions, int]:
-    """Return the Mix-MoE options and stage of any TransformerConfig.
-
-    A MixMoETransformerConfig carries them. A plain TransformerConfig (stock `pretrain_gpt.py --spec`) gives the preset
-    `recommended` with n and k from num_moe_experts and moe_router_topk, and needs `stage`.
+def options_and_stage(config: TransformerConfig) -> tuple[MixMoEOptions, int]:
+    """Return the Mix-MoE options and the stage (1 or 2) that a module's config carries.
 
     Raises:
-        MixMoEError: the plain config does not fit a Mix-MoE model of that stage.
+        MixMoEError: it is a plain TransformerConfig.
     """
-    if isinstance(config, MixMoETransformerConfig):
-        return config.options(), config.mixmoe_stage
-    if stage not in (1, 2):
-        raise MixMoEError("a plain TransformerConfig does not say the Mix-MoE stage: give mixmoe_stage 1 or 2.")
-    if not config.num_moe_experts or config.num_moe_experts % stage or config.moe_router_topk % stage:
+    if not isinstance(config, MixMoETransformerConfig):
         raise MixMoEError(
-            f"stage {stage} has {stage} expert group(s): --num-experts ({config.num_moe_experts}) and "
-            f"--moe-router-topk ({config.moe_router_topk}) count the experts of all groups and must be divisible by it."
+            "a plain TransformerConfig has no Mix-MoE options: build a MixMoETransformerConfig, or start stock "
+            "pretrain_gpt.py with --spec mixmoe_megatron.training.stock stage1 (or stage2)."
         )
-    freq = config.moe_layer_freq
-    layers = range(0, config.num_layers, freq) if isinstance(freq, int) else [i for i, moe in enumerate(freq) if moe]
-    options = MixMoEOptions(
-        num_experts_per_group=config.num_moe_experts // stage,
-        topk_per_group=config.moe_router_topk // stage,
-        moe_layer_placement=",".join(map(str, layers)),
-        expert_init="copy" if config.moe_ffn_hidden_size == config.ffn_hidden_size else "slice",
-    )
-    check_transformer_config(config, options, stage)
-    return options, stage
+    return config.options(), config.mixmoe_stage
 
 
 #: Megatron setting -> values that go with Mix-MoE, and why the others do not

@@ -37,7 +37,7 @@ class GroupedLinear(torch.nn.Module):
         num_local_experts: n, experts of the group on this rank.
         input_size: full (unsharded) input width.
         output_size: full output width.
-        config: the Transformer configuration.
+        config: a MixMoETransformerConfig.
         init_method: fills an [output_size, input_size] float32 tensor in place.
         parallel_axis: weight axis that expert tensor parallelism splits: 0 (column) or 1 (row).
         stride: 2 when the output is a gate and an up projection, each split on its own, else 1.
@@ -147,7 +147,7 @@ class ExpertGroup(MegatronModule):
 
     Args:
         num_local_experts: n, experts of this group on this rank.
-        config: the Transformer configuration.
+        config: a MixMoETransformerConfig.
         pg_collection: Megatron's process groups (ep, expt_tp, expt_dp).
         use_grouped_mm: one grouped GEMM per layer instead of a GEMM per expert.
     """
@@ -245,10 +245,9 @@ class MixMoEExperts(MegatronModule):
 
     Args:
         num_local_experts: E, experts of both groups on this rank.
-        config: the Transformer configuration.
+        config: a MixMoETransformerConfig.
         pg_collection: Megatron's process groups.
         name: instance name, for Transformer Engine's modules.
-        mixmoe_stage: needed when `config` is a plain TransformerConfig.
 
     Attributes:
         layer_number: 1-based, for the log; set by the layer.
@@ -264,12 +263,11 @@ class MixMoEExperts(MegatronModule):
         *,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
-        mixmoe_stage: int | None = None,
     ):
         super().__init__(config=config)
         if pg_collection is None:
             raise MixMoEError("MixMoEExperts needs Megatron's process groups (pg_collection).")
-        _, self.stage = options_and_stage(config, mixmoe_stage)
+        _, self.stage = options_and_stage(config)
         self.num_per_group = num_local_experts // self.stage
         self.layer_number: int | None = None
         self.tp_group = pg_collection.expt_tp

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from mixmoe_megatron.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.backends import uses_transformer_engine
 from mixmoe_megatron.frozen_prefix import MixMoETransformerLayer
-from mixmoe_megatron.moe_layer import MixMoELayer, mixmoe_submodules
+from mixmoe_megatron.moe_layer import MixMoELayer
 
 
 class SeparateRMSNorm(TorchRMSNorm):
@@ -41,16 +41,15 @@ class SeparateRMSNorm(TorchRMSNorm):
 
 
 def mixmoe_decoder_block_spec(
-    config: Any, vp_stage: int | None = None, pp_rank: int | None = None, mixmoe_stage: int | None = None
+    config: Any, vp_stage: int | None = None, pp_rank: int | None = None
 ) -> TransformerBlockSubmodules:
     """Return the decoder of this pipeline stage: dense layers (stage 0), or dense and Mix-MoE layers.
 
     Args:
-        config: a MixMoETransformerConfig; a plain TransformerConfig with `mixmoe_stage`; or a model config that holds
-            one of them as `transformer` (Megatron's GPTModelConfig).
+        config: a MixMoETransformerConfig, or a model config that holds one as `transformer` (Megatron's
+            GPTModelConfig).
         vp_stage: virtual pipeline stage.
         pp_rank: pipeline rank; None: this process's.
-        mixmoe_stage: 1 or 2, needed for a plain TransformerConfig with experts.
 
     Raises:
         MixMoEError: the config does not go with Mix-MoE (when the layers are built).
@@ -66,17 +65,17 @@ def mixmoe_decoder_block_spec(
         pp_rank=pp_rank,
     )
     return TransformerBlockSubmodules(
-        layer_specs=[_mixmoe_layer_spec(spec, use_te, mixmoe_stage) for spec in block.layer_specs],
+        layer_specs=[_mixmoe_layer_spec(spec, use_te) for spec in block.layer_specs],
         layer_norm=block.layer_norm if use_te else SeparateRMSNorm,
     )
 
 
-def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool, mixmoe_stage: int | None) -> ModuleSpec:
+def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
     """Return a copy of a Megatron layer spec (they are shared) with this package's modules in it."""
     submodules: TransformerLayerSubmodules = copy.copy(spec.submodules)
     is_moe = isinstance(submodules.mlp, partial) and submodules.mlp.func is MoELayer
     if is_moe:
-        submodules.mlp = partial(MixMoELayer, submodules=mixmoe_submodules(mixmoe_stage), mixmoe_stage=mixmoe_stage)
+        submodules.mlp = MixMoELayer
     if not use_te:
         _use_torch_modules(submodules, is_moe)
     return ModuleSpec(module=MixMoETransformerLayer, submodules=submodules, params=dict(spec.params))

@@ -14,7 +14,6 @@ Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,24 +26,15 @@ from mixmoe_megatron.experts import MixMoEExperts
 from mixmoe_megatron.router import MixMoERouter
 
 
-def mixmoe_submodules(mixmoe_stage: int | None = None) -> MoESubmodules:
-    """Return the router and experts of a Mix-MoE layer; the stage is needed for a plain TransformerConfig."""
-    return MoESubmodules(
-        experts=partial(MixMoEExperts, mixmoe_stage=mixmoe_stage),
-        router=partial(MixMoERouter, mixmoe_stage=mixmoe_stage),
-    )
-
-
 class MixMoELayer(MoELayer):
     """A Mix-MoE layer in place of a dense FFN.
 
     Args:
-        config: a MixMoETransformerConfig, or a plain TransformerConfig together with `mixmoe_stage`.
-        submodules: router and experts; None: `mixmoe_submodules(mixmoe_stage)`.
+        config: a MixMoETransformerConfig.
+        submodules: router and experts; None: Mix-MoE's.
         layer_number: 1-based, or None until `set_layer_number`.
         pg_collection: Megatron's process groups; None: the global ones.
         is_mtp_layer, name: passed on to Megatron.
-        mixmoe_stage: 1 or 2, needed for a plain TransformerConfig.
         kwargs: arguments of other Megatron versions, passed on.
 
     Raises:
@@ -60,13 +50,12 @@ class MixMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
-        mixmoe_stage: int | None = None,
         **kwargs: Any,
     ):
-        _, self.stage = options_and_stage(config, mixmoe_stage)
+        _, self.stage = options_and_stage(config)
         super().__init__(
             config=config,
-            submodules=submodules or mixmoe_submodules(mixmoe_stage),
+            submodules=submodules or MoESubmodules(experts=MixMoEExperts, router=MixMoERouter),
             layer_number=layer_number,
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,

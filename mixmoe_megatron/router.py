@@ -91,10 +91,9 @@ class MixMoERouter(TopKRouter):
     Source: Mix-MoE (arXiv:2605.24681) eq. 3-7. Deviates: README, table of decisions (combine, scale).
 
     Args:
-        config: the Transformer configuration.
+        config: a MixMoETransformerConfig.
         pg_collection: Megatron's process groups.
         is_mtp_layer: passed on to Megatron.
-        mixmoe_stage: needed when `config` is a plain TransformerConfig.
 
     Raises:
         MixMoEError: the config does not go with Mix-MoE.
@@ -105,9 +104,8 @@ class MixMoERouter(TopKRouter):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
-        mixmoe_stage: int | None = None,
     ):
-        self.options, self.stage = options_and_stage(config, mixmoe_stage)
+        self.options, self.stage = options_and_stage(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.weight = None  # Megatron's one weight for all experts gives way to the group routers
         self.lm = GroupRouter(config, self.options)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mixmoe_megatron.config import (
     MixMoEOptions,
@@ -16,6 +17,7 @@ from mixmoe_megatron.config import (
     resolve_moe_layers,
 )
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.moe_layer import MixMoELayer
 from tests.helpers.megatron import make_config, make_options
 
 
@@ -157,24 +159,8 @@ def test_config_from_an_args_namespace() -> None:
     assert (rebuilt.options(), rebuilt.mixmoe_stage) == (options, 1)
 
 
-def plain_config(**settings: Any) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    defaults = {
-        "num_layers": 4, "hidden_size": 24, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_moe_experts": 8,
-        "moe_router_topk": 2, "moe_ffn_hidden_size": 12, "moe_layer_freq": [0, 1, 0, 1], "moe_router_pre_softmax": True,
-        "add_bias_linear": False, "gated_linear_unit": True, "use_cpu_initialization": True,
-    }  # fmt: skip
-    return TransformerConfig(**{**defaults, **settings})
-
-
-def test_a_plain_config_gives_the_recommended_preset() -> None:
-    options, stage = options_and_stage(plain_config(), 2)
-    assert (options.num_experts_per_group, options.topk_per_group, stage) == (4, 1, 2)
-    assert resolve_moe_layers(options, 4) == [1, 3]
-    with pytest.raises(MixMoEError, match="give mixmoe_stage 1 or 2"):
-        options_and_stage(plain_config())
-    with pytest.raises(MixMoEError, match="must be divisible by it"):
-        options_and_stage(plain_config(num_moe_experts=7), 2)
-    with pytest.raises(MixMoEError, match="drops no token"):
-        options_and_stage(plain_config(moe_expert_capacity_factor=2.0), 2)
+def test_modules_refuse_a_plain_config() -> None:
+    config = TransformerConfig(num_layers=2, hidden_size=24, num_attention_heads=4, use_cpu_initialization=True)
+    with pytest.raises(MixMoEError, match="build a MixMoETransformerConfig"):
+        MixMoELayer(config)
+    assert options_and_stage(make_config(make_options(), 2)) == (make_options(), 2)
