@@ -1,4 +1,4 @@
-"""The report's pictures, in colours that colour-blind readers can tell apart (Okabe and Ito; cividis)."""
+"""The report's pictures, in colours that colour-blind readers can tell apart (Okabe and Ito; cividis; PuOr)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
 from mixmoe_megatron.evaluation.training_log import Curves
 
@@ -20,6 +23,14 @@ AUX_LOSSES = {
 }
 _DPI = 150
 _SMOOTHING_PARTS = 20
+
+
+class Gain(NamedTuple):
+    """A cell of `draw_gains`: the value, its text, and whether it is of the row's own pair."""
+
+    value: float
+    text: str
+    own: bool
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -113,6 +124,48 @@ def draw_scores(evaluation: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def _heatmap(
+    axes: Axes, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], colours: str, ends: Sequence[float]
+) -> AxesImage:
+    """Draw a matrix (rows of columns) with a text in each cell, black on light colours and white on dark ones."""
+    image = axes.imshow(values, cmap=colours, vmin=ends[0], vmax=ends[1], aspect="auto")
+    light = image.to_rgba(np.asarray(values))[..., :3] @ (0.299, 0.587, 0.114) > 0.5
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            colour = "black" if light[row, column] else "white"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    return image
+
+
+def draw_gains(panels: dict[str, dict[str, list[Gain]]], directions: Sequence[str], path: Path) -> None:
+    """Draw gains as heatmaps one below the other, white at 0, one scale for all; a row's own pair is framed.
+
+    Args:
+        panels: Title to row name to a gain for each direction.
+        directions: Titles of the columns.
+        path: The PNG file.
+    """
+    gains = [gain.value for rows in panels.values() for row in rows.values() for gain in row]
+    limit = max(map(abs, gains)) or 1.0
+    heights = [len(rows) for rows in panels.values()]
+    size = (0.62 * len(directions) + 2.6, 0.38 * sum(heights) + 0.9 * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+        values = [[gain.value for gain in row] for row in rows.values()]
+        image = _heatmap(axes, values, [[gain.text for gain in row] for row in rows.values()], "PuOr", (-limit, limit))
+        for place, row in enumerate(rows.values()):
+            for column, gain in enumerate(row):
+                if gain.own:
+                    corner = (column - 0.45, place - 0.45)
+                    axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor="black", linewidth=1.6))
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set_xticks(range(len(directions)), directions, fontsize=8)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    figure.colorbar(image, ax=list(grid), fraction=0.04)
+    _save(figure, path)
+
+
 def draw_routing(routing: dict[str, Any], path: Path) -> None:
     """Draw one model's expert shares: a heatmap for each group, rows are layers and languages, columns experts.
 
@@ -130,11 +183,8 @@ def draw_routing(routing: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=((0.75 * experts + 0.8) * len(groups) + 2.2, 0.38 * len(rows) + 1.9), layout="constrained")
     grid = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for axes, name in zip(grid, groups, strict=True):
-        image = axes.imshow(shares[name], cmap="cividis", vmin=0.0, vmax=highest, aspect="auto")
-        for row, values in enumerate(shares[name]):
-            for expert, share in enumerate(values):
-                colour = "black" if share > 0.6 * highest else "white"
-                axes.text(expert, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        texts = [[f"{100 * share:.0f}" for share in values] for values in shares[name]]
+        image = _heatmap(axes, shares[name], texts, "cividis", (0.0, highest))
         axes.set_title(f"{name.upper()} experts")
         axes.set_xticks(range(experts))
         axes.set_xlabel("expert")

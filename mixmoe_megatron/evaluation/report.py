@@ -47,6 +47,17 @@ _REQUIRED = ("baseline", "directions", "perplexity", "routing", "significance", 
              "options", "versions", "commit", "seconds")  # fmt: skip
 
 
+def check_evaluation(evaluation: dict[str, Any]) -> None:
+    """Refuse what is not the content of an evaluation.json.
+
+    Raises:
+        MixMoEError: A part is missing.
+    """
+    missing = [key for key in _REQUIRED if key not in evaluation]
+    if missing:
+        raise MixMoEError(f"This is not an evaluation.json of tools/evaluate_translation.py: {missing[0]} is missing.")
+
+
 @dataclass(frozen=True)
 class ReportInputs:
     """Everything a report is made of.
@@ -71,11 +82,7 @@ class ReportInputs:
     hypotheses_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        missing = [key for key in _REQUIRED if key not in self.evaluation]
-        if missing:
-            raise MixMoEError(
-                f"This is not an evaluation.json of tools/evaluate_translation.py: {missing[0]} is missing."
-            )
+        check_evaluation(self.evaluation)
 
     @property
     def title(self) -> str:

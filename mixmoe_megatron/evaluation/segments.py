@@ -147,25 +147,31 @@ def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list
     return select_subset(texts, limit, seed)
 
 
-def named_paths(values: list[str], option: str) -> dict[str, Path]:
-    """Split NAME=PATH values of a repeatable option.
+def named_values(values: list[str], option: str, kind: str) -> dict[str, str]:
+    """Split NAME=VALUE values of a repeatable option.
 
     Args:
         values: As given on the command line.
         option: The option's name, for messages.
+        kind: What VALUE is called there, such as PATH.
 
     Raises:
-        MixMoEError: A value is not NAME=PATH, or a name comes twice.
+        MixMoEError: A value is not NAME=VALUE, or a name comes twice.
     """
-    result: dict[str, Path] = {}
+    result: dict[str, str] = {}
     for value in values:
-        name, separator, path = value.partition("=")
-        if not (name and separator and path):
-            raise MixMoEError(f"{option} takes NAME=PATH, not {value!r}.")
+        name, _, content = value.partition("=")
+        if not (name and content):
+            raise MixMoEError(f"{option} takes NAME={kind}, not {value!r}.")
         if name in result:
             raise MixMoEError(f"{option} names {name!r} twice.")
-        result[name] = Path(path)
+        result[name] = content
     return result
+
+
+def named_paths(values: list[str], option: str) -> dict[str, Path]:
+    """Split NAME=PATH values of a repeatable option, see `named_values`."""
+    return {name: Path(path) for name, path in named_values(values, option, "PATH").items()}
 
 
 def sha256_of_texts(texts: Sequence[str]) -> str:

@@ -24,6 +24,11 @@ def score_text(metric: str, value: float) -> str:
     return f"{100 * value if metric in _PERCENT else value:.1f}"
 
 
+def gain_text(metric: str, value: float) -> str:
+    """Return a difference of scores with its sign and one digit; METEOR and COMET times 100."""
+    return signed(100 * value if metric in _PERCENT else value)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """Return an aligned Markdown table.
 
