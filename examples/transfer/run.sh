@@ -54,7 +54,7 @@ for pair in "${pairs[@]}"; do
   step "export_$pair" "export the model of $pair to Hugging Face" export_model "stage2_$pair" "hf_$pair"
   systems+=("$pair=$OUT/hf_$pair") trained+=(--trained "$pair=$pair")
 done
-step evaluate "translate $TEST_SEGMENTS segments of 14 directions with $((${#systems[@]} + 1)) models; score; perplexity" \
+step evaluate "translate $TEST_SEGMENTS segments of 14 directions with $((${#systems[@]} + 1)) models; perplexity" \
   evaluate_multilingual $TEST_SEGMENTS "${systems[@]}"
 step matrix "write $OUT/transfer.html, .md, .csv and .json" "$PYTHON" tools/transfer_matrix.py \
   --evaluation "$OUT/evaluation/evaluation.json" --stage1 stage1 "${trained[@]}" --toy --output-dir "$OUT"
