@@ -95,7 +95,10 @@ def run(args: argparse.Namespace) -> None:
             "seed": args.seed,
         },
     )
-    print(format_tables(evaluate(plan, args.output_dir, overwrite=args.overwrite)))
+    try:
+        print(format_tables(evaluate(plan, args.output_dir, overwrite=args.overwrite)))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": the same command goes on in {args.output_dir}.") from None
 
 
 def main() -> int:

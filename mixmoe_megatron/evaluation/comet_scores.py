@@ -45,18 +45,70 @@ def find_comet(model: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def fetch_comet(model: str) -> Path:
+    """Return a COMET checkpoint; a name that is not in the cache is fetched from the hub.
+
+    Args:
+        model: See `find_comet`.
+
+    Raises:
+        MixMoEError: unbabel-comet is not installed, or there is no such model.
+    """
+    if find_spec("comet") is None:
+        raise MixMoEError("COMET needs the package unbabel-comet: pip install 'unbabel-comet>=2.2.7'.")
+    from comet import download_model
+
+    try:
+        path = find_comet(model) or Path(download_model(model))
+    except Exception as error:  # the package and the hub raise many kinds
+        raise _unusable(model, error) from error
+    settings = path.parent.parent / "hparams.yaml"
+    if not settings.is_file():
+        raise _unusable(model, FileNotFoundError(f"there is no {settings}"))
+    return path
+
+
+def _unusable(model: str, error: Exception) -> MixMoEError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip("'\"").rstrip(".")
+    return MixMoEError(
+        f"The COMET model {model!r} cannot be used ({reason}): give a checkpoint file, a directory with {_CHECKPOINT}, "
+        "or a name on the Hugging Face hub, or leave COMET out (--comet off)."
+    )
+
+
 def choose_comet(wanted: str) -> str | None:
     """Return the COMET model to use.
 
     Args:
-        wanted: "auto": the default model when it is on this machine; "off": none; else the model itself.
+        wanted: "auto": the default model when it is on this machine; "off": none; else the model itself, which is
+            fetched now, before hours of decoding.
+
+    Raises:
+        MixMoEError: unbabel-comet is not installed, or there is no such model.
     """
+    if wanted == "off":
+        return None
     if wanted != "auto":
-        return None if wanted == "off" else wanted
+        fetch_comet(wanted)
+        return wanted
     if find_comet(DEFAULT_COMET) is None:
         logger.info("no COMET: %s is not on this machine; --comet %s fetches it", DEFAULT_COMET, DEFAULT_COMET)
         return None
     return DEFAULT_COMET
+
+
+def _load(model: str) -> Any:
+    """Load from what is on this machine; what is missing, such as the encoder of a model just fetched, comes next."""
+    path = str(fetch_comet(model))
+    from comet import load_from_checkpoint
+
+    try:
+        return load_from_checkpoint(path, local_files_only=True)
+    except Exception as missing:  # the package and the hub raise many kinds
+        try:
+            return load_from_checkpoint(path)
+        except Exception:
+            raise _unusable(model, missing) from missing
 
 
 class CometScorer:
@@ -75,21 +127,7 @@ class CometScorer:
     """
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 16) -> None:
-        if find_spec("comet") is None:
-            raise MixMoEError("COMET needs the package unbabel-comet: pip install 'unbabel-comet>=2.2.7'.")
-        from comet import download_model, load_from_checkpoint
-
-        path = find_comet(model)
-        local = path is not None
-        try:
-            self._model: Any = load_from_checkpoint(str(path or download_model(model)), local_files_only=local)
-        except Exception as error:  # the package and the hub raise many kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise MixMoEError(
-                f"The COMET model {model!r} cannot be had ({reason}): give a checkpoint file, a directory with "
-                f"{_CHECKPOINT}, or a name on the Hugging Face hub, or leave COMET out (--comet off)."
-            ) from error
-        self._model = self._model.eval().half()  # as the comet-score command does: the fourth digit depends on it
+        self._model = _load(model).eval().half()  # as the comet-score command does: the fourth digit depends on it
         self._gpus = 1 if device.startswith("cuda") else 0
         self._batch_size = batch_size
         self.signature = f"{model}|unbabel-comet:{version('unbabel-comet')}"

@@ -17,6 +17,7 @@ from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_t
 
 #: the columns of a direction, and what stands in for a metric that was not measured
 COLUMNS = (("bleu", "B", None), ("meteor", "M", "chrf"), ("comet", "C", "chrf_plus_plus"))
+COMPARISON_SUFFIXES = ("md", "tex", "csv", "json")
 _LETTERS = {"chrf": "F", "chrf_plus_plus": "F+"}
 
 

@@ -157,8 +157,11 @@ def _read_partial(path: Path, count: int) -> dict[int, str]:
     for line in data.splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
-        record = json.loads(line)
-        done[record["index"]] = record["hypothesis"]
+        try:
+            record = json.loads(line)
+            done[record["index"]] = record["hypothesis"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MixMoEError(f"{path} is damaged: delete it to start this system anew.") from error
         whole += len(line)
     if whole < len(data):
         os.truncate(path, whole)
@@ -216,6 +219,8 @@ def translate(
 ) -> list[str]:
     """Translate all segments, longest first; finished batches are kept on disk and not decoded again.
 
+    A batch of which only a part is on disk is decoded again as a whole: rounding depends on how segments are batched.
+
     Args:
         loaded: The model.
         prompts: Rendered prompts, one a segment.
@@ -237,14 +242,15 @@ def translate(
     budgets = [options.budget(len(ids)) for ids in source_ids]
     _check_lengths(loaded, prompt_ids, budgets)
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompt_ids[index]), index))
-    remaining = [index for index in order if index not in done]
+    batches = [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
+    remaining = [batch for batch in batches if not done.keys() >= set(batch)]
+    finished = len(prompts) - sum(map(len, remaining))
     table = LineTable(loaded.tokenizer, loaded.vocab_size, loaded.device)
     with (
         partial_path.open("a", encoding="utf-8") as stream,
-        tqdm(total=len(prompts), initial=len(done), desc=label, unit="segment", mininterval=5.0, disable=None) as bar,
+        tqdm(total=len(prompts), initial=finished, desc=label, unit="segment", mininterval=5.0, disable=None) as bar,
     ):
-        for start in range(0, len(remaining), options.batch_size):
-            batch = remaining[start : start + options.batch_size]
+        for batch in remaining:
             lines = _generate_batch(
                 loaded, table, [prompt_ids[index] for index in batch], [budgets[index] for index in batch], options
             )

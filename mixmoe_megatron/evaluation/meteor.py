@@ -9,6 +9,7 @@ Source: Banerjee and Lavie 2005; the score is the mean over segments of `nltk.tr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -18,10 +19,20 @@ from typing import Any
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.metrics import bleu_of, check_counts
 
+logger = logging.getLogger(__name__)
+
 
 def meteor_is_installed() -> bool:
     """Tell whether NLTK is there."""
     return find_spec("nltk") is not None
+
+
+def report_missing_parts() -> None:
+    """Log what METEOR lacks on this machine, and what to do about it: no NLTK, no METEOR; no WordNet, no synonyms."""
+    if not meteor_is_installed():
+        logger.warning("no METEOR: NLTK is not installed; pip install 'mixmoe-megatron[meteor]' adds it")
+    elif _wordnet() is None:
+        logger.warning("METEOR without synonyms: WordNet is not here; python -m nltk.downloader wordnet fetches it")
 
 
 class _NoSynonyms:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from mixmoe_megatron.data.tokenizers import TextTokenizer, check_tokenizer_fits_model, open_tokenizer
@@ -15,8 +17,8 @@ from mixmoe_megatron.errors import MixMoEError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FINGERPRINT_SUFFIXES = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
-_SAMPLE_BYTES = 1 << 20
-_SAMPLES_PER_FILE = 64
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+_READERS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,35 @@ class LoadedModel:
         return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
 
+def check_model(name: str, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> TextTokenizer:
+    """Check all of a model that can be checked without its weights, and return its tokenizer.
+
+    The arguments are those of `load_model`.
+
+    Raises:
+        MixMoEError: Unknown dtype or device, no model at `path`, damaged weights, or an unusable tokenizer.
+    """
+    path = Path(path)
+    if dtype not in _DTYPES:
+        raise MixMoEError(f"The dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
+    if not (path / "config.json").is_file():
+        raise MixMoEError(f"System {name!r}: {path} is not a Hugging Face model directory (it has no config.json).")
+    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+        raise MixMoEError(f"System {name!r}: {path} holds no weights ({' or '.join(_WEIGHT_PATTERNS)}).")
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise MixMoEError(f"System {name!r}: {file} is damaged ({error}): copy or export it again.") from error
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch's own, for an unknown, an absent or a missing device
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise MixMoEError(f"The device {device!r} cannot be used here: {reason}.") from error
+    return open_tokenizer(path)
+
+
 def load_model(name: str, path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
     """Load a model directory and its tokenizer; model code shipped in the directory is run.
 
@@ -73,12 +104,7 @@ def load_model(name: str, path: str | Path, *, dtype: str = "float32", device: s
     Raises:
         MixMoEError: Unknown dtype or device, no model at `path`, or a tokenizer that does not fit or has no EOS.
     """
-    path = Path(path)
-    if dtype not in _DTYPES:
-        raise MixMoEError(f"The dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
-    if not (path / "config.json").is_file():
-        raise MixMoEError(f"System {name!r}: {path} is not a Hugging Face model directory (it has no config.json).")
-    tokenizer = open_tokenizer(path)
+    tokenizer = check_model(name, path, dtype=dtype, device=device)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=_DTYPES[dtype], trust_remote_code=True, local_files_only=True
@@ -96,23 +122,16 @@ def load_model(name: str, path: str | Path, *, dtype: str = "float32", device: s
     return loaded
 
 
-def _update_with_samples(digest: Any, path: Path) -> None:
-    """Hash a file's name, size and up to 64 evenly spread MiB of it, the first and the last among them."""
-    size = path.stat().st_size
-    digest.update(f"{path.name}:{size}\n".encode())
-    count = min(_SAMPLES_PER_FILE, max(1, -(-size // _SAMPLE_BYTES)))
-    last = max(0, size - _SAMPLE_BYTES)
+def _sha256_of_file(path: Path) -> str:
     with path.open("rb") as stream:
-        for index in range(count):
-            stream.seek(last * index // max(1, count - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(path: str | Path) -> str:
     """Return a short hash of a model directory's config, tokenizer and weights, independent of where it lies.
 
-    Weight files above 64 MiB are sampled, not read whole. The hash tells a re-trained model from the one whose
-    hypotheses are on disk; it is no proof of integrity.
+    Every byte counts, so that a model in which a single router was trained on is told from the one whose hypotheses are
+    on disk; loading reads the same files right after.
 
     Args:
         path: The directory.
@@ -126,8 +145,9 @@ def fingerprint(path: str | Path) -> str:
     directory = Path(path)
     if not directory.is_dir():
         raise MixMoEError(f"There is no model directory {directory}.")
+    files = sorted(file for file in directory.iterdir() if file.is_file() and file.suffix in _FINGERPRINT_SUFFIXES)
     digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and file.suffix in _FINGERPRINT_SUFFIXES:
-            _update_with_samples(digest, file)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for file, content in zip(files, pool.map(_sha256_of_file, files), strict=True):
+            digest.update(f"{file.name}:{content}\n".encode())
     return digest.hexdigest()[:16]

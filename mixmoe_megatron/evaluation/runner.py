@@ -28,11 +28,11 @@ from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comet_scores import CometScorer
-from mixmoe_megatron.evaluation.comparison import write_comparison
+from mixmoe_megatron.evaluation.comparison import COMPARISON_SUFFIXES, write_comparison
 from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
-from mixmoe_megatron.evaluation.meteor import meteor_is_installed, score_meteor
-from mixmoe_megatron.evaluation.metrics import METRIC_NAMES, compare, score
-from mixmoe_megatron.evaluation.models import LoadedModel, fingerprint, load_model
+from mixmoe_megatron.evaluation.meteor import meteor_is_installed, report_missing_parts, score_meteor
+from mixmoe_megatron.evaluation.metrics import METRIC_NAMES, bleu_of, compare, score
+from mixmoe_megatron.evaluation.models import LoadedModel, check_model, fingerprint, load_model
 from mixmoe_megatron.evaluation.perplexity import measure_perplexity
 from mixmoe_megatron.evaluation.provenance import git_commit, package_versions, read_json
 from mixmoe_megatron.evaluation.routing import is_mixmoe, measure_routing
@@ -110,6 +110,55 @@ class EvaluationPlan:
         }
 
 
+def _check(plan: EvaluationPlan, output_dir: Path) -> None:
+    """Find what would fail after hours of decoding before anything is read or written.
+
+    Raises:
+        MixMoEError: A model, device, tokenizer or the directory cannot be used.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise MixMoEError(f"{output_dir} is a file: choose another output directory.")
+    for name, path in plan.systems.items():
+        check_model(name, path, dtype=plan.dtype, device=plan.device)
+    for direction in plan.directions:
+        bleu_of(direction.target_language)
+    if plan.directions:
+        report_missing_parts()
+
+
+def _found_systems(output_dir: Path) -> set[str]:
+    """Return the systems of which the directory holds results, finished or not."""
+    names = {path.name.removesuffix(".txt").removesuffix(".partial.jsonl").rpartition(".")[2]
+             for path in (output_dir / "hypotheses").glob("[!.]*")}  # fmt: skip
+    return {path.stem for path in (output_dir / "measurements").glob("[!.]*")} | names - _RESERVED_NAMES
+
+
+def _found_identity(output_dir: Path, *, discard: bool) -> dict[str, Any]:
+    """Return what the results in a directory belong to, after discarding them if wanted; empty when there are none.
+
+    Raises:
+        MixMoEError: They belong to something that manifest.json does not tell, or it is of another kind of run.
+    """
+    manifest_path = output_dir / "manifest.json"
+    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    if manifest and "systems" not in manifest:
+        raise MixMoEError(f"{manifest_path} is not an evaluation's: choose another output directory.")
+    if discard:
+        for name in ("hypotheses", "measurements"):
+            if (output_dir / name).exists():
+                shutil.rmtree(output_dir / name)
+        for name in ("evaluation.json", *(f"comparison.{suffix}" for suffix in COMPARISON_SUFFIXES), "manifest.json"):
+            (output_dir / name).unlink(missing_ok=True)
+    found = _found_systems(output_dir)
+    if unknown := found - set(manifest.get("systems", ())):
+        raise MixMoEError(
+            f"{output_dir} holds results of {min(unknown)}, and its manifest.json does not say of which model: "
+            "choose another output directory, or overwrite it with --overwrite."
+        )
+    systems = {name: value for name, value in manifest.get("systems", {}).items() if name in found}
+    return {**manifest, "systems": systems} if systems else {}
+
+
 def _merge_identity(old: dict[str, Any], new: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """Return the union of both; systems, test sets and languages may be added, nothing may differ."""
     flat_old, flat_new = (
@@ -171,10 +220,11 @@ class _SystemRun:
     def translate(self, direction: Direction) -> None:
         """Translate a direction unless its hypotheses are on disk."""
         path = self.hypotheses_dir / f"{direction.name}.{self.name}.txt"
+        partial = path.with_suffix(".partial.jsonl")
         if path.exists():
             _read_lines(path, len(direction.sources))
+            partial.unlink(missing_ok=True)
             return
-        partial = path.with_suffix(".partial.jsonl")
         languages = (direction.source_language, direction.target_language)
         prompts = [self.plan.template.render(source, *languages) for source in direction.sources]
         label = f"{self.name} {direction.name}"
@@ -271,17 +321,13 @@ def evaluate(plan: EvaluationPlan, output_dir: Path, *, overwrite: bool = False)
     Raises:
         MixMoEError: The directory holds results of another plan, or any mistake in models or data.
     """
+    _check(plan, output_dir)
     identity = plan.identity()
-    manifest_path = output_dir / "manifest.json"
-    if overwrite:
-        for name in ("hypotheses", "measurements"):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-        manifest_path.unlink(missing_ok=True)
-    if manifest_path.exists():
-        identity = _merge_identity(read_json(manifest_path), identity, output_dir)
+    if found := _found_identity(output_dir, discard=overwrite):
+        identity = _merge_identity(found, identity, output_dir)
     for name in ("hypotheses", "measurements"):
         (output_dir / name).mkdir(parents=True, exist_ok=True)
-    write_json(manifest_path, identity)
+    write_json(output_dir / "manifest.json", identity)
     for direction in plan.directions:
         _write_lines(output_dir / "hypotheses" / f"{direction.name}.source.txt", direction.sources)
         _write_lines(output_dir / "hypotheses" / f"{direction.name}.reference.txt", direction.references)

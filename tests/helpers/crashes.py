@@ -37,6 +37,11 @@ def file_size_limit_from(directory: Path, rank: int, path: str, limit: int) -> C
     return partial(_watch, str(directory), partial(_limit, rank, path, limit))
 
 
+def die_at_size(directory: Path, rank: int, path: str, limit: int) -> Callable[[], None]:
+    """A rank dies in the write that makes `path` (relative to `directory`) longer than `limit` bytes: a torn file."""
+    return partial(_watch, str(directory), partial(_limit, rank, path, limit, deadly=True))
+
+
 def _watch(directory: str, on_change: Callable[[int, str, str], None]) -> None:
     """Call on_change(number, event, path below directory) just before each change."""
     count = 0
@@ -74,6 +79,8 @@ def _refuse(rank: int, first: str, begun: list[bool], number: int, event: str, p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
-def _limit(rank: int, wanted: str, limit: int, number: int, event: str, path: str) -> None:
+def _limit(rank: int, wanted: str, limit: int, number: int, event: str, path: str, deadly: bool = False) -> None:
     if _is_rank(rank) and event == "open" and path == wanted:
+        if deadly:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -17,5 +17,9 @@ for name in (
     "mixmoe_megatron.training.startup",
     "mixmoe_megatron.training.step",
     "mixmoe_megatron.training.datasets",
+    "mixmoe_megatron.evaluation.runner",
+    "mixmoe_megatron.evaluation.tables",
+    "nltk.translate.meteor_score",
+    "transformers.models.qwen2.modeling_qwen2",
 ):
     importlib.import_module(name)

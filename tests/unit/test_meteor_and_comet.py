@@ -149,9 +149,15 @@ def test_comet_equals_the_comet_score_command(comet_directory: Path, tmp_path: P
 
 def test_which_comet_is_taken(monkeypatch: pytest.MonkeyPatch, comet_directory: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(comet_scores, "find_comet", lambda model: None)
-    assert (choose_comet("auto"), choose_comet("off"), choose_comet("a/b")) == (None, None, "a/b")
+    assert (choose_comet("auto"), choose_comet("off")) == (None, None)
     monkeypatch.setattr(comet_scores, "find_comet", lambda model: comet_directory)
     assert choose_comet("auto") == comet_scores.DEFAULT_COMET
     monkeypatch.undo()
-    with pytest.raises(MixMoEError, match=r"cannot be had .* or leave COMET out"):
-        CometScorer(str(tmp_path / "nothing"))
+    assert choose_comet(str(comet_directory)) == str(comet_directory)
+    (tmp_path / "model.ckpt").touch()
+    for model, reason in (("nothing", "not supported by COMET"), ("model.ckpt", r"there is no .*hparams\.yaml")):
+        with pytest.raises(MixMoEError, match=f"cannot be used .*{reason}.*or leave COMET out") as before:
+            choose_comet(str(tmp_path / model))
+        with pytest.raises(MixMoEError, match="cannot be used") as after:
+            CometScorer(str(tmp_path / model))
+        assert str(before.value) == str(after.value)
