@@ -14,12 +14,16 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --line: #555; --soft: #222; } img { background: #fff; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); margin-top: 2.2rem; }
-img { max-width: 100%; height: auto; }
-.table { overflow-x: auto; margin: 1rem 0; }
+img { max-width: 100%; height: auto; } img.wide { min-width: 44rem; }
+.table, p:has(> img) { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top; }
-th { background: var(--soft); } code { overflow-wrap: anywhere; font-size: .85rem; }
+th { background: var(--soft); text-align: left; vertical-align: bottom; } td { white-space: nowrap; }
+td:nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; }
+code { overflow-wrap: anywhere; font-size: .85rem; }
 """
+_PNG_WIDTH = slice(16, 20)  # of the file's bytes: pixels, big-endian
+_PHONE_PIXELS = 1000  # the lettering of a wider picture cannot be read when it is shrunk to a phone's width
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -49,8 +53,9 @@ def render_html(text: str, pictures: Path) -> str:
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
     def embed(match: re.Match[str]) -> str:
-        data = base64.b64encode((pictures / html.unescape(match[1])).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
+        data = (pictures / html.unescape(match[1])).read_bytes()
+        kind = ' class="wide"' if int.from_bytes(data[_PNG_WIDTH]) > _PHONE_PIXELS else ""
+        return f'src="data:image/png;base64,{base64.b64encode(data).decode()}"{kind}'
 
     body = re.sub(r'src="([^":]+\.png)"', embed, body)
     title = next((line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")), "Report")
