@@ -74,9 +74,11 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, d
         The line number, from 1, and {column: text}.
 
     Raises:
-        MixMoEError: A column is missing (names the file and the line), or the file is unreadable.
+        MixMoEError: A column is missing (names the file and the line), or the file is unreadable, or Parquet.
     """
     name = str(path).removesuffix(".gz")
+    if name.endswith(".parquet"):
+        raise MixMoEError(f"{path}: give TSV or JSONL; tools/prepare_data.py makes TSV of Parquet.")
     if name.endswith(".jsonl"):
         return _read_jsonl(path, columns)
     return (
@@ -102,7 +104,9 @@ def read_tsv(
         MixMoEError: A column is missing, a row is broken (names the file and the line), or the file is unreadable.
     """
     lines = read_lines(path, errors="surrogateescape" if lenient else "strict")
-    _, header_line = next(lines, (0, ""))
+    number, header_line = next(lines, (0, ""))
+    if not number:
+        raise MixMoEError(f"{path} is empty: a TSV file begins with a line of column names.")
     header = header_line.split("\t")
     for column in columns:
         if column not in header:

@@ -63,6 +63,8 @@ def prepare(protocol: Protocol, output_dir: str | Path, workers: int = 1) -> dic
     if workers < 1:
         raise MixMoEError(f"--workers must be 1 or more, not {workers}.")
     directory = Path(output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise MixMoEError(f"{directory} is a file: choose another output directory.")
     described = _describe(protocol)
     if (done := _finished(directory, described["sha256"])) is not None:
         logger.info("%s is up to date: nothing to do", directory)
@@ -170,6 +172,8 @@ class _Preparation:
             else:
                 lines = _as_published(rows, source, counts)
             self._write(name, self._watched(lines, split), languages, counts)
+            if not counts["kept"]:
+                raise MixMoEError(f"{name}: no line is left of {source.label()} ({summarise(counts)}).")
             rate = counts["read"] / max(1e-9, time.monotonic() - started)
             logger.info("%s: %s; %.0f rows a second", name, summarise(counts), rate)
         return self._outputs
@@ -216,8 +220,6 @@ class _Preparation:
             for texts in lines:
                 counts["kept"] += 1
                 stream.write(("\t".join(texts) + "\n").encode())
-        if not counts["kept"]:
-            raise MixMoEError(f"{name}: no line is left ({summarise(counts)}).")
         with open(path, "rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         size = path.stat().st_size

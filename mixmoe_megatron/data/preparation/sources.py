@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import glob
 import json
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -141,8 +144,12 @@ class Source:
             self.paths()
             yield from _read_aligned([self.aligned[code] for code in languages])
         elif self.flores is not None:
-            folder = Path(self.flores) / self.split
-            yield from _read_aligned([str(folder / f"{flores_code(code)}.{self.split}") for code in languages])
+            sides = [str(Path(self.flores, self.split, f"{flores_code(code)}.{self.split}")) for code in languages]
+            if absent := [path for path in sides if not Path(path).is_file()]:
+                raise MixMoEError(
+                    f"There is no {absent[0]}: give FLORES-200's directory, with dev/, devtest/ and this language."
+                )
+            yield from _read_aligned(sides)
         elif self.sacrebleu is not None:
             yield from _read_sacrebleu(self.sacrebleu, self.config, languages)
         else:
@@ -239,7 +246,7 @@ def _read_aligned(paths: list[str]) -> Iterator[Row]:
 
 def _read_sacrebleu(names: str, pair: str | None, languages: Sequence[str]) -> Iterator[Row]:
     """Sources and first references of test sets, in the direction in which sacreBLEU has them."""
-    from sacrebleu.utils import get_langpairs_for_testset, get_reference_files, get_source_file
+    from sacrebleu.utils import SACREBLEU_DIR, get_langpairs_for_testset, get_reference_files, get_source_file
 
     if len(languages) != 2:
         raise MixMoEError(f"The sacreBLEU test set {names} holds pairs of languages, not one.")
@@ -248,9 +255,13 @@ def _read_sacrebleu(names: str, pair: str | None, languages: Sequence[str]) -> I
         known = get_langpairs_for_testset(name)
         found = [wanted for wanted in ((pair,) if pair else (forward, backward)) if wanted in known]
         if not found or found[0] not in (forward, backward):
-            raise MixMoEError(f"sacreBLEU has no test set {name!r} for {pair or forward}.")
+            has = f"it has {', '.join(known)}" if known else "`sacrebleu --list` names those it has"
+            raise MixMoEError(f"sacreBLEU has no test set {name!r} for {pair or forward}: {has}.")
         try:
             sides = [str(get_source_file(name, found[0])), str(get_reference_files(name, found[0])[0])]
-        except (OSError, SystemExit) as error:
-            raise MixMoEError(f"Cannot fetch the sacreBLEU test set {name} for {found[0]} ({error}).") from error
+        except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, SystemExit) as error:
+            raise MixMoEError(
+                f"Cannot fetch the sacreBLEU test set {name} for {found[0]} ({error}): run `sacrebleu -t {name} -l "
+                f"{found[0]} --echo src` where there is a network, and copy {Path(SACREBLEU_DIR) / name} here."
+            ) from error
         yield from _read_aligned(sides if found[0] == forward else sides[::-1])
