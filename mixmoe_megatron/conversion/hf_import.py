@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files
@@ -19,6 +20,7 @@ from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space,
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
 from mixmoe_megatron.conversion.progress import progress
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.regions import Region
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
 from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.errors import MixMoEError
@@ -78,16 +80,29 @@ class _TiedSource(SafetensorsReader):
         """Return the names, the stored copy of the embedding left out.
 
         Raises:
-            MixMoEError: the stored output layer differs from the embedding.
+            MixMoEError: the stored output layer differs from the embedding in shape or dtype.
         """
         names = list(super().names())
         if _OUTPUT in names and _EMBEDDING in names:
-            if self.shape(_OUTPUT) != self.shape(_EMBEDDING) or not torch.equal(
-                self.read(_OUTPUT), self.read(_EMBEDDING)
-            ):
-                raise MixMoEError(f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING}.")
+            if (self.shape(_OUTPUT), self.dtype(_OUTPUT)) != (self.shape(_EMBEDDING), self.dtype(_EMBEDDING)):
+                raise self._differs()
             names.remove(_OUTPUT)
         return names
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """As the base class; what is read of the embedding is compared with the stored copy.
+
+        Raises:
+            MixMoEError: they differ, or the file cannot be read.
+        """
+        values = super().read_region(name, region)
+        has_copy = name == _EMBEDDING and _OUTPUT in super().names()
+        if has_copy and not torch.equal(super().read_region(_OUTPUT, region), values):
+            raise self._differs()
+        return values
+
+    def _differs(self) -> MixMoEError:
+        return MixMoEError(f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING}.")
 
 
 def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:

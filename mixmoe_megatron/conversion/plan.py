@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mixmoe_megatron.conversion.mappings import FLOAT_DTYPES, Context, Row, Sizes, T
+from mixmoe_megatron.conversion.regions import Region, read_region
 from mixmoe_megatron.errors import MixMoEError
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,14 +39,39 @@ class Source(Protocol):
         """Return a tensor's values."""
 
 
+@runtime_checkable
+class SlicedSource(Source, Protocol):
+    """A source that reads no more than what it is asked for."""
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """Return the values of a tensor between start and stop on each axis."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written: what it is now, its values when `read` is called."""
+    """A tensor to be written: what it is now, its values when `read` is called.
+
+    Attributes:
+        read_region: values of a region, in this tensor's dtype, without reading the rest; None: cut from all of it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_region: Callable[[Region], Tensor] | None = None
+
+    def part(self, region: Region) -> Tensor:
+        """Return the values of a region; what lies beyond the shape is left out.
+
+        Raises:
+            MixMoEError: the weights are damaged.
+        """
+        if self.read_region is None:
+            return self.read()[region]
+        return self.read_region(
+            tuple(slice(*cut.indices(length)[:2]) for cut, length in zip(region, self.shape, strict=True))
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -186,6 +212,7 @@ def make_plan(
     """
     side = "hf" if to == "megatron" else "megatron"
     read = finite_reader(source) if check_finite else source.read
+    sliced = source if to == "megatron" and not check_finite and isinstance(source, SlicedSource) else None
     _check_inputs(units, side, source, ignored)
     plan = []
     for unit in units:
@@ -201,8 +228,20 @@ def make_plan(
 
         conversion = _Conversion(run)
         for position, (name, shape) in enumerate(getattr(unit, to)):
-            plan.append(LazyTensor(name, shape, target, _reader(conversion, position, name, shape, target)))
+            region = _region_reader(unit, position, sliced, sizes, context, target) if sliced and unit.hf else None
+            plan.append(LazyTensor(name, shape, target, _reader(conversion, position, name, shape, target), region))
     return plan
+
+
+def _region_reader(
+    unit: Unit, position: int, source: SlicedSource, sizes: Sizes, context: Context, dtype: torch.dtype
+) -> Callable[[Region], Tensor]:
+    names = [name for name, _ in unit.hf]
+
+    def read(region: Region) -> Tensor:
+        return read_region(unit.row, position, region, names, sizes, context, unit.where, source.read_region).to(dtype)
+
+    return read
 
 
 def _reader(

@@ -17,6 +17,7 @@ from torch import Tensor
 from mixmoe_megatron.conversion.hf_files import own_file
 from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.regions import Region
 from mixmoe_megatron.conversion.streaming import DiskFile, write_each
 from mixmoe_megatron.errors import MixMoEError
 
@@ -82,8 +83,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
 class SafetensorsReader:
     """Tensors of a Hugging Face directory by name, from `model.safetensors` or the files that its index names.
 
-    Opening reads headers only, `read` one tensor. Files are not mapped into memory: mapped pages would count as memory
-    of this process.
+    Opening reads headers only, `read` one tensor, `read_region` a part of one. Files are not mapped into memory: mapped
+    pages would count as memory of this process, and a file that became shorter would kill it.
 
     Raises:
         MixMoEError: no safetensors weights, an unreadable or truncated file, or an index that names a missing file,
@@ -142,25 +143,55 @@ class SafetensorsReader:
         return _DTYPES[text]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor's values.
+        """Return a tensor's values. Raises as `read_region`."""
+        return self.read_region(name, tuple(slice(0, length) for length in self.shape(name)))
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """Return the values of a tensor between start and stop on each axis, and read no byte beside them.
+
+        Where they lie in many pieces (columns of a matrix) the kernel hears of all before the first is read, so that a
+        disk need not be waited for piece by piece.
 
         Raises:
             MixMoEError: the file cannot be read, or has become shorter.
         """
         entry = self._entries[name]
-        values = torch.empty(entry.shape, dtype=self.dtype(name))
+        values = torch.empty([cut.stop - cut.start for cut in region], dtype=self.dtype(name))
+        starts, size = _pieces(entry.shape, region, values.itemsize)
+        rest = memoryview(values.view(-1).view(torch.uint8).numpy())
         try:
             with entry.path.open("rb", buffering=0) as stream:
-                stream.seek(entry.start)
-                rest = memoryview(values.view(-1).view(torch.uint8).numpy())
-                while len(rest):
-                    done = stream.readinto(rest)
-                    if not done:
-                        raise OSError("it ends too early")
-                    rest = rest[done:]
+                if len(starts) > 1:
+                    for start in starts:
+                        os.posix_fadvise(stream.fileno(), entry.start + start, size, os.POSIX_FADV_WILLNEED)
+                for start in starts:
+                    rest = self._read_piece(stream.fileno(), entry.start + start, rest, size)
         except OSError as error:
             raise MixMoEError(f"{name} cannot be read from {entry.path} ({error}).") from None
         return values
+
+    def _read_piece(self, file: int, position: int, into: memoryview, size: int) -> memoryview:
+        """Fill the first `size` bytes of a buffer from a file, and return the rest of the buffer."""
+        done = 0
+        while done < size:
+            read = os.preadv(file, [into[done:size]], position + done)
+            if not read:
+                raise OSError("it ends too early")
+            done += read
+        return into[size:]
+
+
+def _pieces(shape: tuple[int, ...], region: Region, itemsize: int) -> tuple[list[int], int]:
+    """Return where the contiguous pieces of a region begin, in bytes from the tensor's start, and the size of each."""
+    starts, size, stride, is_cut = [0], itemsize, itemsize, False
+    for length, cut in zip(reversed(shape), reversed(region), strict=True):
+        if is_cut:
+            starts = [index * stride + start for index in range(cut.start, cut.stop) for start in starts]
+        else:
+            starts, size = [cut.start * stride], (cut.stop - cut.start) * stride
+            is_cut = cut.stop - cut.start < length
+        stride *= length
+    return starts, size
 
 
 @dataclass(frozen=True)

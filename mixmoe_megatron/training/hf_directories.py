@@ -1,7 +1,7 @@
 """Training straight from a Hugging Face directory, and Hugging Face directories beside the checkpoints of a run.
 
-Both give what the commands of checkpoints_conversion give. On the way in nothing is written: each rank reads the
-tensors of its layers and experts, one at a time, upcycles them, and keeps its slice.
+Both give what the commands of checkpoints_conversion give. On the way in nothing is written: each rank reads the bytes
+of its own parts of the tensors, a part at a time, and upcycles those.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def load_from_hf(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Ten
         MixMoEError: the plan lacks a tensor, or a weight file is damaged.
     """
     tensors = {tensor.name: tensor for tensor in plan}
-    last: dict[str, Tensor] = {}  # gate and up of one FFN are two parts of one tensor
 
     def values(part: ShardedTensor) -> Tensor:
         name, region = part.key, part.global_slice()
@@ -86,12 +85,9 @@ def load_from_hf(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Ten
             name, region = f"decoder.layers.{region[0]}.{name.removeprefix('decoder.layers.')}", region[1:]
         if name not in tensors:
             raise MixMoEError(f"the Hugging Face model lacks what makes {name}.")
-        if name not in last:
-            last.clear()
-            last[name] = tensors[name].read()
-        found = last[name][region].to(part.dtype)
+        found = tensors[name].part(region).to(part.dtype)
         if found.shape == part.local_shape:
-            return found.clone()
+            return found.contiguous()
         padded = torch.zeros(part.local_shape, dtype=part.dtype)  # vocabulary rows that tensor parallelism adds
         padded[: found.shape[0]] = found
         return padded

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.metadata import read_metadata, weights_sha256
-from tests.helpers.conversion import run_conversion
-from tests.helpers.training import checkpoint_tensors, train
+from tests.helpers.conversion import load_weights_of, run_conversion
+from tests.helpers.forked import run_job
+from tests.helpers.training import checkpoint_tensors, train, train_words
 
 LAYOUTS = {
     "one process": ("", 1),
@@ -57,3 +67,69 @@ def test_stage_0_keeps_a_dense_model_dense(world: Path, tmp_path: Path) -> None:
     expected, _ = train(0, tmp_path / "m", world / "mono", None, 2)
     found, _ = train(0, world / "base", world / "mono", None, 2, "--tensor-model-parallel-size 2", processes=2)
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+DENSE_PART = "self_attn|embed_tokens|lm_head"
+#: layout -> its flags, the number of ranks, and which tensors they share out; each has the others whole
+SHARES = {
+    "one process": ("", 1, "."),
+    "TP2": ("--tensor-model-parallel-size 2 --sequence-parallel", 2, rf"{DENSE_PART}|layers\.[02]\.mlp"),
+    "TP2xETP2": (
+        "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --sequence-parallel",
+        2,
+        rf"{DENSE_PART}|mlp",
+    ),
+    "EP2": ("--expert-model-parallel-size 2", 2, r"layers\.[13]\.mlp"),
+    "PP2": ("--pipeline-model-parallel-size 2", 2, "."),
+    "TP2xEP2": (LAYOUTS["TP2xEP2"][0], 2, rf"{DENSE_PART}|mlp"),
+}
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that any operation gives."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        given = [value for value in tree_leaves(result) if torch.is_tensor(value)]
+        self.found = max([self.found, *(value.nbytes for value in given)])
+        return result
+
+
+def bytes_read() -> int:
+    """What this process has read so far, by any system call."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def measure_loading(directory: Path) -> None:
+    """Let each rank write what it read, what it got from it, and its largest tensors, expected and found."""
+    from mixmoe_megatron.training import startup
+
+    load_from_hf = startup.load_from_hf
+
+    def measured(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Tensor]:
+        before = bytes_read()
+        with _Largest() as largest:
+            loaded = load_from_hf(state, plan)
+        read = bytes_read() - before
+        sizes = [value.nbytes for name, value in loaded.items() if torch.is_tensor(value) and ".router." not in name]
+        told = {"read": read, "share": sum(sizes), "largest": largest.found, "parameter": max(sizes)}
+        (directory / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+        return loaded
+
+    startup.load_from_hf = measured
+
+
+@pytest.mark.parametrize("layout", SHARES)
+def test_each_rank_reads_its_share_only(world: Path, tmp_path: Path, layout: str) -> None:
+    """Routers are drawn, all else is read; no tensor on the way is larger than the rank's largest parameter."""
+    flags, processes, shared_out = SHARES[layout]
+    words = train_words(1, world / "base", world / "mono", None, 1, f"{flags} --dry-run {UPCYCLE}")
+    run_job(words, processes, tmp_path / "logs", prelude=partial(measure_loading, tmp_path))
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
+    for rank in told:
+        assert rank["share"] <= rank["read"] < 1.01 * rank["share"] and rank["largest"] <= rank["parameter"]
+    weights = load_weights_of(world / "base")
+    copies = {name: 1 if re.search(shared_out, name) else processes for name in weights}
+    assert sum(rank["share"] for rank in told) == sum(copies[name] * weights[name].nbytes for name in weights)

@@ -1,0 +1,46 @@
+"""What the tests of the mapping tables share: sizes of tiny models, and tensors in memory as a source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
+from mixmoe_megatron.conversion.plan import expand
+
+DENSE = Sizes(
+    num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, kv_channels=3,
+    vocab_size=10, padded_vocab_size=16, tied=False, qkv_bias=True,
+)  # fmt: skip
+MOE = replace(DENSE, moe_layers=(1,), num_groups=2, num_experts_per_group=2, moe_ffn_hidden_size=6)
+CONTEXT = Context(fold=lambda w, f: w if f is None else w + f, generator=lambda where: torch.Generator().manual_seed(0))
+
+
+class Memory:
+    """Tensors in memory as a source."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor's values."""
+        return self.tensors[name]
+
+
+def random_hf(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Memory:
+    """Return the random weights of a Hugging Face model of these sizes."""
+    return Memory({n: torch.randn(s).to(dtype) for unit in expand(TABLES["same"], sizes) for n, s in unit.hf})
