@@ -19,14 +19,14 @@ def metrics_of(evaluation: dict[str, Any]) -> dict[str, str]:
     return {name: title for name, title in METRIC_TITLES.items() if name in measured}
 
 
+def shown(metric: str, value: float) -> float:
+    """Return a score, or a difference of scores, as tables and pictures show it: METEOR and COMET times 100."""
+    return 100 * value if metric in _PERCENT else value
+
+
 def score_text(metric: str, value: float) -> str:
-    """Return a score with one digit; METEOR and COMET times 100."""
-    return f"{100 * value if metric in _PERCENT else value:.1f}"
-
-
-def gain_text(metric: str, value: float) -> str:
-    """Return a difference of scores with its sign and one digit; METEOR and COMET times 100."""
-    return signed(100 * value if metric in _PERCENT else value)
+    """Return a score with one digit, see `shown`."""
+    return f"{shown(metric, value):.1f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

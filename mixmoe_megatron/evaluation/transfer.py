@@ -3,7 +3,7 @@
 Rows are training pairs, columns test directions. A gain above 0 is better, whatever the metric: TER's is turned round.
 
 Source: Mix-MoE (arXiv:2605.24681) V-G. Figure 4 is stage 1's row of the gains over the base, Figure 5 the gains over
-stage 1.
+stage 1. The paper does not say which languages that stage 1 had seen; here every row starts from the same one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from mixmoe_megatron.evaluation.comparison import blocks
 from mixmoe_megatron.evaluation.figures import Gain, draw_gains
 from mixmoe_megatron.evaluation.html_report import render_html
 from mixmoe_megatron.evaluation.report import TOY_NOTE, check_evaluation
-from mixmoe_megatron.evaluation.tables import METRIC_TITLES, gain_text, metrics_of, score_text, table
+from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_text, shown, signed, table
 
 SIGNIFICANT = 0.05
+MIN_TESTED_SEGMENTS = 30  # below, resampling knows too little of what other segments would give
 _LOWER_IS_BETTER = {"ter"}
 _NOTE = (
     "Each row is a model whose stage 2 saw one language pair only, in both directions; the columns are test "
     "directions, the row's own pair in bold. Gains above 0 are better, those of TER too. An asterisk: p < {level} by "
-    "paired bootstrap (BLEU and chrF, against {baseline}; of {cells} such tests a metric, {chance:.0f} would be below "
-    "it by chance)."
+    "paired bootstrap (BLEU and chrF, against {baseline}, from {segments} test segments on; of {cells} such tests a "
+    "metric, {chance:.0f} would be below it by chance)."
 )
 
 
@@ -86,8 +87,9 @@ def _scores(
 
 def gains(metric: str, scores: dict[str, float], reference: dict[str, float]) -> dict[str, float]:
     """Return direction -> score minus the reference's, in the metric's own unit; of TER, the reference's minus it."""
-    sign = -1.0 if metric in _LOWER_IS_BETTER else 1.0
-    return {direction: sign * (value - reference[direction]) for direction, value in scores.items()}
+    if metric in _LOWER_IS_BETTER:
+        scores, reference = reference, scores
+    return {direction: value - reference[direction] for direction, value in scores.items()}
 
 
 def mean_gains(row: dict[str, float], pair: str | None) -> dict[str, float | int | None]:
@@ -174,13 +176,15 @@ def row_name(matrix: dict[str, Any], system: str) -> str:
 
 def gain_cells(matrix: dict[str, Any], metric: str, reference: str) -> dict[str, list[str]]:
     """Return system -> the texts of its gains over a reference; an asterisk where the base's test is significant."""
-    block = matrix["metrics"][metric]
+    block, counts = matrix["metrics"][metric], matrix["num_test_segments"]
     tested = block["p_values"] if reference == matrix["references"][0] else {}
+
+    def mark(system: str, direction: str) -> str:
+        p_value = tested.get(system, {}).get(direction, 1.0)
+        return "*" if p_value < SIGNIFICANT and counts[direction] >= MIN_TESTED_SEGMENTS else ""
+
     return {
-        system: [
-            gain_text(metric, gain) + "*" * (tested.get(system, {}).get(direction, 1.0) < SIGNIFICANT)
-            for direction, gain in row.items()
-        ]
+        system: [signed(shown(metric, gain)) + mark(system, direction) for direction, gain in row.items()]
         for system, row in block["gains"][reference].items()
     }
 
@@ -204,7 +208,7 @@ def _means_table(matrix: dict[str, Any], reference: str) -> str:
     rows = []
     for metric, block in matrix["metrics"].items():
         for system, means in block["means"][reference].items():
-            texts = ["" if means[key] is None else gain_text(metric, means[key])
+            texts = ["" if means[key] is None else signed(shown(metric, means[key]))
                      for key in ("own", "others_into_english", "others_out_of_english")]  # fmt: skip
             better = f"{means['better']} of {means['others']}"
             rows.append([row_name(matrix, system), METRIC_TITLES[metric], *texts, better])
@@ -228,7 +232,8 @@ def markdown_transfer(matrix: dict[str, Any], *, toy: bool = False) -> str:
     cells = len(directions) * (len(references) - 1 + len(matrix["trained"]))
     counts = ", ".join(f"{name} {matrix['num_test_segments'][name]}" for name in directions)
     parts = ["# Cross-lingual transfer", *([TOY_NOTE] if toy else [])]
-    parts.append(_NOTE.format(level=SIGNIFICANT, baseline=references[0], cells=cells, chance=SIGNIFICANT * cells))
+    numbers = {"level": SIGNIFICANT, "segments": MIN_TESTED_SEGMENTS, "cells": cells, "chance": SIGNIFICANT * cells}
+    parts.append(_NOTE.format(baseline=references[0], **numbers))
     parts.append(f"Test segments: {counts}.")
     for reference in references:
         parts += [f"## Mean gain over {reference}", _means_table(matrix, reference)]
@@ -266,7 +271,7 @@ def draw_transfer(matrix: dict[str, Any], metric: str, path: Path) -> None:
         texts = gain_cells(matrix, metric, reference)
         panels[f"{METRIC_TITLES[metric]}: gain over {reference}"] = {
             row_name(matrix, system): [
-                Gain(value, text, _is_own(matrix, system, direction))
+                Gain(shown(metric, value), text, _is_own(matrix, system, direction))
                 for (direction, value), text in zip(row.items(), texts[system], strict=True)
             ]
             for system, row in rows.items()

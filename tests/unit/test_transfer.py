@@ -38,7 +38,7 @@ def evaluation() -> dict[str, Any]:
     return {
         "baseline": "base",
         "systems": {system: f"models/{system}" for system in systems},
-        "num_test_segments": dict.fromkeys(SCORES, 4),
+        "num_test_segments": dict.fromkeys(SCORES, 30),
         "directions": {
             direction: {
                 system: {"bleu": value / 2, "chrf_plus_plus": value, "ter": 100 - value, "meteor": value / 100}
@@ -105,6 +105,8 @@ def test_cells(evaluation) -> None:
     matrix = transfer_matrix(without_stage1(evaluation), TRAINED)
     assert gain_cells(matrix, "bleu", "base")["de"] == ["+5.0", "+2.0*", "+5.0", "-0.5"]
     assert gain_cells(matrix, "meteor", "base")["de"] == ["+10.0", "+4.0", "+10.0", "-1.0"], "in hundredths"
+    matrix["num_test_segments"]["fi-en"] = 29
+    assert gain_cells(matrix, "bleu", "base")["de"][1] == "+2.0", "too few segments for a test"
 
 
 def test_the_page(evaluation, tmp_path) -> None:
