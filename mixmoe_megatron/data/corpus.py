@@ -110,7 +110,8 @@ def read_tsv(
     header = header_line.split("\t")
     for column in columns:
         if column not in header:
-            raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {', '.join(header)}.")
+            names = ", ".join(header)
+            raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {names}: name one of these.")
     places = [header.index(column) for column in columns]
     for number, line in lines:
         cells = line.split("\t")

@@ -125,7 +125,7 @@ def read_direction(
             raise MixMoEError(f"{where}, segment {number}: the side '{languages[texts.index('')]}' is empty.")
         pairs.append(texts)
     if not pairs:
-        raise MixMoEError(f"{where} holds no test segment.")
+        raise MixMoEError(f"{where} holds no test segment: give a test set with at least one.")
     chosen = select_subset(pairs, limit, seed)
     return Direction(*languages, [pair[0] for pair in chosen], [pair[1] for pair in chosen], test_set)
 
@@ -143,7 +143,7 @@ def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list
     """
     texts = [text for _, line in read_lines(path) if (text := clean(line))]
     if not texts:
-        raise MixMoEError(f"{path} holds no text.")
+        raise MixMoEError(f"{path} holds no text: give a file with a text on each line.")
     return select_subset(texts, limit, seed)
 
 

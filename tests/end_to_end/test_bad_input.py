@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.command_batch import listing
+from tests.helpers.command_batch import assert_one_sentence, listing, run_batch
 from tests.helpers.tiny_hf import tiny_tokenizer
-from tests.helpers.training import ROOT, TINY_RUN, run_command
+from tests.helpers.training import TINY_RUN, run_command
 
 IMPORT = "checkpoints_conversion/hf_to_mixmoe.py --hf-dir {hf} --output-dir {bad}/out"
 MONO = "tools/preprocess_data.py mono --tokenizer {tokenizer} --output-prefix {bad}/new/data --input "
@@ -111,16 +108,8 @@ def results(tiny_world: Path, bad: Path) -> dict[str, dict[str, Any]]:
     build = f"{MONO} {tiny_world}/text.txt".replace("{tokenizer}", "{bad}/other_tokenizer")
     lines = [build.replace("{bad}/new/data", "{bad}/other"), "tools/pretrain_mixmoe.py --help"]
     lines += [line for line, _ in CASES.values()]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.command_batch", str(bad)],
-        input=json.dumps([line.format(**places).split() for line in lines]),
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(["build", "help", *CASES], json.loads(done.stdout), strict=True))
+    done = run_batch([line.format(**places) for line in lines], bad)
+    return dict(zip(["build", "help", *CASES], done, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -132,13 +121,6 @@ def test_one_sentence_and_nothing_written(
     assert result["status"] == 2, result["err"]
     assert_one_sentence(result["err"], message)
     assert result["changed"] == []
-
-
-def assert_one_sentence(stderr: str, message: str) -> None:
-    lines = stderr.splitlines()
-    assert lines[-1].startswith("error: ") and message in lines[-1], stderr[-2000:]
-    assert sum("error:" in line for line in lines) == 1
-    assert "Traceback" not in stderr and "usage:" not in stderr
 
 
 def test_help_is_shown_without_a_checkpoint(results: dict[str, dict[str, Any]]) -> None:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import runpy
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def listing(directory: Path) -> dict[str, int]:
@@ -36,6 +40,37 @@ def run_one(words: list[str]) -> tuple[Any, str, str]:
             traceback.print_exc()
             status = 1
     return status, out.getvalue(), err.getvalue()
+
+
+def run_batch(lines: list[str], watched: Path, environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Run command lines in one process of their own.
+
+    Args:
+        lines: a script, relative to the repository, and its arguments, blanks between.
+        watched: where changes are looked for.
+        environment: variables beside this process's.
+
+    Returns:
+        The results, in the order of `lines`.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.command_batch", str(watched)],
+        input=json.dumps([line.split() for line in lines]),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def assert_one_sentence(stderr: str, message: str) -> None:
+    """Check that an error is one clear sentence, the last line, and that it holds `message`."""
+    lines = stderr.splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1], stderr[-2000:]
+    assert sum("error:" in line for line in lines) == 1
+    assert "Traceback" not in stderr and "usage:" not in stderr
 
 
 def main() -> None:

@@ -215,7 +215,7 @@ def _read_parquet(path: str, columns: list[str]) -> Iterator[Row]:
             names = file.schema_arrow.names
             wanted = ["translation"] if "translation" in names and columns[0] not in names else columns
             if missing := [column for column in wanted if column not in names]:
-                raise MixMoEError(f"{path}: no column '{missing[0]}'; it has {', '.join(names)}.")
+                raise MixMoEError(f"{path}: no column '{missing[0]}'; it has {', '.join(names)}: name one of these.")
             records = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
             yield from _records(records, columns, path)
     except pyarrow.ArrowException as error:
@@ -228,7 +228,7 @@ def _records(records: Iterator[Any], columns: list[str], where: str) -> Iterator
         if isinstance(record, dict) and isinstance(record.get("translation"), dict):
             record = record["translation"]
         if number == 0 and isinstance(record, dict) and (missing := [name for name in columns if name not in record]):
-            raise MixMoEError(f"{where}: no column '{missing[0]}'; it has {', '.join(record)}.")
+            raise MixMoEError(f"{where}: no column '{missing[0]}'; it has {', '.join(record)}: name one of these.")
         texts = [record.get(column) for column in columns] if isinstance(record, dict) else [None]
         strings = tuple(text for text in texts if isinstance(text, str))
         yield strings if len(strings) == len(texts) else None
@@ -261,7 +261,8 @@ def _read_sacrebleu(names: str, pair: str | None, languages: Sequence[str]) -> I
             sides = [str(get_source_file(name, found[0])), str(get_reference_files(name, found[0])[0])]
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, SystemExit) as error:
             raise MixMoEError(
-                f"Cannot fetch the sacreBLEU test set {name} for {found[0]} ({error}): run `sacrebleu -t {name} -l "
-                f"{found[0]} --echo src` where there is a network, and copy {Path(SACREBLEU_DIR) / name} here."
+                f"Cannot fetch the sacreBLEU test set {name} for {found[0]} ({error}): delete {SACREBLEU_DIR}/{name} "
+                "and try again, or copy that directory from a machine where "
+                f"`sacrebleu -t {name} -l {found[0]} --echo src` works."
             ) from error
         yield from _read_aligned(sides if found[0] == forward else sides[::-1])
