@@ -151,6 +151,22 @@ def _raise_at_open(path: str) -> None:
     sys.addaudithook(on_event)
 
 
+def test_without_nltk(world: Path, undisturbed: Evaluation, tmp_path: Path) -> None:
+    """METEOR is left out and one line says so; chrF takes its place. With NLTK again, the scores are as before."""
+    evaluation = Evaluation(world, tmp_path)
+    shutil.copytree(undisturbed.output, evaluation.output)
+    printed = evaluation.run(prelude=_hide_nltk)
+    assert "no METEOR: NLTK is not installed; pip install 'mixmoe-megatron[meteor]' adds it" in printed
+    assert "B BLEU, F chrF" in evaluation.results()["comparison.md"]
+    assert "meteor" not in evaluation.results()["evaluation.json"]
+    evaluation.run()
+    assert evaluation.results() == undisturbed.results()
+
+
+def _hide_nltk() -> None:
+    sys.modules["nltk"] = None  # type: ignore[assignment]  # as if it were not installed
+
+
 def test_what_was_decoded_otherwise_is_not_taken(world: Path, tmp_path: Path) -> None:
     """One direction is finished and another begun; then the model, the test set or an option is another one."""
     own = tmp_path / "world"

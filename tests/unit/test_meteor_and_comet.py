@@ -15,7 +15,7 @@ import yaml
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation import comet_scores, meteor
 from mixmoe_megatron.evaluation.comet_scores import CometScorer, choose_comet, find_comet
-from mixmoe_megatron.evaluation.meteor import score_meteor
+from mixmoe_megatron.evaluation.meteor import report_missing_parts, score_meteor
 from tests.helpers.tiny_hf import SENTENCES
 
 SOURCES = ["Das Haus ist alt.", "Kinder spielen im Garten.", "Der Fluss fließt durch die Stadt."]
@@ -63,6 +63,15 @@ def test_meteor_takes_wordnet_when_its_data_is_there(monkeypatch: pytest.MonkeyP
     with_synonyms, signature = score_meteor(HYPOTHESES, REFERENCES, "en")
     assert with_synonyms > without
     assert signature.endswith("wordnet:yes")
+
+
+def test_what_meteor_lacks_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(meteor, "_wordnet", object)
+    report_missing_parts()
+    assert not caplog.records
+    monkeypatch.setattr(meteor, "_wordnet", lambda: None)
+    report_missing_parts()
+    assert "METEOR without synonyms: WordNet is not here; python -m nltk.downloader wordnet fetches it" in caplog.text
 
 
 def test_meteor_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
