@@ -23,8 +23,11 @@ from tests.helpers.training import checkpoint_tensors, train, train_words
 
 LAYOUTS = {
     "one process": ("", 1),
-    "TP2xEP2": ("--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --sequence-parallel", 2),
+    "TP2": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+    "TP2xETP2": ("--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --sequence-parallel", 2),
+    "EP2": ("--expert-model-parallel-size 2", 2),
     "PP2": ("--pipeline-model-parallel-size 2", 2),
+    "TP2xEP2": ("--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --sequence-parallel", 2),
 }
 UPCYCLE = """ --upcycle-options {"moe_every":2}"""
 
@@ -69,19 +72,15 @@ def test_stage_0_keeps_a_dense_model_dense(world: Path, tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-DENSE_PART = "self_attn|embed_tokens|lm_head"
-#: layout -> its flags, the number of ranks, and which tensors they share out; each has the others whole
-SHARES = {
-    "one process": ("", 1, "."),
-    "TP2": ("--tensor-model-parallel-size 2 --sequence-parallel", 2, rf"{DENSE_PART}|layers\.[02]\.mlp"),
-    "TP2xETP2": (
-        "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --sequence-parallel",
-        2,
-        rf"{DENSE_PART}|mlp",
-    ),
-    "EP2": ("--expert-model-parallel-size 2", 2, r"layers\.[13]\.mlp"),
-    "PP2": ("--pipeline-model-parallel-size 2", 2, "."),
-    "TP2xEP2": (LAYOUTS["TP2xEP2"][0], 2, rf"{DENSE_PART}|mlp"),
+_DENSE = r"self_attn|embed_tokens|lm_head|layers\.[02]\.mlp"
+#: layout -> the tensors that its ranks share out; each has the others whole
+SHARED_OUT = {
+    "one process": ".",
+    "TP2": _DENSE,
+    "TP2xETP2": f"{_DENSE}|mlp",
+    "EP2": r"layers\.[13]\.mlp",
+    "PP2": ".",
+    "TP2xEP2": f"{_DENSE}|mlp",
 }
 
 
@@ -121,15 +120,15 @@ def measure_loading(directory: Path) -> None:
     startup.load_from_hf = measured
 
 
-@pytest.mark.parametrize("layout", SHARES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_reads_its_share_only(world: Path, tmp_path: Path, layout: str) -> None:
     """Routers are drawn, all else is read; no tensor on the way is larger than the rank's largest parameter."""
-    flags, processes, shared_out = SHARES[layout]
+    flags, processes = LAYOUTS[layout]
     words = train_words(1, world / "base", world / "mono", None, 1, f"{flags} --dry-run {UPCYCLE}")
     run_job(words, processes, tmp_path / "logs", prelude=partial(measure_loading, tmp_path))
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
     for rank in told:
         assert rank["share"] <= rank["read"] < 1.01 * rank["share"] and rank["largest"] <= rank["parameter"]
     weights = load_weights_of(world / "base")
-    copies = {name: 1 if re.search(shared_out, name) else processes for name in weights}
+    copies = {name: 1 if re.search(SHARED_OUT[layout], name) else processes for name in weights}
     assert sum(rank["share"] for rank in told) == sum(copies[name] * weights[name].nbytes for name in weights)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
 from mixmoe_megatron.conversion.mappings import TABLES, Sizes
 from mixmoe_megatron.conversion.plan import LazyTensor, expand, make_plan
 from mixmoe_megatron.conversion.regions import Region
 from mixmoe_megatron.conversion.safetensors_io import SINGLE_FILE, SafetensorsReader
 from mixmoe_megatron.errors import MixMoEError
+from tests.helpers.conversion import base_fields
 from tests.helpers.mappings import CONTEXT, DENSE, MOE, Memory, random_hf
+from tests.helpers.tiny_hf import save_tiny_dense
 
 UPCYCLED = replace(MOE, num_groups=1)
 CASES = {
@@ -107,3 +111,32 @@ def test_files_give_any_region(tmp_path: Path, dtype: torch.dtype) -> None:
     (tmp_path / SINGLE_FILE).write_bytes((tmp_path / SINGLE_FILE).read_bytes()[:-8])  # after it was opened
     with pytest.raises(MixMoEError, match=r"cannot be read from .* \(it ends too early\)"):
         [reader.read(name) for name in tensors]
+
+
+def test_contiguous_bytes_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"matrix": torch.randn(6, 8)}, str(tmp_path / SINGLE_FILE))
+    reader, pread, sizes = SafetensorsReader(tmp_path), os.preadv, []
+
+    def counted(file: int, buffers: list[memoryview], position: int) -> int:
+        sizes.append(pread(file, buffers, position))
+        return sizes[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    reader.read("matrix")
+    reader.read_region("matrix", (slice(2, 4), slice(0, 8)))
+    reader.read_region("matrix", (slice(1, 4), slice(4, 8)))
+    assert sizes == [6 * 8 * 4, 2 * 8 * 4, *[4 * 4] * 3]
+
+
+def test_a_stored_copy_of_the_embedding_is_compared_where_it_is_read(tmp_path: Path) -> None:
+    save_tiny_dense(tmp_path, tied=True, tokenizer=None, **base_fields("llama"))
+    weights = load_file(tmp_path / SINGLE_FILE)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"][300, 7] += 1
+    save_file(weights, tmp_path / SINGLE_FILE)
+    embedding = read_hf_model(ImportRequest(str(tmp_path), output_dir="")).plan[0]
+    whole_rows = slice(0, 32)
+    assert torch.equal(embedding.part((slice(0, 256), whole_rows)), weights["model.embed_tokens.weight"][:256])
+    for read in (embedding.read, lambda: embedding.part((slice(256, 512), whole_rows))):
+        with pytest.raises(MixMoEError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            read()
