@@ -14,7 +14,7 @@ import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
 from mixmoe_megatron.training.throughput import count_lengths
@@ -116,6 +116,9 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
         count_lengths(lengths if packed is None else packed.cu_seqlens_q.clamp(max=lengths).diff(), model)
     # Without padding no mask is passed, so that the aux losses count all tokens without a masked copy.
     padding_mask = batch["padding_mask"] if bool(batch["padding_mask"].any()) else None
+    if padding_mask is not None and get_args().sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+        # Megatron cuts the mask beside the embedding only: on later pipeline stages the routers would get all of it.
+        padding_mask = tensor_parallel.scatter_to_sequence_parallel_region(padding_mask.t().contiguous()).t()
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -37,6 +37,7 @@ ESSENTIAL = {
     "PP2": (2, PP),
     "CP2": (2, CP),
     "TP2 EP2, 2 processes": (2, TP + EP),
+    "TP2 PP2": (4, TP + PP + DISTRIBUTED_OPTIMIZER),
 }
 SLOW = {
     "DP2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER),
@@ -62,11 +63,11 @@ SLOW = {
     "VPP2 PP2": (2, VPP),
     "VPP2 PP2, recompute full": (2, VPP + FULL),
     "VPP2 PP2, overlap": (2, VPP + OVERLAP),
+    "VPP2 PP2 TP2": (4, TP + VPP),
     "EP2 PP2": (4, EP + PP + DISTRIBUTED_OPTIMIZER),
     "EP2 PP2 allgather": (4, EP + PP + ALLGATHER),
     "EP2 PP2, recompute full": (4, EP + PP + DISTRIBUTED_OPTIMIZER + FULL),
     "DP2 PP2, overlap": (4, PP + OVERLAP),
-    "TP2 PP2": (4, TP + PP + DISTRIBUTED_OPTIMIZER),
     "CP2, distributed optimizer": (2, CP + DISTRIBUTED_OPTIMIZER),
     "CP2 EP2, 2 processes": (2, CP + EP),
     "CP2 TP2": (4, CP + TP + DISTRIBUTED_OPTIMIZER),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -132,6 +133,7 @@ def _run_script(words: list[str], environment: dict[str, str], log: Path, prelud
     """The process itself: what `python script arguments` does, its output in files."""
     os.environ.update(environment)
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests were started in the background
     for stream, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)

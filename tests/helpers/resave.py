@@ -25,8 +25,6 @@ from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
 
 def resave(checkpoint: Path, output: Path, sizes: dict[str, int]) -> None:
     """Read `checkpoint` and write it as iteration 1 of `output`, this rank its part."""
-    parallel_state.initialize_model_parallel(expert_tensor_parallel_size=1, **sizes)
-    model_parallel_cuda_manual_seed(0)
     source = iteration_directory(checkpoint)
     model = parity.build_megatron_model(read_metadata(checkpoint), expert_tensor_parallel_size=1, **sizes)
     parity.load_weights(model, source)
@@ -37,12 +35,18 @@ def resave(checkpoint: Path, output: Path, sizes: dict[str, int]) -> None:
         (output / TRACKER_FILE).write_text("1")
     torch.distributed.barrier()
     dist_checkpointing.save({"model": model.sharded_state_dict()}, str(directory))
-    parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":
     enable_cpu_mode()
     torch.distributed.init_process_group("gloo", rank=int(os.environ["RANK"]))
-    for name, where, layout in json.loads(Path(sys.argv[1]).read_text()):
-        resave(Path(name), Path(where), layout)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    layouts = {json.dumps(sizes): sizes for _, _, sizes in jobs}
+    for sizes in layouts.values():  # once each: the fifty threads of a layout's process groups stay
+        parallel_state.initialize_model_parallel(expert_tensor_parallel_size=1, **sizes)
+        model_parallel_cuda_manual_seed(0)
+        for name, where, layout in jobs:
+            if layout == sizes:
+                resave(Path(name), Path(where), layout)
+        parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
