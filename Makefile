@@ -2,11 +2,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol test test-all test-distributed test-te test-bridge test-transformers5
+.PHONY: help setup hooks quickstart protocol transfer test test-all test-distributed test-te test-bridge test-transformers5
 .PHONY: lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadgroup --max-worker-restart 0 --durations 15
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
 WORKERS ?= 2
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ quickstart: setup  ## the whole path on a laptop; MINUTES=2 shortens it, OUT=DIR
 
 protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 directions; MINUTES and OUT as above
 	@bash examples/protocol/run.sh
+
+transfer: setup  ## what training on one pair gains in the others; PAIRS, FROM (a protocol's OUT), MINUTES and OUT
+	@bash examples/transfer/run.sh
 
 test: setup  ## the tests without the slow ones
 	@$(PYTEST) -m "not slow"

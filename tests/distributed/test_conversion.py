@@ -80,7 +80,6 @@ def test_bits_survive_every_layout(converted: Path, tmp_path: Path, name: str, l
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("all_converted")  # one worker: each would convert them all
 @pytest.mark.parametrize(("name", "layout"), cases(MODELS))
 def test_bits_of_every_model_survive(all_converted: Path, tmp_path: Path, name: str, layout: str) -> None:
     test_bits_survive_every_layout(all_converted, tmp_path, name, layout)
