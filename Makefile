@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol transfer test test-all test-distributed test-te test-bridge test-transformers5
-.PHONY: lint format clean clean-venv
+.PHONY: help setup hooks quickstart protocol transfer test test-all test-distributed
+.PHONY: test-te test-bridge test-transformers5 lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
