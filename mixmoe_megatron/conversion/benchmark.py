@@ -118,8 +118,6 @@ def _check_same(one: Path, other: Path) -> None:
 def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[str, Any]:
     """Write a random model, time `cp` and a read, convert it to Megatron and back, and compare.
 
-    The conversions' files are on the disk when they end; a copy's are not before a sync, whose time is given apart.
-
     Args:
         model: of MODELS.
         scratch: made, and left for the caller to remove.
@@ -128,7 +126,7 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
 
     Returns:
         `gigabytes` of the model, and `steps`: each with name, seconds, for the conversions also `peak_gigabytes` of
-        memory, and `ratio` to cp and read together, `ratio_synced` to these and the sync.
+        memory, and `ratio` to cp and read together, `ratio_started` without the start of Python and torch.
 
     Raises:
         MixMoEError: the disk has no room, a command failed, or a bit was lost.
@@ -141,15 +139,13 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
     os.sync()
     start_up = _run([sys.executable, "-c", "import torch"])[0]
     copying = _run(["cp", "-r", str(original), str(copy)])[0]
-    start = time.perf_counter()
     os.sync()
-    syncing = time.perf_counter() - start
     reading = _read_all(copy)
     shutil.rmtree(copy)
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    parts = {"cp": copying, "sync of the copy": syncing, "read": reading, "(start Python and torch)": start_up}
+    parts = {"cp": copying, "read": reading, "(start Python and torch)": start_up}
     steps: list[dict[str, Any]] = [{"name": name, "seconds": seconds} for name, seconds in parts.items()]
     there = [str(_COMMANDS / "hf_to_mixmoe.py"), "--hf-dir", str(original), "--output-dir", str(checkpoint)]
     there += ["--dense"] if kind == "dense" else []
@@ -158,7 +154,7 @@ def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[st
         os.sync()
         seconds, peak = _run([*launch, *words])
         step = {"name": name, "seconds": seconds, "peak_gigabytes": peak}
-        step["ratio"], step["ratio_synced"] = (seconds / (copying + reading + more) for more in (0.0, syncing))
+        step["ratio"], step["ratio_started"] = ((seconds - less) / (copying + reading) for less in (0.0, start_up))
         steps.append(step)
     if kind == "dense":
         _check_same(original, back)

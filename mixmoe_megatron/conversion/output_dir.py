@@ -103,7 +103,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         replaced = temporary.with_name(temporary.name.replace(_PARTIAL, _REPLACED))
         os.rename(final, replaced)
     os.rename(temporary, final)
-    _sync(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 
@@ -132,11 +131,3 @@ def _lock(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from mixmoe_megatron.conversion.hf_files import own_file
 from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.regions import Region
-from mixmoe_megatron.conversion.streaming import DiskFile, write_each
+from mixmoe_megatron.conversion.streaming import open_to_write, write_all, write_each
 from mixmoe_megatron.errors import MixMoEError
 
 SINGLE_FILE = "model.safetensors"
@@ -270,13 +270,13 @@ def write_safetensors(
 def _write_share(
     path: Path, shard: _Shard, tensors: list[LazyTensor], with_header: bool, on_tensor: Callable[[int], None]
 ) -> None:
-    with DiskFile(path) as file:
+    with open_to_write(path) as file:
         if with_header:
-            file.write(shard.header)
+            write_all(file, shard.header)
             os.truncate(path, shard.size)
 
         def write(tensor: LazyTensor, values: Tensor) -> None:
-            file.write(values.view(-1).view(torch.uint8).numpy(), shard.starts[tensor.name])
+            write_all(file, values.view(-1).view(torch.uint8).numpy(), shard.starts[tensor.name])
             on_tensor(tensor.num_bytes)
 
         write_each(tensors, write)

@@ -9,7 +9,6 @@ import argparse
 import gc
 import io
 import json
-import os
 import pickle
 import sys
 from collections.abc import Callable, Collection
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from mixmoe_megatron.conversion.megatron_checkpoint import COMMON_STATE_KEY, LAYER, RELEASE, TRACKER_FILE
 from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
-from mixmoe_megatron.conversion.streaming import DiskFile, write_each
+from mixmoe_megatron.conversion.streaming import open_to_write, write_all, write_each
 
 CHECKPOINT_VERSION = 3.0
 _FILE_BYTES = 1 << 29  # of one .distcp file, about: small enough to share a model among many ranks
@@ -111,14 +110,14 @@ def _stored_as(tensor: LazyTensor, stacked_layers: int) -> tuple[str, torch.Size
 class _Stream(io.RawIOBase):
     """A file for torch.save, which hides the OSError of a full disk behind a RuntimeError of its own."""
 
-    def __init__(self, file: DiskFile, name: str) -> None:
+    def __init__(self, file: io.FileIO, name: str) -> None:
         self.file, self.name = file, name
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`."""
         try:
-            return self.file.write(data)
+            return write_all(self.file, data)
         except OSError as error:
             self.error = error
             raise
@@ -141,7 +140,7 @@ def _write_tensors(
     path: Path, tensors: list[LazyTensor], stacked_layers: int, on_tensor: Callable[[int], None]
 ) -> Places:
     places = Places()
-    with DiskFile(path) as file:
+    with open_to_write(path) as file:
         stream = _Stream(file, path.name)
 
         def write(tensor: LazyTensor, values: Tensor) -> None:
@@ -162,7 +161,7 @@ def _is_view(values: Tensor) -> bool:
 
 def _write_objects(path: Path, objects: dict[str, Any]) -> Places:
     places = Places()
-    with DiskFile(path) as file:
+    with open_to_write(path) as file:
         stream = _Stream(file, path.name)
         for key, value in objects.items():
             stream.save([value], MetadataIndex(key), places)
@@ -188,6 +187,5 @@ def _write_metadata(
     metadata = Metadata(state_dict_metadata=entries, storage_data=storage, version=CURRENT_DCP_VERSION)
     with (directory / ".metadata").open("wb") as stream:
         pickle.dump(metadata, stream)
-        os.fsync(stream.fileno())
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")

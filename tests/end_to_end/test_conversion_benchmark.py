@@ -17,9 +17,6 @@ def test_tiny(tmp_path: Path, kind: str) -> None:
     shown = run_command("tools/benchmark_conversion.py", *words).stdout
     steps = {step["name"]: step for step in json.loads((tmp_path / "out.json").read_text())["steps"]}
     for name in ("Hugging Face -> Megatron", "Megatron -> Hugging Face"):
-        assert (
-            name in shown
-            and steps[name]["peak_gigabytes"] > 0.1
-            and steps[name]["ratio"] >= steps[name]["ratio_synced"] > 0
-        )
+        assert name in shown and steps[name]["peak_gigabytes"] > 0.1
+        assert steps[name]["ratio"] > steps[name]["ratio_started"]
     assert not list((tmp_path / "scratch").iterdir())
