@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,10 @@ EXPERT_PARALLEL = "stage 1, expert parallel 2"
 LAYOUTS = {
     EXPERT_PARALLEL: (1, "--expert-model-parallel-size 2"),
     "stage 2, data parallel 2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "stage 1, expert parallel 2, asynchronous saving": (
+        1,
+        "--expert-model-parallel-size 2 --async-save --use-persistent-ckpt-worker --async-strategy mcore",
+    ),
 }
 _RESUMED = re.compile(r"loading distributed checkpoint from \S+ at iteration (\d+)")
 
@@ -95,9 +100,22 @@ def kill_at_times(run: Run, count: int, numbers: random.Random) -> None:
         job = run.start()
         wait_for_step(job)
         time.sleep(numbers.uniform(0, 0.3))
+        helpers = helper_processes(job)
         job.kill(None if turn % 3 == 2 else turn % 3)
         assert -9 in job.wait() or run.named_iteration() == run.steps, job.output()[-8000:]
+        for helper in helpers:  # of asynchronous saving; a cluster's launcher ends them with the job
+            with suppress(psutil.NoSuchProcess):
+                helper.kill()
         assert_resumed(job, expected)
+
+
+def helper_processes(job: Job) -> list[psutil.Process]:
+    """The processes that the ranks of a job have started."""
+    helpers = []
+    for process in job.processes:
+        with suppress(psutil.NoSuchProcess):
+            helpers += psutil.Process(process.pid).children(recursive=True)
+    return helpers
 
 
 def wait_for_step(job: Job) -> None:
@@ -152,6 +170,6 @@ def test_a_save_leaves_no_helper_process(world: Path, tmp_path: Path) -> None:
     while not (tmp_path / "run" / TRACKER_FILE).exists():
         assert job.processes[0].is_alive(), job.output()[-8000:]
         time.sleep(0.005)
-    helpers = [child for process in job.processes for child in psutil.Process(process.pid).children()]
+    helpers = helper_processes(job)
     job.kill()
     assert not helpers
