@@ -139,6 +139,7 @@ def _replace_cuda_functions() -> None:
     properties = types.SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=0, name="cpu")
     stream = _Stream()
     replacements: dict[str, Any] = {
+        "is_available": lambda: False,  # torch's own asks device_count when Lightning has set its NVML variable
         "current_device": lambda: _CPU,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "get_device_capability": lambda *a: (0, 0),

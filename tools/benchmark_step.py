@@ -34,10 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ratio(value: float, full: float) -> float:
-    return value / full if full else float("nan")  # a toy's memory drowns in the kernel's rounding
-
-
 def run(args: argparse.Namespace) -> None:
     """Measure and print; what Megatron prints goes to stderr.
 
@@ -63,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'system':<32}{'seconds':>9}{'ratio':>7}{'peak MB':>9}{'ratio':>7}{'GFLOP':>9}{'ratio':>7}")
     for name, row in systems.items():
         columns = zip(("seconds", "peak_bytes", "flops"), (1.0, 1e6, 1e9), (3, 1, 1), strict=True)
-        texts = [f"{row[key] / unit:>9.{digits}f}{_ratio(row[key], full[key]):>7.2f}" for key, unit, digits in columns]
+        texts = [f"{row[key] / unit:>9.{digits}f}{row[key] / full[key]:>7.2f}" for key, unit, digits in columns]
         print(f"{name:<32}" + "".join(texts))
     device = torch.cuda.get_device_name() if cuda else cpu_model()
     origin = {"commit": git_commit(), "versions": package_versions(), "threads": torch.get_num_threads()}

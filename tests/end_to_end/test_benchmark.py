@@ -10,7 +10,7 @@ from tests.helpers.training import run_command
 
 
 def test_benchmark_measures_every_system(tmp_path: Path) -> None:
-    tiny_llama_config(rope_scaling=None, vocab_size=16384, hidden_size=128).save_pretrained(tmp_path)  # megabytes
+    tiny_llama_config(rope_scaling=None).save_pretrained(tmp_path)
     output = tmp_path / "benchmark.json"
     words = ["--batch-size", "2", "--seq-length", "16", "--steps", "2"]
     done = run_command("tools/benchmark_step.py", "--hf-dir", tmp_path, "--output", output, *words)

@@ -88,3 +88,17 @@ def test_torch_compile_works_beside_it() -> None:
         double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
         assert double(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
     """)
+
+
+def test_cuda_stays_away_where_lightning_lets_torch_ask_nvml() -> None:
+    """torch.cuda.is_available() is then `device_count() > 0`, and CPU mode has a device for each process."""
+    run_program(
+        """
+        import os
+        from mixmoe_megatron.cpu_mode import enable_cpu_mode
+
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        assert enable_cpu_mode() and torch.cuda.device_count() == 1
+        assert not torch.cuda.is_available()
+        """
+    )
