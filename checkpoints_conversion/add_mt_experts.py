@@ -13,7 +13,6 @@ import sys
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.conversion.stage2 import Stage2Request, prepare_stage2, run_stage2
-from mixmoe_megatron.conversion.streaming import keep_freed_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,5 +46,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

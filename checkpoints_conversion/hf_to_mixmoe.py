@@ -21,7 +21,6 @@ from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, run_import
 from mixmoe_megatron.conversion.ranks import joined_ranks
-from mixmoe_megatron.conversion.streaming import keep_freed_memory
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.options import MixMoEOptions
 
@@ -107,5 +106,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

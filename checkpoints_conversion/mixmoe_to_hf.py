@@ -16,7 +16,6 @@ from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.conversion.safetensors_io import parse_size
-from mixmoe_megatron.conversion.streaming import keep_freed_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,5 +61,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -6,23 +6,19 @@ with a sentence that says what to run. Standard library only, so that any tool m
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.errors import MixMoEError
 
 METADATA_FILE = "mixmoe_metadata.json"
 FORMAT_VERSION = 1
 STAGES = ("dense", "upcycled", "stage1", "stage2")
 _VERSIONED_PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "transformer-engine", "mixmoe-megatron")
-_WEIGHT_SUFFIXES = (".safetensors", ".distcp")
-_HASH_BLOCK_BYTES = 1 << 22
 
 
 @dataclass
@@ -34,7 +30,7 @@ class Metadata:
         options: MixMoEOptions as a dict; None for a dense checkpoint.
         megatron_args: Megatron argument name -> value, the dense architecture (see conversion/hf_config.py).
         hf_config: the base model's config.json.
-        parent: {"path", "stage", "weights_sha256"} of what this was made from; None if it was made from nothing.
+        parent: {"path", "stage", "weights_xxh128"} of what this was made from; None if it was made from nothing.
         versions: package name -> version at the time of writing.
         created_by: the command that wrote it.
         data: what it was trained on so far, {"stage", "prefix", "kind", "tokens", "manifest_sha256"} of each file.
@@ -68,9 +64,21 @@ class Metadata:
                 f"{METADATA_FILE} of stage {self.stage!r} must {'not ' * (self.stage == 'dense')}have options."
             )
 
+    def to_json(self) -> str:
+        """Return the file's contents; package versions are filled in when empty.
+
+        Raises:
+            MixMoEError: the metadata is inconsistent.
+        """
+        self.validate()
+        self.versions = self.versions or package_versions()
+        return json.dumps({"format_version": self.format_version, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that shape a checkpoint; absent packages are left out."""
+    import importlib.metadata
+
     versions = {"python": platform.python_version()}
     for name in _VERSIONED_PACKAGES:
         try:
@@ -80,43 +88,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def weights_sha256(directory: str | Path) -> str:
-    """Hash the weight files (`*.safetensors`, `*.distcp`) below a directory, names included, in sorted order.
-
-    Args:
-        directory: a Hugging Face directory, or one iteration of a Megatron checkpoint.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        MixMoEError: there is no weight file.
-    """
-    root = Path(directory)
-    files = sorted(p for p in root.rglob("*") if p.suffix in _WEIGHT_SUFFIXES and p.is_file())
-    if not files:
-        raise MixMoEError(f"{root} holds no weight file ({', '.join(_WEIGHT_SUFFIXES)}).")
-    total = hashlib.sha256()
-    for path in files:
-        one = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(_HASH_BLOCK_BYTES):
-                one.update(block)
-        total.update(f"{path.relative_to(root).as_posix()} {one.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
 def write_metadata(directory: str | Path, metadata: Metadata) -> Path:
-    """Write `mixmoe_metadata.json` atomically; package versions are filled in when empty.
-
-    Raises:
-        MixMoEError: the metadata is inconsistent.
-    """
-    metadata.validate()
-    if not metadata.versions:
-        metadata.versions = package_versions()
+    """Write `mixmoe_metadata.json` atomically. Raises as `Metadata.to_json`."""
     path = Path(directory) / METADATA_FILE
-    write_json(path, {"format_version": metadata.format_version, **asdict(metadata)})
+    with whole_file(path) as stream:
+        stream.write(metadata.to_json())
     return path
 
 

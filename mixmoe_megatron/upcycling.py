@@ -1,7 +1,8 @@
-"""Upcycling: where the tensors of a Mix-MoE layer come from. Pure tensor functions, torch only.
+"""Upcycling: where the tensors of a Mix-MoE layer come from. Pure functions of torch tensors or numpy arrays.
 
-Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN, the MT experts are copies
-of the stage-1-trained LM experts. Sizes come as arguments; nothing here knows Megatron or Hugging Face.
+Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN. Sizes come as arguments;
+nothing here knows Megatron or Hugging Face. The cuts only move values: conversions run them on the numbers of slices,
+as numpy arrays, and no torch is imported for that.
 
 Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice`, F for
 `copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
@@ -9,12 +10,29 @@ Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidd
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from mixmoe_megatron.errors import MixMoEError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 EXPERT_INITS = ("slice", "copy")
+Array = Any  # torch.Tensor or numpy.ndarray
+
+
+def library(array: Array) -> ModuleType:
+    """Return the library that an array is of, torch or numpy."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Join arrays of one library along an axis, on which alone their shapes differ."""
+    return library(arrays[0]).concatenate(arrays, axis)
 
 
 def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: str) -> int:
@@ -40,7 +58,7 @@ def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: 
     return ffn_hidden_size // num_experts
 
 
-def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+def pack_gate_up(gate: Array, up: Array) -> Array:
     """Stack gate and up projections, gate rows first.
 
     Args:
@@ -50,10 +68,10 @@ def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         [2F, H], the dtype of the inputs.
     """
-    return torch.cat((gate, up), dim=0)
+    return concatenate((gate, up))
 
 
-def experts_from_dense_gate_up(gate: Tensor, up: Tensor, num_experts: int, expert_init: str) -> Tensor:
+def experts_from_dense_gate_up(gate: Array, up: Array, num_experts: int, expert_init: str) -> Array:
     """Cut the dense gate and up projections into the experts' packed first layer (eq. 1-2).
 
     Expert e of `slice` gets rows [e F', (e+1) F') of gate, then the same rows of up.
@@ -65,19 +83,18 @@ def experts_from_dense_gate_up(gate: Tensor, up: Tensor, num_experts: int, exper
         expert_init: `slice` or `copy`.
 
     Returns:
-        [n, 2F', H], the dtype of the inputs, contiguous.
+        [n, 2F', H], the dtype of the inputs.
 
     Raises:
         MixMoEError: F is not divisible by n, or expert_init is unknown.
     """
     inner = expert_ffn_hidden_size(gate.shape[0], num_experts, expert_init)
     if expert_init == "copy":
-        return pack_gate_up(gate, up).unsqueeze(0).repeat(num_experts, 1, 1)
-    pair = torch.stack((gate.view(num_experts, inner, -1), up.view(num_experts, inner, -1)), dim=1)
-    return pair.reshape(num_experts, 2 * inner, -1).contiguous()
+        return concatenate([pack_gate_up(gate, up)[None]] * num_experts)
+    return concatenate([matrix.reshape(num_experts, inner, -1) for matrix in (gate, up)], 1)
 
 
-def experts_from_dense_down(down: Tensor, num_experts: int, expert_init: str) -> Tensor:
+def experts_from_dense_down(down: Array, num_experts: int, expert_init: str) -> Array:
     """Cut the dense down projection into the experts' second layer (eq. 1-2).
 
     Expert e of `slice` gets columns [e F', (e+1) F'), so that the experts' sum is the dense FFN.
@@ -88,15 +105,15 @@ def experts_from_dense_down(down: Tensor, num_experts: int, expert_init: str) ->
         expert_init: `slice` or `copy`.
 
     Returns:
-        [n, H, F'], the dtype of the input, contiguous.
+        [n, H, F'], the dtype of the input; not necessarily contiguous.
 
     Raises:
         MixMoEError: F is not divisible by n, or expert_init is unknown.
     """
     inner = expert_ffn_hidden_size(down.shape[1], num_experts, expert_init)
     if expert_init == "copy":
-        return down.unsqueeze(0).repeat(num_experts, 1, 1)
-    return down.view(down.shape[0], num_experts, inner).permute(1, 0, 2).contiguous()
+        return concatenate([down[None]] * num_experts)
+    return down.reshape(down.shape[0], num_experts, inner).swapaxes(0, 1)
 
 
 def init_router_weight(num_experts: int, hidden_size: int, init_std: float, generator: torch.Generator) -> Tensor:
@@ -111,13 +128,6 @@ def init_router_weight(num_experts: int, hidden_size: int, init_std: float, gene
     Returns:
         [n, H] float32.
     """
+    import torch
+
     return torch.empty(num_experts, hidden_size, dtype=torch.float32).normal_(0.0, init_std, generator=generator)
-
-
-def copy_group(tensor: Tensor) -> Tensor:
-    """Return the MT group's start from a stage-1-trained LM tensor (experts or router): an independent copy.
-
-    Args:
-        tensor: any shape and dtype.
-    """
-    return tensor.detach().clone()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time and peak memory of the conversion commands on a random checkpoint of a real model's shape, beside `cp`.
 
-The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same run. A bare start
-of Python with torch is shown too: it is part of each command's time, and the second ratio leaves it out. The way back
-is compared bit by bit.
+The yardstick is what `cp` of the same bytes plus one read of them takes, on the same disk in the same turns. Best times
+are compared: other work on the machine only ever adds. The start of Python is part of a command's time. The way back is
+compared bit by bit.
 
 Example:
     python tools/benchmark_conversion.py --model llama-3.2-1b --directory runs/benchmark
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--directory", required=True, help="scratch space of 3 times the model's size")
     parser.add_argument("--kind", choices=("dense", "upcycled"), default="dense", help="what to make in Megatron")
     parser.add_argument("--processes", type=int, default=1, help="of each conversion (torchrun when more than one)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of all (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="write the figures there as JSON")
     return parser
 
@@ -38,15 +39,16 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         scratch = Path(args.directory) / "benchmark_conversion"
         try:
-            result = measure(args.model, scratch, args.kind, args.processes)
+            result = measure(args.model, scratch, args.kind, args.processes, args.repeats)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")
-        print("step                     seconds  / (cp+read)  without start  peak GB")
+        print("step                     seconds: best  median  / (cp+read)  peak GB")
         for step in result["steps"]:
-            line = f"{step['name']:<24} {step['seconds']:7.1f}"
+            seconds = step["seconds"]
+            line = f"{step['name']:<24} {seconds[0]:13.2f} {seconds[len(seconds) // 2]:7.2f}"
             if "ratio" in step:
-                line += f" {step['ratio']:12.2f} {step['ratio_started']:14.2f} {step['peak_gigabytes']:8.2f}"
+                line += f" {step['ratio']:12.2f} {step['peak_gigabytes']:8.2f}"
             print(line)
         if args.output:
             write_json(args.output, result)

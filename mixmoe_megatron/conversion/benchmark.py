@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from mixmoe_megatron.conversion.bits import Bits, from_torch
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.conversion.mappings import TABLES
 from mixmoe_megatron.conversion.model_sizes import model_sizes
 from mixmoe_megatron.conversion.output_dir import check_space
 from mixmoe_megatron.conversion.plan import LazyTensor, expand
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader, write_safetensors
+from mixmoe_megatron.conversion.stored import Region, lengths, whole
 from mixmoe_megatron.errors import MixMoEError
 
 _ROPE = {
@@ -46,6 +52,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _COMMANDS = Path(__file__).resolve().parents[2] / "checkpoints_conversion"
 _BLOCK = 1 << 24
+# A small process in between: Linux counts what a process had before it became the command as the command's memory.
+_WATCH = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([done.returncode, done.stderr, seconds, used.ru_maxrss]))
+"""
 
 
 def write_random_model(directory: Path, config: dict[str, Any]) -> int:
@@ -56,25 +70,19 @@ def write_random_model(directory: Path, config: dict[str, Any]) -> int:
         config: its config.json.
     """
     directory.mkdir(parents=True)
-    noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    noise = from_torch(torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16())
 
-    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        start = hash_of(name) % (_BLOCK // 2)
-        count = torch.Size(shape).numel()
-        repeats = -(-count // (_BLOCK - start))
-        return noise[start:].repeat(repeats)[:count].view(shape)
+    def bits(name: str, shape: tuple[int, ...], region: Region) -> Bits:
+        """Each tensor has noise of its own; its rows, if they are long, have some in common."""
+        start = zlib.crc32(f"{name} {region[0].start}".encode()) % _BLOCK
+        return np.resize(np.roll(noise, -start), lengths(region))
 
     sizes = model_sizes(megatron_args_from_hf(config), None, "dense")
     tensors = [tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.hf]
-    plan = [LazyTensor(n, s, torch.bfloat16, lambda n=n, s=s: values(n, s)) for n, s in tensors]  # type: ignore[misc]
+    plan = [LazyTensor(name, shape, "bfloat16", partial(bits, name, shape)) for name, shape in tensors]
     write_safetensors(directory, plan, 5 * 10**9)
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return sum(tensor.num_bytes for tensor in plan)
-
-
-def hash_of(name: str) -> int:
-    """Return a number that depends on a name alone, on every run."""
-    return sum((position + 1) * 7919 * ord(letter) for position, letter in enumerate(name))
 
 
 def _run(command: list[str]) -> tuple[float, float]:
@@ -84,15 +92,12 @@ def _run(command: list[str]) -> tuple[float, float]:
         MixMoEError: it failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(_COMMANDS.parent)}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
+    watch = [sys.executable, "-I", "-c", _WATCH, *command]
+    watched = subprocess.run(watch, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    status, said, seconds, kilobytes = json.loads(watched.stdout)
     if status:
         raise MixMoEError(f"{' '.join(command)} failed: {said[-2000:]}")
-    return seconds, usage.ru_maxrss / 1e6
+    return seconds, kilobytes / 1e6
 
 
 def _read_all(directory: Path) -> float:
@@ -111,56 +116,70 @@ def _check_same(one: Path, other: Path) -> None:
     if set(first.names()) != set(second.names()):
         raise MixMoEError(f"{other} holds other tensors than {one}.")
     for name in first.names():
-        if not torch.equal(first.read(name).view(torch.int16), second.read(name).view(torch.int16)):
+        everything = whole(first.shape(name))
+        if not np.array_equal(first.read_region(name, everything), second.read_region(name, everything)):
             raise MixMoEError(f"{name} did not come back bit-equal.")
 
 
-def measure(model: str, scratch: Path, kind: str, processes: int = 1) -> dict[str, Any]:
-    """Write a random model, time `cp` and a read, convert it to Megatron and back, and compare.
+def measure(model: str, scratch: Path, kind: str, processes: int = 1, repeats: int = 5) -> dict[str, Any]:
+    """Write a random model, time `cp` and a read, convert it to Megatron and back, several times in turn, and compare.
+
+    Before each timing a copy is made and removed: memory that lay free for long is slow to get on a virtual machine,
+    which would be put down to whoever comes first.
 
     Args:
         model: of MODELS.
         scratch: made, and left for the caller to remove.
         kind: `dense` (the way back is compared bit by bit) or `upcycled`.
         processes: of each conversion.
+        repeats: of all.
 
     Returns:
-        `gigabytes` of the model, and `steps`: each with name, seconds, for the conversions also `peak_gigabytes` of
-        memory, and `ratio` to cp and read together, `ratio_started` without the start of Python and torch.
+        `gigabytes` of the model, and `steps`: each with name and the `seconds` of all turns, sorted; the conversions
+        also with the largest `peak_gigabytes` of memory, and `ratio`, their best time over those of cp and read.
 
     Raises:
         MixMoEError: the disk has no room, a command failed, or a bit was lost.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     original, copy, checkpoint, back = (scratch / name for name in ("hf", "copy", "checkpoint", "back"))
-    total = sum(t.numel() for t in _shapes(MODELS[model])) * 2
+    total = sum(math.prod(shape) for shape in _shapes(MODELS[model])) * 2
     check_space(scratch, 3 * total)
     write_random_model(original, MODELS[model])
-    os.sync()
-    start_up = _run([sys.executable, "-c", "import torch"])[0]
-    copying = _run(["cp", "-r", str(original), str(copy)])[0]
-    os.sync()
-    reading = _read_all(copy)
-    shutil.rmtree(copy)
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    parts = {"cp": copying, "read": reading, "(start Python and torch)": start_up}
-    steps: list[dict[str, Any]] = [{"name": name, "seconds": seconds} for name, seconds in parts.items()]
     there = [str(_COMMANDS / "hf_to_mixmoe.py"), "--hf-dir", str(original), "--output-dir", str(checkpoint)]
     there += ["--dense"] if kind == "dense" else []
     home = [str(_COMMANDS / "mixmoe_to_hf.py"), "--checkpoint-dir", str(checkpoint), "--output-dir", str(back)]
-    for name, words in (("Hugging Face -> Megatron", there), ("Megatron -> Hugging Face", home)):
+    copying = ["cp", "-r", str(original), str(copy)]
+
+    def timed(command: list[str]) -> tuple[float, float]:
+        _run(copying)
+        shutil.rmtree(copy)
         os.sync()
-        seconds, peak = _run([*launch, *words])
-        step = {"name": name, "seconds": seconds, "peak_gigabytes": peak}
-        step["ratio"], step["ratio_started"] = ((seconds - less) / (copying + reading) for less in (0.0, start_up))
-        steps.append(step)
+        return _run(command)
+
+    turns = []
+    for _ in range(repeats):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.rmtree(back, ignore_errors=True)
+        cp, read = timed(copying), (_read_all(copy), 0.0)
+        shutil.rmtree(copy)
+        turns.append([cp, read, timed([*launch, *there]), timed([*launch, *home])])
     if kind == "dense":
         _check_same(original, back)
+    names = ("cp", "read", "Hugging Face -> Megatron", "Megatron -> Hugging Face")
+    steps: list[dict[str, Any]] = []
+    for name, column in zip(names, zip(*turns, strict=True), strict=True):
+        steps.append({"name": name, "seconds": sorted(seconds for seconds, _ in column)})
+        if "->" in name:
+            yardstick = sum(step["seconds"][0] for step in steps[:2])
+            ratio, peak = steps[-1]["seconds"][0] / yardstick, max(peak for _, peak in column)
+            steps[-1] |= {"ratio": ratio, "peak_gigabytes": peak}
     return {"model": model, "kind": kind, "processes": processes, "gigabytes": total / 1e9, "steps": steps}
 
 
-def _shapes(config: dict[str, Any]) -> list[torch.Size]:
+def _shapes(config: dict[str, Any]) -> list[tuple[int, ...]]:
     sizes = model_sizes(megatron_args_from_hf(config), None, "dense")
-    return [torch.Size(shape) for unit in expand(TABLES["same"], sizes) for _, shape in unit.hf]
+    return [shape for unit in expand(TABLES["same"], sizes) for _, shape in unit.hf]

@@ -8,12 +8,10 @@ does not look at those when it loads.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 from mixmoe_megatron.conversion.megatron_checkpoint import (
     COMMON_STATE_KEY,
@@ -24,35 +22,11 @@ from mixmoe_megatron.conversion.megatron_checkpoint import (
     iteration_directory,
     stored_entries,
 )
+from mixmoe_megatron.conversion.streaming import FileView
 from mixmoe_megatron.errors import MixMoEError
 
 _ITERATION = re.compile(r"iter_(\d{7,})|release")
 _LEGACY_COMMON = "common.pt"  # where Megatron kept the common state before 0.16
-
-
-class _Part(io.RawIOBase):
-    """A seekable, read-only view of `length` bytes of an open file."""
-
-    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
-        self._stream, self._offset, self._length, self._position = stream, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._stream.seek(self._offset + self._position)
-        data = self._stream.read(max(0, min(len(buffer), self._length - self._position)))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 def find_damage(directory: str | Path, *, full: bool = False) -> str | None:
@@ -100,7 +74,7 @@ def _altered_bytes(path: Path, parts: list[StoredEntry]) -> str | None:
     with path.open("rb") as stream:
         for part in parts:
             try:
-                with zipfile.ZipFile(_Part(stream, part.offset, part.length)) as archive:
+                with zipfile.ZipFile(FileView(stream.fileno(), part.offset, part.length)) as archive:
                     altered = archive.testzip() is not None
             except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
                 altered = True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, model_family
@@ -91,7 +91,16 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
     plan = make_plan(
         expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype, None, request.check_finite
     )
+    _check_architecture(metadata)
     return PreparedExport(request, metadata, sizes, plan)
+
+
+def _check_architecture(metadata: Metadata) -> None:
+    """Raise if the metadata's Megatron arguments and base config contradict each other."""
+    for name, value in megatron_args_from_hf(metadata.hf_config).items():
+        given = metadata.megatron_args.get(name)
+        if name != "make_vocab_size_divisible_by" and given != value:
+            raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
 
 
 def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:
@@ -105,18 +114,9 @@ def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:
 
 
 def _config(prepared: PreparedExport) -> dict[str, Any]:
-    """Return the config.json to write.
-
-    Raises:
-        MixMoEError: the metadata's Megatron arguments and base config contradict each other.
-    """
+    """Return the config.json to write."""
     metadata = prepared.metadata
-    expected = megatron_args_from_hf(metadata.hf_config)
-    for name, value in expected.items():
-        given = metadata.megatron_args.get(name)
-        if name != "make_vocab_size_divisible_by" and given != value:
-            raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
-    dtype = str(prepared.plan[0].dtype).removeprefix("torch.")
+    dtype = prepared.plan[0].dtype
     config = dict(metadata.hf_config) if metadata.options is None else _mixmoe_config(metadata, prepared.sizes)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
         config[name] = dtype
@@ -159,18 +159,19 @@ def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
         MixMoEError: the output directory may not be replaced, the disk is full, or a stored tensor is damaged.
     """
     request, plan = prepared.request, prepared.plan
-    config = _config(prepared)
     total = sum(t.num_bytes for t in plan)
     ranks.on_first(lambda: check_space(request.output_dir, total))
     with (
+        ThreadPoolExecutor(1) as beside,
         whole_directory(request.output_dir, request.force, ranks) as directory,
         progress(total // ranks.size, "to Hugging Face", ranks.rank) as advance,
     ):
+        config = beside.submit(_config, prepared)  # transformers may take longer to import than weights to be written
         write_safetensors(directory, plan, request.max_shard_bytes, advance, ranks)
 
         def finish() -> None:
             verify_written(plan, SafetensorsReader(directory))
-            _write_beside_the_weights(prepared, config, directory)
+            _write_beside_the_weights(prepared, config.result(), directory)
 
         ranks.on_first(finish)
 
@@ -185,5 +186,5 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = request.base_model or metadata.hf_config.get("_name_or_path")
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in prepared.plan)
+    parameters = sum(math.prod(tensor.shape) for tensor in prepared.plan)
     (directory / "README.md").write_text(model_card(metadata, base_model, parameters), encoding="utf-8")

@@ -81,7 +81,8 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
     if metadata.options is not None:
         rows.update(metadata.options)
     if metadata.parent:
-        rows["made from"] = f"{metadata.parent['stage']}, weights sha256 `{metadata.parent['weights_sha256']}`"
+        hashes = {k.removeprefix("weights_"): v for k, v in metadata.parent.items() if k.startswith("weights_")}
+        rows["made from"] = ", ".join([metadata.parent["stage"], *(f"weights {k} `{v}`" for k, v in hashes.items())])
     rows["made by"] = ", ".join([metadata.created_by, *(f"{k} {v}" for k, v in metadata.versions.items())])
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     if metadata.data:

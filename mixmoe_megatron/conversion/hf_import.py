@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from mixmoe_megatron.conversion.bits import Bits
+from mixmoe_megatron.conversion.fingerprint import HashedSource
 from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
 from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.plan import LazyTensor, Source, describe_plan, expand, make_plan, verify_written
 from mixmoe_megatron.conversion.progress import progress
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
-from mixmoe_megatron.conversion.regions import Region
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
+from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, weights_sha256, write_metadata
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata
 from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 
 # Buffers that old Llama checkpoints store beside their weights.
@@ -67,6 +68,7 @@ class PreparedImport:
     metadata: Metadata
     sizes: Sizes
     plan: list[LazyTensor]
+    source: Source
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
@@ -89,7 +91,7 @@ class _TiedSource(SafetensorsReader):
             names.remove(_OUTPUT)
         return names
 
-    def read_region(self, name: str, region: Region) -> Tensor:
+    def read_region(self, name: str, region: Region) -> Bits:
         """As the base class; what is read of the embedding is compared with the stored copy.
 
         Raises:
@@ -97,7 +99,7 @@ class _TiedSource(SafetensorsReader):
         """
         values = super().read_region(name, region)
         has_copy = name == _EMBEDDING and _OUTPUT in super().names()
-        if has_copy and not torch.equal(super().read_region(_OUTPUT, region), values):
+        if has_copy and not np.array_equal(super().read_region(_OUTPUT, region), values):
             raise self._differs()
         return values
 
@@ -157,6 +159,18 @@ def _base_config(config: dict[str, Any], megatron_args: dict[str, Any]) -> dict[
     return {**hf_config_from_megatron_args(megatron_args), **{k: config[k] for k in kept if k in config}}
 
 
+def open_weights(directory: Path) -> Source:
+    """Return the weights of a Hugging Face directory, or of one iteration of a checkpoint.
+
+    Raises:
+        MixMoEError: they are missing, or damaged as far as headers tell.
+    """
+    if not (directory / "config.json").is_file():
+        return TorchDistReader(directory)
+    tied = read_hf_config(directory).get("tie_word_embeddings", False)
+    return _TiedSource(directory) if tied else SafetensorsReader(directory)
+
+
 def prepare_import(request: ImportRequest) -> PreparedImport:
     """Read configuration and headers, and check that every tensor has its place. Writes nothing.
 
@@ -164,11 +178,15 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input or the request.
     """
     check_output_dir(request.output_dir, request.force)
-    return read_hf_model(request)
+    return read_hf_model(request, hashed=True)
 
 
-def read_hf_model(request: ImportRequest) -> PreparedImport:
+def read_hf_model(request: ImportRequest, hashed: bool = False) -> PreparedImport:
     """As `prepare_import`, without a thought for the output directory: for those who load the plan into a model.
+
+    Args:
+        request: of it, output_dir and force do not matter.
+        hashed: hash the weights while they are read.
 
     Raises:
         MixMoEError: anything wrong with the input.
@@ -196,11 +214,12 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
         )
     sizes = model_sizes(megatron_args, options, stage)
     table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
-    reader = _TiedSource(request.hf_dir) if sizes.tied else SafetensorsReader(request.hf_dir)
+    source = open_weights(Path(request.hf_dir))
+    source = HashedSource(source) if hashed else source
     context = Context(generator=router_generators(request.seed))
     units = expand(table, sizes)
     plan = make_plan(
-        units, reader, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS, check_finite=request.check_finite
+        units, source, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS, check_finite=request.check_finite
     )
     metadata = Metadata(
         stage=stage,
@@ -210,7 +229,7 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
         created_by=request.created_by,
         data=shipped.data if shipped else [],
     )
-    return PreparedImport(request, metadata, sizes, plan)
+    return PreparedImport(request, metadata, sizes, plan, source)
 
 
 def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
@@ -225,7 +244,9 @@ def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
     """
     request, metadata = prepared.request, prepared.metadata
     parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
-    write_checkpoint(prepared.plan, metadata, prepared.sizes, Path(request.hf_dir), parent_stage, request, ranks)
+    parent = Path(request.hf_dir)
+    assert isinstance(prepared.source, HashedSource)
+    write_checkpoint(prepared.plan, metadata, prepared.sizes, prepared.source, parent, parent_stage, request, ranks)
 
 
 class OutputRequest(Protocol):
@@ -244,6 +265,7 @@ def write_checkpoint(
     plan: list[LazyTensor],
     metadata: Metadata,
     sizes: Sizes,
+    source: HashedSource,
     parent: Path,
     parent_stage: str,
     request: OutputRequest,
@@ -255,8 +277,8 @@ def write_checkpoint(
         plan: the tensors, by per-layer name.
         metadata: of the checkpoint; its parent is filled in.
         sizes: of the model.
-        parent: directory of the weights that the plan reads, hashed meanwhile; a Hugging Face directory, or one
-            iteration of a checkpoint.
+        source: of the weights, which the plan reads.
+        parent: their directory: a Hugging Face one, or a checkpoint's.
         parent_stage: of those weights.
         request: where to.
         ranks: those that share the work; all of them must call this.
@@ -271,22 +293,22 @@ def write_checkpoint(
         args.update(mixmoe_megatron_args(options, number, sizes.num_layers, sizes.ffn_hidden_size))
     total = sum(tensor.num_bytes for tensor in plan)
     ranks.on_first(lambda: check_space(request.output_dir, total))
-    is_hf = (parent / "config.json").is_file()
     with (
         ThreadPoolExecutor(1) as beside,
         whole_directory(request.output_dir, request.force, ranks) as directory,
         progress(total // ranks.size, "to Megatron", ranks.rank) as advance,
     ):
-        digest = beside.submit(weights_sha256, parent) if ranks.rank == 0 else None
+        versions = beside.submit(package_versions)
         stacked = 0 if sizes.moe_layers else sizes.num_layers
         iteration = write_torch_dist(directory, plan, args, stacked, extra_state_keys(sizes), advance, ranks)
+        digest = source.fingerprint(ranks)
 
         def finish() -> None:
-            assert digest is not None
             verify_written(plan, TorchDistReader(iteration))
-            copy_side_files(parent if is_hf else parent.parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
-            origin = parent if is_hf else parent.parent
-            metadata.parent = {"path": str(origin), "stage": parent_stage, "weights_sha256": digest.result()}
-            write_metadata(directory, metadata)
+            is_hf = (parent / "config.json").is_file()
+            copy_side_files(parent if is_hf else parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
+            metadata.parent = {"path": str(parent), "stage": parent_stage, "weights_xxh128": digest}
+            metadata.versions = versions.result()
+            (directory / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
 
         ranks.on_first(finish)

@@ -1,7 +1,8 @@
-"""The mapping tables between Hugging Face and Megatron: one row for each kind of tensor. Torch only.
+"""The mapping tables between Hugging Face and Megatron: one row for each kind of tensor.
 
 A row names its tensors on both sides, gives each a shape, and names the layout that carries values across. Plans are
 made from the tables alone, before any weight is read: an unmapped, unused or misshapen key is an error that names it.
+Layouts take torch tensors or numpy arrays; all but those that compute move values only, or make zeros.
 
 Megatron names are the keys of a torch_dist checkpoint, one per layer. `{i}` is the layer number from 0.
 
@@ -13,13 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from mixmoe_megatron import upcycling
+from mixmoe_megatron.upcycling import Array, concatenate, library
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 GROUPS = ("lm", "mt")
 
 
@@ -100,7 +105,7 @@ class T:
     when: str = ""
 
 
-Carry = Callable[[list[Tensor], Sizes, Context, str], list[Tensor]]
+Carry = Callable[[list[Array], Sizes, Context, str], list[Array]]
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,12 @@ class Layout:
     """How values of a row cross: both directions take and give tensors in the order of the row's existing tensors.
 
     Attributes:
-        folds: the Hugging Face side is computed and therefore float32.
+        computes: the side, `megatron` or `hf`, whose values are computed with torch, in float32; else they are moved.
     """
 
     to_megatron: Carry | None
     to_hf: Carry | None
-    folds: bool = False
+    computes: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,61 +139,67 @@ class Row:
     cast: bool = True
 
 
-def _same(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return tensors
+def _same(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return arrays
 
 
-def _pad_vocab(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+def _pad_vocab(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     """[V, H] -> [P, H]: zero rows at the end."""
     missing = sizes.padded_vocab_size - sizes.vocab_size
-    return [torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight for weight in tensors]
+    return [concatenate((rows, *[library(rows).zeros_like(rows[:1])] * missing)) for rows in arrays]
 
 
-def _trim_vocab(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+def _trim_vocab(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     """[P, H] -> [V, H]."""
-    return [tensors[0][: sizes.vocab_size]]
+    return [arrays[0][: sizes.vocab_size]]
 
 
-def _merge_qkv(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+def _merge_qkv(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     """Interleave by query group: the group's query heads, then its key head, then its value head."""
     groups, head = sizes.num_query_groups, sizes.kv_channels
-    tail = tensors[0].shape[1:]
-    parts = [t.reshape(groups, -1, head, *tail) for t in tensors]
-    return [torch.cat(parts, dim=1).reshape(-1, *tail)]
+    tail = arrays[0].shape[1:]
+    parts = [t.reshape(groups, -1, head, *tail) for t in arrays]
+    return [concatenate(parts, 1).reshape(-1, *tail)]
 
 
-def _split_qkv(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+def _split_qkv(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     """Undo `_merge_qkv`."""
-    (merged,) = tensors
+    (merged,) = arrays
     per_group = sizes.num_attention_heads // sizes.num_query_groups
     tail = merged.shape[1:]
     grouped = merged.reshape(sizes.num_query_groups, per_group + 2, sizes.kv_channels, *tail)
-    return [part.reshape(-1, *tail) for part in grouped.split((per_group, 1, 1), dim=1)]
+    cuts = (slice(0, per_group), slice(per_group, per_group + 1), slice(per_group + 1, None))
+    return [grouped[:, cut].reshape(-1, *tail) for cut in cuts]
 
 
-def _merge_gate_up(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return [upcycling.pack_gate_up(*tensors)]
+def _merge_gate_up(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return [upcycling.pack_gate_up(*arrays)]
 
 
-def _split_gate_up(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return list(tensors[0].chunk(2, dim=0))
+def _split_gate_up(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return _equal_parts(arrays[0], 2)
 
 
-def _split_groups(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+def _split_groups(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     """[E, ...] -> one [n, ...] for each group, LM first."""
-    return list(tensors[0].chunk(sizes.num_groups, dim=0))
+    return _equal_parts(arrays[0], sizes.num_groups)
 
 
-def _merge_groups(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return [torch.cat(tensors, dim=0)]
+def _merge_groups(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return [concatenate(arrays)]
 
 
-def _unfold_router(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+def _equal_parts(array: Array, count: int) -> list[Array]:
+    size = array.shape[0] // count
+    return [array[part * size : (part + 1) * size] for part in range(count)]
+
+
+def _unfold_router(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     """A plain router [E, H] becomes W_h = its rows and W_f = 0 in each group."""
-    weights = _split_groups(tensors, sizes, context, where)
+    weights = _split_groups(arrays, sizes, context, where)
     if not sizes.spectral:
         return weights
-    return [t for weight in weights for t in (weight, torch.zeros_like(weight))]
+    return [t for weight in weights for t in (weight, library(weight).zeros_like(weight))]
 
 
 def _fold_router(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
@@ -198,17 +209,15 @@ def _fold_router(tensors: list[Tensor], sizes: Sizes, context: Context, where: s
     folded = [
         context.fold(tensors[j], tensors[j + 1] if sizes.spectral else None) for j in range(0, len(tensors), step)
     ]
-    return [torch.cat(folded, dim=0).float()]
+    return [concatenate(folded).float()]
 
 
-def _upcycle_gate_up(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return [
-        upcycling.experts_from_dense_gate_up(tensors[0], tensors[1], sizes.num_experts_per_group, sizes.expert_init)
-    ]
+def _upcycle_gate_up(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return [upcycling.experts_from_dense_gate_up(arrays[0], arrays[1], sizes.num_experts_per_group, sizes.expert_init)]
 
 
-def _upcycle_down(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return [upcycling.experts_from_dense_down(tensors[0], sizes.num_experts_per_group, sizes.expert_init)]
+def _upcycle_down(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return [upcycling.experts_from_dense_down(arrays[0], sizes.num_experts_per_group, sizes.expert_init)]
 
 
 def _new_router(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
@@ -219,8 +228,8 @@ def _new_router(tensors: list[Tensor], sizes: Sizes, context: Context, where: st
     return [upcycling.init_router_weight(*shape, sizes.init_std, generator) for _ in range(1 + sizes.spectral)]
 
 
-def _new_bias(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
-    return [torch.zeros(sizes.num_experts_per_group)]
+def _new_bias(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
+    return [np.zeros(sizes.num_experts_per_group)]
 
 
 SAME = Layout(_same, _same)
@@ -228,10 +237,10 @@ VOCAB = Layout(_pad_vocab, _trim_vocab)
 QKV = Layout(_merge_qkv, _split_qkv)
 GATE_UP = Layout(_merge_gate_up, _split_gate_up)
 EXPERT_GROUPS = Layout(_split_groups, _merge_groups)
-ROUTER = Layout(_unfold_router, _fold_router, folds=True)
+ROUTER = Layout(_unfold_router, _fold_router, computes="hf")
 UPCYCLED_GATE_UP = Layout(_upcycle_gate_up, None)
 UPCYCLED_DOWN = Layout(_upcycle_down, None)
-NEW_ROUTER = Layout(_new_router, None)
+NEW_ROUTER = Layout(_new_router, None, computes="megatron")
 NEW_ROUTER_BIAS = Layout(_new_bias, None)
 
 _M = "decoder.layers.{i}."

@@ -4,29 +4,27 @@ A torch_dist checkpoint is a PyTorch distributed checkpoint plus Megatron's `met
 Tensors are stored under global keys. A dense model's layers are stacked: `decoder.layers.mlp...` [L, ...]. One whose
 `moe_layer_freq` is a list has one key a layer: `decoder.layers.3.mlp...`. Here every tensor goes by its per-layer name,
 and this module knows how it is stored.
-
-Nothing is unpickled except through an allow-list of PyTorch's metadata classes; tensors are read with `weights_only`.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
+import numpy as np
+
+from mixmoe_megatron.conversion.bits import Bits, bits_type
+from mixmoe_megatron.conversion.stored import Region, StoredTensor, lengths, overlap, shifted
+from mixmoe_megatron.conversion.torch_format import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
+    find_tensor,
+    load_metadata,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.utils import _create_file_view
-
 from mixmoe_megatron.errors import MixMoEError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -34,39 +32,16 @@ RELEASE = "release"
 COMMON_STATE_KEY = "common_state/shard_0_1"
 LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.*)")
 NOT_WEIGHTS = re.compile(r"^(optimizer|opt_param_scheduler|rng_state|rerun_state|chained_)")
-_SAFE_CLASS_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "planner", "filesystem"))
-_SAFE_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickle `.metadata`: classes of PyTorch's distributed checkpoint and torch dtypes, nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module == "torch" or module in _SAFE_CLASS_MODULES else None
-        if (module in _SAFE_CLASS_MODULES and isinstance(found, type)) or isinstance(found, torch.dtype):
-            return found
-        if (module, name) in _SAFE_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
 
 
 def _read_metadata(directory: Path) -> Metadata:
     path = directory / ".metadata"
     try:
-        with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        return load_metadata(path)
     except FileNotFoundError:
         raise MixMoEError(f"{directory} is not a torch_dist checkpoint: .metadata is missing.") from None
     except Exception as error:  # there is hardly an exception that damaged bytes cannot raise
         raise MixMoEError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
-    if not isinstance(metadata, Metadata):
-        raise MixMoEError(f"{path} cannot be read (it holds a {type(metadata).__name__}).")
-    return metadata
 
 
 class StoredEntry(NamedTuple):
@@ -133,6 +108,7 @@ class TorchDistReader:
         self._directory = Path(directory)
         metadata = _read_metadata(self._directory)
         self._tensors: dict[str, tuple[str, int | None, TensorStorageMetadata]] = {}
+        self._stored: dict[MetadataIndex, StoredTensor] = {}
         try:
             self._places = metadata.storage_data or {}
             for key, info in metadata.state_dict_metadata.items():
@@ -163,56 +139,51 @@ class TorchDistReader:
         _, layer, info = self._tensors[name]
         return tuple(info.size if layer is None else info.size[1:])
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype."""
+    def dtype(self, name: str) -> str:
+        """Return the name of a tensor's dtype in torch."""
         return self._tensors[name][2].properties.dtype
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor's values, put together from however many shards.
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a region, put together from however many parts the tensor is stored in.
 
         Raises:
-            MixMoEError: a shard's file is missing or damaged.
+            MixMoEError: a part is missing or damaged.
         """
         key, layer, info = self._tensors[name]
-        first = 0 if layer is None else layer
-        offsets = torch.Size([first, *[0] * (len(info.size) - 1)])
-        lengths = torch.Size(info.size if layer is None else [1, *info.size[1:]])
-        items = create_read_items_for_chunk_list(key, info, [ChunkStorageMetadata(offsets, lengths)])
-        covered = sum(torch.Size(item.lengths).numel() for item in items)
-        if covered != lengths.numel():
-            raise MixMoEError(f"the checkpoint does not hold all of {name} ({covered} of {lengths.numel()} values).")
-        whole = None
-        for item in items:
-            part = self._read_part(name, item.storage_index, info.properties.dtype)
-            try:
-                part = part[_region(item.storage_offsets, item.lengths)]
-                if len(items) == 1:
-                    whole = part.reshape(lengths)
-                    break
-                whole = torch.empty(lengths, dtype=part.dtype) if whole is None else whole
-                whole[_region(item.dest_offsets, item.lengths)] = part
-            except (RuntimeError, IndexError, ValueError):
-                raise MixMoEError(f"{name} has another shape in {self._directory} than .metadata says.") from None
-        assert whole is not None
-        return whole if layer is None else whole[0]
+        wanted = region if layer is None else (slice(layer, layer + 1), *region)
+        values, found = None, 0
+        for chunk in info.chunks:
+            box = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            shared = overlap(wanted, box)
+            if shared is None:
+                continue
+            part = self._read_part(name, key, chunk, shifted(shared, box))
+            found += part.size
+            if shared == wanted:
+                values = part
+                break
+            values = np.empty(lengths(wanted), part.dtype) if values is None else values
+            values[shifted(shared, wanted)] = part
+        size = int(np.prod(lengths(wanted)))
+        if found != size:
+            raise MixMoEError(f"the checkpoint does not hold all of {name} ({found} of {size} values).")
+        values = np.empty(lengths(wanted), bits_type(self.dtype(name))) if values is None else values
+        return values if layer is None else values[0]
 
-    def _read_part(self, name: str, index: MetadataIndex, dtype: torch.dtype) -> Tensor:
-        info = self._places[index]
-        path = self._directory / info.relative_path
+    def _read_part(self, name: str, key: str, chunk: ChunkStorageMetadata, region: Region) -> Bits:
+        """Return a region of a stored part; where its values lie is looked up once."""
+        index = MetadataIndex(key, chunk.offsets)
+        place = self._places[index]
+        path = self._directory / place.relative_path
         try:
-            with path.open("rb") as stream:
-                view = cast(IO[bytes], _create_file_view(stream, info.offset, info.length))
-                part = torch.load(view, "cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise MixMoEError(f"{name} cannot be read from {path} ({reason}).") from None
-        if not isinstance(part, Tensor) or part.dtype != dtype:
-            raise MixMoEError(f"{name} cannot be read from {path} (it holds something else there).")
-        return part
-
-
-def _region(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
+            if index not in self._stored:
+                stored = find_tensor(path, place.offset, place.length)
+                if (stored.shape, stored.dtype) != (tuple(chunk.sizes), self.dtype(name)):
+                    raise ValueError(f"it holds {stored.dtype} of shape {list(stored.shape)} there")
+                self._stored[index] = stored
+            return self._stored[index].read(region)
+        except Exception as error:  # there is hardly an exception that damaged bytes cannot raise
+            raise MixMoEError(f"{name} cannot be read from {path} ({error}).") from None
 
 
 def iteration_directory(checkpoint_dir: str | Path, iteration: int | None = None) -> Path:

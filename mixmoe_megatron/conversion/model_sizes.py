@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mixmoe_megatron.conversion.mappings import Sizes
 from mixmoe_megatron.options import MixMoEOptions, resolve_moe_layers
-from mixmoe_megatron.spectral import fold_router_weight
 from mixmoe_megatron.upcycling import expert_ffn_hidden_size
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STAGE_NUMBERS = {"dense": 0, "upcycled": 1, "stage1": 1, "stage2": 2}
 
@@ -68,6 +68,7 @@ def model_sizes(
 
 def router_fold(options: MixMoEOptions) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return the function (W_h, W_f) -> plain router weight, [n, H] float32, of these options."""
+    from mixmoe_megatron.spectral import fold_router_weight
 
     def fold(weight: Tensor, spectral_weight: Tensor | None) -> Tensor:
         return fold_router_weight(
@@ -86,6 +87,8 @@ def router_generators(seed: int) -> Callable[[str], torch.Generator]:
     """Return place -> CPU generator; what a layer draws depends on the seed and its name, not on the order."""
 
     def generator(where: str) -> torch.Generator:
+        import torch
+
         digest = hashlib.sha256(f"{seed} {where}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

@@ -1,30 +1,36 @@
 """Turn the mapping tables into a plan: which tensor is made from which, checked in full before any weight is read.
 
-A plan is a list of `LazyTensor`: name, shape and dtype now, the values when a writer asks for them. So a conversion
-holds about one layer's tensors in memory, whatever the model's size.
+A plan is a list of `LazyTensor`: name, shape and dtype now, the bits of any region when a writer asks for them. So a
+conversion holds a block of each of its threads in memory, whatever the model's size.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from mixmoe_megatron.conversion.mappings import FLOAT_DTYPES, Context, Row, Sizes, T
-from mixmoe_megatron.conversion.regions import Region, read_region
+from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, from_torch, to_torch
+from mixmoe_megatron.conversion.mappings import Context, Row, Sizes, T
+from mixmoe_megatron.conversion.movement import movement
+from mixmoe_megatron.conversion.stored import Region, in_order, whole
 from mixmoe_megatron.errors import MixMoEError
 
-DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16"}
 _SHOWN_KEYS = 3
+BLOCK_BYTES = 1 << 22  # small enough for a processor's cache, large enough for Python
 
 
 class Source(Protocol):
-    """Tensors by name, read one at a time."""
+    """Tensors by name, of which any region can be read."""
 
     def names(self) -> Collection[str]:
         """Return the names of all tensors."""
@@ -32,34 +38,31 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype."""
+    def dtype(self, name: str) -> str:
+        """Return the name of a tensor's dtype in torch."""
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor's values."""
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a tensor between start and stop on each axis."""
 
 
-@runtime_checkable
-class SlicedSource(Source, Protocol):
-    """A source that reads no more than what it is asked for."""
-
-    def read_region(self, name: str, region: Region) -> Tensor:
-        """Return the values of a tensor between start and stop on each axis."""
+def read_tensor(source: Source, name: str) -> Tensor:
+    """Return all values of a source's tensor. Raises what `read_region` raises."""
+    return to_torch(source.read_region(name, whole(source.shape(name))), source.dtype(name))
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written: what it is now, its values when `read` is called.
+    """A tensor to be written: what it is now, its bits when they are asked for.
 
     Attributes:
-        read_region: values of a region, in this tensor's dtype, without reading the rest; None: cut from all of it.
+        dtype: name in torch.
+        read: the bits of a region, without reading the rest; not necessarily contiguous.
     """
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    read_region: Callable[[Region], Tensor] | None = None
+    dtype: str
+    read: Callable[[Region], Bits]
 
     def part(self, region: Region) -> Tensor:
         """Return the values of a region; what lies beyond the shape is left out.
@@ -67,16 +70,22 @@ class LazyTensor:
         Raises:
             MixMoEError: the weights are damaged.
         """
-        if self.read_region is None:
-            return self.read()[region]
-        return self.read_region(
-            tuple(slice(*cut.indices(length)[:2]) for cut, length in zip(region, self.shape, strict=True))
-        )
+        clipped = tuple(slice(*cut.indices(length)[:2]) for cut, length in zip(region, self.shape, strict=True))
+        return to_torch(self.read(clipped), self.dtype)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield all bytes in their order, a block at a time.
+
+        Raises:
+            MixMoEError: the weights are damaged.
+        """
+        for region in in_order(self.shape, BLOCK_BYTES // ITEMSIZE[self.dtype]):
+            yield memoryview(np.ascontiguousarray(self.read(region)).reshape(-1).view(np.uint8))
 
     @property
     def num_bytes(self) -> int:
         """Size of the values in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -128,19 +137,6 @@ def _position(unit: Unit) -> int:
     return -1 if unit.megatron[0][0].startswith("embedding.") else 1 << 30
 
 
-class _Conversion:
-    """Run one unit when the first of its outputs is asked for; forget each output once it was given."""
-
-    def __init__(self, run: Callable[[], list[Tensor]]) -> None:
-        self._run = run
-        self._ready: dict[int, Tensor] = {}
-
-    def take(self, position: int) -> Tensor:
-        if position not in self._ready:
-            self._ready = dict(enumerate(self._run()))
-        return self._ready.pop(position)
-
-
 def _keys(names: Collection[str]) -> str:
     shown = ", ".join(sorted(names)[:_SHOWN_KEYS])
     return shown if len(names) <= _SHOWN_KEYS else f"{shown} and {len(names) - _SHOWN_KEYS} more"
@@ -161,28 +157,32 @@ def _check_inputs(units: list[Unit], side: str, source: Source, ignored: re.Patt
             raise MixMoEError(f"{name} has dtype {source.dtype(name)}, expected float32, bfloat16 or float16.")
 
 
-def _source_dtype(unit: Unit, side: str, source: Source) -> torch.dtype:
+def _source_dtype(unit: Unit, side: str, source: Source) -> str:
     dtypes = {source.dtype(name) for name, _ in getattr(unit, side)}
     if len(dtypes) > 1:
         names = ", ".join(name for name, _ in getattr(unit, side))
-        raise MixMoEError(f"{names} belong together but differ in dtype: {', '.join(sorted(map(str, dtypes)))}.")
-    return dtypes.pop() if dtypes else torch.float32
+        raise MixMoEError(f"{names} belong together but differ in dtype: {', '.join(sorted(dtypes))}.")
+    return dtypes.pop() if dtypes else "float32"
 
 
-def finite_reader(source: Source) -> Callable[[str], Tensor]:
-    """Return the source's `read`, which then refuses NaN and infinite values.
+class FiniteSource:
+    """A source that refuses NaN and infinite values."""
 
-    Raises (when called):
-        MixMoEError: a value is not finite; the message names the tensor and the number of such values.
-    """
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
 
-    def read(name: str) -> Tensor:
-        values = source.read(name)
-        if number := 0 if math.isfinite(values.sum(dtype=torch.float32)) else int((~torch.isfinite(values)).sum()):
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a region.
+
+        Raises:
+            MixMoEError: a value is not finite; the message names the tensor and the number of such values.
+        """
+        bits = self._source.read_region(name, region)
+        values = to_torch(bits, self.dtype(name)).float()
+        if not math.isfinite(values.sum()) and (number := int((~values.isfinite()).sum())):
             raise MixMoEError(f"{name} holds {number} values that are NaN or infinite (--check-finite).")
-        return values
-
-    return read
+        return bits
 
 
 def make_plan(
@@ -201,58 +201,60 @@ def make_plan(
         units: from `expand`.
         source: tensors of the other side.
         sizes: of the model.
-        context: for the layouts that need more than tensors.
+        context: for the layouts that compute.
         to: `megatron` or `hf`.
         dtype: `keep`, `fp32` or `bf16`; routers are never cast.
         ignored: names in the source that carry no weights.
-        check_finite: refuse a tensor with NaN or infinite values when it is read.
+        check_finite: refuse NaN and infinite values where they are read.
 
     Raises:
         MixMoEError: a key is missing, unused, misshapen or of a surprising dtype; the message names it.
     """
     side = "hf" if to == "megatron" else "megatron"
-    read = finite_reader(source) if check_finite else source.read
-    sliced = source if to == "megatron" and not check_finite and isinstance(source, SlicedSource) else None
     _check_inputs(units, side, source, ignored)
+    if check_finite:
+        source = FiniteSource(source)
     plan = []
     for unit in units:
-        carry = getattr(unit.row.layout, f"to_{to}")
-        assert carry is not None, f"this table does not lead to {to}"
         found = _source_dtype(unit, side, source)
         target = (unit.row.cast and DTYPES[dtype]) or found
-        if to == "hf" and unit.row.layout.folds:
-            target = torch.float32
-
-        def run(unit: Unit = unit, carry=carry) -> list[Tensor]:  # type: ignore[no-untyped-def]
-            return carry([read(name) for name, _ in getattr(unit, side)], sizes, context, unit.where)
-
-        conversion = _Conversion(run)
+        names = [name for name, _ in getattr(unit, side)]
+        if unit.row.layout.computes == to:
+            found = target = "float32"
+            compute = functools.cache(functools.partial(_compute, unit, to, names, source, sizes, context))
         for position, (name, shape) in enumerate(getattr(unit, to)):
-            region = _region_reader(unit, position, sliced, sizes, context, target) if sliced and unit.hf else None
-            plan.append(LazyTensor(name, shape, target, _reader(conversion, position, name, shape, target), region))
+            if unit.row.layout.computes == to:
+                read = _computed(compute, position)
+            else:
+                read = _moved(unit.row, to, position, names, source, sizes, found)
+            plan.append(LazyTensor(name, shape, target, read if target == found else _cast(read, found, target)))
     return plan
 
 
-def _region_reader(
-    unit: Unit, position: int, source: SlicedSource, sizes: Sizes, context: Context, dtype: torch.dtype
-) -> Callable[[Region], Tensor]:
-    names = [name for name, _ in unit.hf]
-
-    def read(region: Region) -> Tensor:
-        return read_region(unit.row, position, region, names, sizes, context, unit.where, source.read_region).to(dtype)
-
-    return read
+def _moved(
+    row: Row, to: str, position: int, names: list[str], source: Source, sizes: Sizes, dtype: str
+) -> Callable[[Region], Bits]:
+    moved = movement(row, to, position, sizes)
+    return lambda region: moved.read(region, names, dtype, source.read_region)
 
 
-def _reader(
-    conversion: _Conversion, position: int, name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = conversion.take(position).to(dtype).contiguous()
-        assert tuple(tensor.shape) == shape, f"{name}: the layout gave {tuple(tensor.shape)}, the table says {shape}"
-        return tensor
+def _compute(unit: Unit, to: str, names: list[str], source: Source, sizes: Sizes, context: Context) -> list[Bits]:
+    tensors = [read_tensor(source, name) for name in names]
+    results = getattr(unit.row.layout, f"to_{to}")(tensors, sizes, context, unit.where)
+    return [from_torch(result) for result in results]
 
-    return read
+
+def _computed(compute: Callable[[], list[Bits]], position: int) -> Callable[[Region], Bits]:
+    return lambda region: compute()[position][region]
+
+
+def _cast(read: Callable[[Region], Bits], found: str, target: str) -> Callable[[Region], Bits]:
+    def cast(region: Region) -> Bits:
+        import torch
+
+        return from_torch(to_torch(read(region), found).to(getattr(torch, target)))
+
+    return cast
 
 
 def split_by_bytes(plan: list[LazyTensor], max_bytes: int) -> list[list[LazyTensor]]:
@@ -289,6 +291,6 @@ def verify_written(plan: list[LazyTensor], written: Source) -> None:
 def describe_plan(plan: list[LazyTensor], destination: str) -> str:
     """Return the plan as a table, one tensor a line, with the total at the end (for --dry-run)."""
     width = max(len(t.name) for t in plan)
-    lines = [f"{t.name:<{width}}  {list(t.shape)!s:<24} {str(t.dtype).removeprefix('torch.')}" for t in plan]
+    lines = [f"{t.name:<{width}}  {list(t.shape)!s:<24} {t.dtype}" for t in plan]
     total = sum(t.num_bytes for t in plan)
     return "\n".join([*lines, f"{len(plan)} tensors, {total} bytes -> {destination}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def progress(total: int, label: str, rank: int = 0) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told of each finished piece. Rank 0 speaks for all: the shares are about equal.
+    """Give a function that any thread tells of each finished piece. Rank 0 speaks for all: the shares are about equal.
 
     Args:
         total: bytes of all pieces of this process.
@@ -25,15 +26,16 @@ def progress(total: int, label: str, rank: int = 0) -> Iterator[Callable[[int], 
     """
     start = last = time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=True if rank else None) as bar:
-        done = 0
+        done, one_at_a_time = 0, threading.Lock()
 
         def advance(num_bytes: int) -> None:
             nonlocal done, last
-            done += num_bytes
-            bar.update(num_bytes)
-            if bar.disable and rank == 0 and (now := time.monotonic()) - last > _SECONDS_BETWEEN_LINES:
-                last = now
-                line = tqdm.format_meter(done, total, now - start, ncols=0, unit="B", unit_scale=True)
-                logger.info("%s: %s", label, line.strip())
+            with one_at_a_time:
+                done += num_bytes
+                bar.update(num_bytes)
+                if bar.disable and rank == 0 and (now := time.monotonic()) - last > _SECONDS_BETWEEN_LINES:
+                    last = now
+                    line = tqdm.format_meter(done, total, now - start, ncols=0, unit="B", unit_scale=True)
+                    logger.info("%s: %s", label, line.strip())
 
         yield advance

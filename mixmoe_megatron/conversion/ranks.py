@@ -13,8 +13,6 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import TypeVar
 
-import torch.distributed
-
 from mixmoe_megatron.errors import MixMoEError
 
 _TIMEOUT = timedelta(days=1)  # the slowest share may be hours behind; torchrun ends the others when one process dies
@@ -46,6 +44,8 @@ class Ranks:
             outcome = (work(), None)
         except (MixMoEError, OSError) as error:
             outcome = (None, error)
+        import torch.distributed
+
         outcomes: list = [None] * self.size
         torch.distributed.all_gather_object(outcomes, outcome)
         for _, failure in outcomes:
@@ -78,6 +78,8 @@ def joined_ranks() -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
+    import torch.distributed
+
     torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield Ranks(torch.distributed.get_rank(), size)

@@ -5,12 +5,14 @@ Training does the same by itself when stage 2 starts from a stage 1 checkpoint; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from mixmoe_megatron.conversion.bits import Bits, from_torch
+from mixmoe_megatron.conversion.fingerprint import HashedSource
 from mixmoe_megatron.conversion.hf_import import write_checkpoint
 from mixmoe_megatron.conversion.mappings import TABLES, Sizes
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
@@ -18,10 +20,14 @@ from mixmoe_megatron.conversion.model_sizes import model_sizes, router_generator
 from mixmoe_megatron.conversion.output_dir import check_output_dir
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import Metadata, read_metadata, require_stage
 from mixmoe_megatron.options import MixMoEOptions
 from mixmoe_megatron.upcycling import init_router_weight
+
+if TYPE_CHECKING:
+    import torch
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -53,6 +59,7 @@ class PreparedStage2:
     metadata: Metadata
     sizes: Sizes
     plan: list[LazyTensor]
+    source: HashedSource
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
@@ -69,7 +76,7 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
     metadata = read_metadata(request.checkpoint_dir)
     require_stage(metadata, "stage1", "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1).")
     options = MixMoEOptions.from_dict(metadata.options or {})
-    reader = TorchDistReader(iteration_directory(request.checkpoint_dir, request.iteration))
+    reader = HashedSource(TorchDistReader(iteration_directory(request.checkpoint_dir, request.iteration)))
     if _EMBEDDING not in reader.names():
         raise MixMoEError(f"{request.checkpoint_dir} has no {_EMBEDDING}: it is not a checkpoint of a language model.")
     sizes = model_sizes(metadata.megatron_args, options, "stage2", padded_vocab=reader.shape(_EMBEDDING)[0])
@@ -83,26 +90,25 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
         if options.mt_router_init == "random" and ".router.mt." in name:
             read = _new_router(name, shape, sizes.init_std, generators, dtype)
         else:
-            read = _copy(reader, source)
+            read = functools.partial(reader.read_region, source)
         plan.append(LazyTensor(name, shape, dtype, read))
     child = replace(metadata, stage="stage2", versions={}, created_by="add_mt_experts.py")
-    return PreparedStage2(request, child, sizes, plan)
-
-
-def _copy(reader: TorchDistReader, name: str) -> Callable[[], Tensor]:
-    return lambda: reader.read(name).contiguous()
+    return PreparedStage2(request, child, sizes, plan, reader)
 
 
 def _new_router(
-    name: str,
-    shape: tuple[int, ...],
-    init_std: float,
-    generators: Callable[[str], torch.Generator],
-    dtype: torch.dtype,
-) -> Callable[[], Tensor]:
-    if name.endswith("bias"):
-        return lambda: torch.zeros(shape, dtype=dtype)
-    return lambda: init_router_weight(shape[0], shape[1], init_std, generators(name)).to(dtype)
+    name: str, shape: tuple[int, ...], init_std: float, generators: Callable[[str], torch.Generator], dtype: str
+) -> Callable[[Region], Bits]:
+    def read(region: Region) -> Bits:
+        import torch
+
+        if name.endswith("bias"):
+            start = torch.zeros(shape)
+        else:
+            start = init_router_weight(shape[0], shape[1], init_std, generators(name))
+        return from_torch(start.to(getattr(torch, dtype)))[region]
+
+    return read
 
 
 def run_stage2(prepared: PreparedStage2, ranks: Ranks = ALONE) -> None:
@@ -115,6 +121,7 @@ def run_stage2(prepared: PreparedStage2, ranks: Ranks = ALONE) -> None:
     Raises:
         MixMoEError: the output directory may not be replaced, the disk is full, or a stored tensor is damaged.
     """
-    request = prepared.request
-    parent = iteration_directory(request.checkpoint_dir, request.iteration)
-    write_checkpoint(prepared.plan, prepared.metadata, prepared.sizes, parent, "stage1", request, ranks)
+    request, parent = prepared.request, Path(prepared.request.checkpoint_dir)
+    write_checkpoint(
+        prepared.plan, prepared.metadata, prepared.sizes, prepared.source, parent, "stage1", request, ranks
+    )

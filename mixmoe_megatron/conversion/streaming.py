@@ -1,4 +1,4 @@
-"""How the bytes of a conversion move at the speed of a copy: read ahead, write small blocks.
+"""How the bytes of a conversion move at the speed of a copy: block by block, on a few threads.
 
 As with a copy, the system brings them to the disk in its own time. What a power failure cuts off is found by its size
 when it is read (`check_files`, safetensors' header); the source is still there.
@@ -6,65 +6,101 @@ when it is read (`check_files`, safetensors' header); the source is still there.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mixmoe_megatron.conversion.plan import LazyTensor
-
+_MOST_THREADS = 4  # by then the disk, or the memory, is busy
 # Linux 6.x spends five times as long on a write of many megabytes, for which it looks for huge page-cache folios.
-_BLOCK_BYTES = 1 << 18
-_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1}  # glibc's M_ARENA_MAX (one for all threads), M_MMAP_MAX, M_TRIM_THRESHOLD
+_WRITE_BYTES = 1 << 18
 
 
-def keep_freed_memory() -> None:
-    """Let tensors take the memory of freed ones, which the kernel would else clear page by page for each of them.
+def in_parallel[T, R](work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return what `work` gives for each item; several are under way at a time.
 
-    For a process that only converts: what it once had stays its own to its end. Does nothing where malloc is not
-    glibc's.
+    Raises what `work` raises for the first item that fails; those not yet begun are left out.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in _MALLOPT.items():
-            mallopt(parameter, value)
+    with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def write_each(tensors: Sequence[LazyTensor], write: Callable[[LazyTensor, Tensor], None]) -> None:
-    """Give each tensor and its values to `write`, and read the next one meanwhile; two are in memory.
+@contextmanager
+def opened(path: Path, num_bytes: int = 0) -> Iterator[int]:
+    """Open a file for writing, made if missing; what it holds stays.
 
-    Raises:
-        MixMoEError: what a tensor's `read` raises.
-    """
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(tensor.read) for tensor in tensors[:1]]
-        for number, tensor in enumerate(tensors, start=1):
-            values = coming.pop().result()
-            coming += [reader.submit(following.read) for following in tensors[number : number + 1]]
-            write(tensor, values)
-            del values  # before the next but one is read
-
-
-def open_to_write(path: Path) -> io.FileIO:
-    """Open a file for `write_all`: made if missing; what it holds stays."""
-    return io.FileIO(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "w")
-
-
-def write_all(file: io.FileIO, data: Any, position: int | None = None) -> int:
-    """Write all of a buffer, at `position` if given, and return its bytes.
+    Args:
+        path: of the file.
+        num_bytes: for which to take room on the disk first, at once; that saves the kernel most of its work later.
 
     Raises:
         OSError: the disk is full, or fails.
     """
-    if position is not None:
-        file.seek(position)
-    rest = memoryview(data).cast("B")
-    size = len(rest)
-    while len(rest):
-        rest = rest[file.write(rest[:_BLOCK_BYTES]) :]
-    return size
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        if num_bytes:
+            os.posix_fallocate(file, 0, num_bytes)
+        yield file
+    finally:
+        os.close(file)
+
+
+class FileView(io.RawIOBase):
+    """An open file from some position on, as a file of its own. Reading and writing leave the file's position alone.
+
+    Args:
+        file: descriptor of the file, which the caller closes.
+        offset: in the file, of the first byte.
+        length: in bytes; None: to the end of what is written.
+    """
+
+    def __init__(self, file: int, offset: int, length: int | None = None) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length or 0, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set the position, which the view's end does not limit, and return it."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what the buffer holds, or up to the view's end; return the number of bytes."""
+        wanted = max(0, min(len(buffer), self._length - self._position))
+        read = os.preadv(self._file, [memoryview(buffer)[:wanted]], self._offset + self._position)
+        self._position += read
+        return read
+
+    def write(self, data: Any) -> int:
+        """Write all of a buffer, small pieces at a time, and return its bytes.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        bytes_ = memoryview(data).cast("B")
+        done = 0
+        while done < len(bytes_):
+            piece = bytes_[done : done + _WRITE_BYTES]
+            done += os.pwrite(self._file, piece, self._offset + self._position + done)
+        self._position += done
+        self._length = max(self._length, self._position)
+        return done

@@ -13,11 +13,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.training import get_args
 
+from mixmoe_megatron.conversion.fingerprint import weights_xxh128
 from mixmoe_megatron.conversion.hf_files import copy_side_files
+from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, weights_sha256, write_metadata
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
 from mixmoe_megatron.moe_layer import MixMoELayer
 from mixmoe_megatron.training.arguments import STAGE_NAMES
 from mixmoe_megatron.training.hf_directories import CONTENT_METADATA, is_hf_directory, load_from_hf, open_hf_start
@@ -169,9 +171,9 @@ def prepare_save_directory(
     parent = metadata.parent
     if metadata.stage != STAGE_NAMES[stage] or stage == 0:
         from_hf = is_hf_directory(source)
-        digest = weights_sha256(source if from_hf else iteration_directory(source))
+        digest = weights_xxh128(open_weights(Path(source) if from_hf else iteration_directory(source)))
         parent_stage = "dense" if from_hf and metadata.stage == "upcycled" else metadata.stage  # upcycled at load
-        parent = {"path": str(source), "stage": parent_stage, "weights_sha256": digest}
+        parent = {"path": str(source), "stage": parent_stage, "weights_xxh128": digest}
     child = Metadata(
         stage=STAGE_NAMES[stage],
         options=metadata.options,

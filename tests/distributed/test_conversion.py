@@ -130,18 +130,19 @@ def test_a_fault_of_one_rank_ends_all(converted: Path, tmp_path: Path) -> None:
 
 
 def kill_at(number: int) -> None:
-    """Let this process be killed when it converts its n-th tensor, or, for -1, before the result is renamed."""
+    """Let this process be killed when it converts its n-th block, or, for -1, before the result is renamed."""
     from mixmoe_megatron.conversion import output_dir, plan
 
-    take, seen = plan._Conversion.take, []
+    blocks, seen = plan.LazyTensor.blocks, []
 
-    def counted(self, position):  # type: ignore[no-untyped-def]
-        seen.append(position)
-        if len(seen) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return take(self, position)
+    def counted(self):  # type: ignore[no-untyped-def]
+        for block in blocks(self):
+            seen.append(self.name)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield block
 
-    plan._Conversion.take = counted  # type: ignore[method-assign]
+    plan.LazyTensor.blocks = counted  # type: ignore[method-assign]
     if number < 0:
         output_dir._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 

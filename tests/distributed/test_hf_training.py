@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mixmoe_megatron.conversion.fingerprint import weights_xxh128
+from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.plan import LazyTensor
-from mixmoe_megatron.metadata import read_metadata, weights_sha256
+from mixmoe_megatron.metadata import read_metadata
 from tests.helpers.conversion import load_weights_of, run_conversion
 from tests.helpers.forked import run_job
 from tests.helpers.training import checkpoint_tensors, train, train_words
@@ -48,7 +50,7 @@ def test_there_and_back(world: Path, tmp_path: Path, layout: str) -> None:
         assert torch.equal(tensor, expected[name]), name
     metadata = read_metadata(both)
     assert metadata.parent == {
-        "path": str(world / "base"), "stage": "dense", "weights_sha256": weights_sha256(world / "base")
+        "path": str(world / "base"), "stage": "dense", "weights_xxh128": weights_xxh128(open_weights(world / "base"))
     }  # fmt: skip
     assert [entry["stage"] for entry in metadata.data] == ["stage1"]
     assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", both, "--output-dir", tmp_path / "out") == 0

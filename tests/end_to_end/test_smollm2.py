@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mixmoe_megatron.hf  # noqa: F401  # registers the model
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
 from mixmoe_megatron.conversion.parity import build_megatron_model, load_weights, single_process
+from mixmoe_megatron.conversion.plan import read_tensor
 from mixmoe_megatron.metadata import read_metadata
 from tests.helpers.forked import Job
 from tests.helpers.training import TINY_RUN, logged
@@ -100,7 +101,7 @@ def test_the_tokenizer_splits_as_the_original_does(world: World) -> None:
 
 def expert_weights(directory: Path) -> dict[str, torch.Tensor]:
     reader = TorchDistReader(iteration_directory(directory))
-    return {name: reader.read(name) for name in reader.names() if "_experts." in name}
+    return {name: read_tensor(reader, name) for name in reader.names() if "_experts." in name}
 
 
 def check_parity(world: World, hf: str, megatron: str) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mixmoe_megatron.conversion.bits import Bits, dtype_name, from_torch
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
-from mixmoe_megatron.conversion.plan import expand
+from mixmoe_megatron.conversion.plan import LazyTensor, expand
+from mixmoe_megatron.conversion.stored import Region
 
 DENSE = Sizes(
     num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, kv_channels=3,
@@ -32,13 +34,24 @@ class Memory:
         """Return a tensor's shape."""
         return tuple(self.tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype."""
-        return self.tensors[name].dtype
+    def dtype(self, name: str) -> str:
+        """Return the name of a tensor's dtype."""
+        return dtype_name(self.tensors[name].dtype)
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor's values."""
-        return self.tensors[name]
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a region."""
+        return from_torch(self.tensors[name])[region]
+
+
+def lazy(name: str, tensor: Tensor) -> LazyTensor:
+    """Return a tensor as one of a plan."""
+    bits = from_torch(tensor)
+    return LazyTensor(name, tuple(tensor.shape), dtype_name(tensor.dtype), lambda region: bits[region])
+
+
+def values(tensor: LazyTensor) -> Tensor:
+    """Return all values of a tensor of a plan."""
+    return tensor.part(tuple(slice(0, length) for length in tensor.shape))
 
 
 def random_hf(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Memory:

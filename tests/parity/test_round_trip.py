@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mixmoe_megatron.conversion.fingerprint import weights_xxh128
+from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
-from mixmoe_megatron.metadata import read_metadata, weights_sha256
+from mixmoe_megatron.conversion.plan import read_tensor
+from mixmoe_megatron.metadata import read_metadata
 from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
 from tests.helpers.tiny_hf import randomize, save_tiny_dense, tiny_mixmoe, tiny_mixmoe_config
 
@@ -29,7 +35,7 @@ def test_dense(tmp_path: Path, family: str, tied: bool) -> None:
     }
     metadata = read_metadata(checkpoint)
     assert metadata.stage == "dense" and metadata.parent == {
-        "path": str(hf), "stage": "dense", "weights_sha256": weights_sha256(hf)
+        "path": str(hf), "stage": "dense", "weights_xxh128": weights_xxh128(open_weights(hf))
     }  # fmt: skip
     text = "Das Haus ist alt."
     assert AutoTokenizer.from_pretrained(back)(text) == AutoTokenizer.from_pretrained(hf)(text)
@@ -104,7 +110,7 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     assert config["mixmoe"]["spectral_norm"] == "backward" and config["auto_map"]["AutoModelForCausalLM"]
     card = (out / "README.md").read_text()
     assert "base_model: tiny/llama" in card and "upcycled" in card and "licence applies" in card
-    assert weights_sha256(hf) in card
+    assert weights_xxh128(open_weights(hf)) in card
     # an upcycled model that comes back is still an upcycled one
     assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", tmp_path / "again") == 0
     before, after = read_metadata(checkpoint), read_metadata(tmp_path / "again")
@@ -133,7 +139,7 @@ def test_upcycling_depends_on_the_seed_alone(tmp_path: Path) -> None:
         arguments = ["--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / name, "--seed", seed]
         assert run_conversion("hf_to_mixmoe", *arguments) == 0
         reader = TorchDistReader(tmp_path / name / "release")
-        weights.append({key: reader.read(key) for key in reader.names()})
+        weights.append({key: read_tensor(reader, key) for key in reader.names()})
     assert_bit_equal(weights[0], weights[1])
     differing = {key for key in weights[0] if not torch.equal(weights[0][key], weights[2][key])}
     assert differing == {f"decoder.layers.3.mlp.router.lm.{kind}" for kind in ("weight", "spectral_weight")}
@@ -144,7 +150,7 @@ def test_dtypes(tmp_path: Path) -> None:
     arguments = ["--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "half", "--dtype", "bf16"]
     assert run_conversion("hf_to_mixmoe", *arguments) == 0
     reader = TorchDistReader(tmp_path / "half" / "release")
-    assert {key for key in reader.names() if reader.dtype(key) is torch.float32} == {
+    assert {key for key in reader.names() if reader.dtype(key) == "float32"} == {
         key for key in reader.names() if "router" in key
     }
     assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "half", "--output-dir", tmp_path / "out") == 0
@@ -209,8 +215,8 @@ def test_stage_2_as_a_command(tmp_path: Path, router: str) -> None:
     mt = {name for name in reader.names() if ".mt_experts." in name or ".router.mt." in name}
     assert len(mt) == 2 * 5  # two MoE layers: two expert matrices; the router's two weights and bias
     for name in mt:
-        lm = reader.read(name.replace(".mt_experts.", ".lm_experts.").replace(".router.mt.", ".router.lm."))
-        assert torch.equal(reader.read(name), lm) == (router == "copy" or ".router." not in name), name
+        lm = read_tensor(reader, name.replace(".mt_experts.", ".lm_experts.").replace(".router.mt.", ".router.lm."))
+        assert torch.equal(read_tensor(reader, name), lm) == (router == "copy" or ".router." not in name), name
     assert (
         run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "stage2", "--output-dir", tmp_path / "out") == 0
     )
@@ -219,3 +225,27 @@ def test_stage_2_as_a_command(tmp_path: Path, router: str) -> None:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
         with torch.no_grad():
             torch.testing.assert_close(again(ids).logits, stage1(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+MOVING = """
+import sys
+from checkpoints_conversion import {command}
+status = {command}.main({words})
+print(status, sorted(name for name in ("torch", "transformers") if name in sys.modules))
+"""
+
+
+def test_moving_values_needs_no_torch(tmp_path: Path) -> None:
+    """Its import would take most of the time of a conversion."""
+    save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, **base_fields("llama"))
+    there = ["--hf-dir", "hf", "--output-dir", "checkpoint", "--dense"]
+    home = ["--checkpoint-dir", "checkpoint", "--output-dir", "back"]
+    for command, words in (("hf_to_mixmoe", there), ("mixmoe_to_hf", home)):
+        code = MOVING.format(command=command, words=words)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.splitlines()[-1] == "0 []"
+    assert_bit_equal(load_weights_of(tmp_path / "back"), load_weights_of(tmp_path / "hf"))

@@ -47,7 +47,7 @@ ALLOWED: list[tuple[str, list[str]]] = [
     ("mixmoe_megatron/upcycling.py", ["torch", f"{PACKAGE}.errors"]),
     (
         "mixmoe_megatron/conversion/*mapping*.py",
-        ["torch", f"{PACKAGE}.errors", f"{PACKAGE}.upcycling", f"{PACKAGE}.conversion"],
+        ["torch", "numpy", f"{PACKAGE}.errors", f"{PACKAGE}.upcycling", f"{PACKAGE}.conversion"],
     ),
 ]
 

@@ -14,9 +14,9 @@ import torch
 from mixmoe_megatron.cli import EXIT_BAD_INPUT, whole_file
 from mixmoe_megatron.conversion.checkpoint_health import find_damage, saved_iterations, whole_iteration
 from mixmoe_megatron.conversion.megatron_checkpoint import COMMON_STATE_KEY, TRACKER_FILE, stored_entries
-from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.errors import MixMoEError
+from tests.helpers.mappings import lazy
 from tools.check_checkpoint import main
 
 VALUES = torch.arange(1200.0).reshape(40, 30)
@@ -26,7 +26,7 @@ VALUES = torch.arange(1200.0).reshape(40, 30)
 def run(tmp_path: Path) -> Path:
     """A checkpoint with the iterations 2 and 4, of which the tracker file names the second."""
     names = ("embedding.weight", "output.weight")
-    plan = [LazyTensor(name, tuple(VALUES.shape), torch.float32, lambda: VALUES) for name in names]
+    plan = [lazy(name, VALUES) for name in names]
     write_torch_dist(tmp_path, plan, {}, stacked_layers=0)
     (tmp_path / "release").rename(tmp_path / "iter_0000002")
     shutil.copytree(tmp_path / "iter_0000002", tmp_path / "iter_0000004")

@@ -223,7 +223,7 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "index lists too little": ("sharded", index(lambda w, d: w.pop(Q)), [], f"disagree about {Q}"),
     "missing key": ("dense", weights(lambda t: t.pop(Q)), [], f"lack {Q}"),
     "unused key": ("dense", weights(lambda t: t.update(x=torch.ones(1))), [], "no mapping uses: x"),
-    "dtype": ("dense", weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype torch.int8"),
+    "dtype": ("dense", weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype int8"),
     "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [], "differ in dtype"),
     "misshapen": ("dense", weights(swap), [], f"{Q} has shape [16, 32]"),
     "NaN": ("dense", weights(put_nan), ["--check-finite"], f"{Q} holds 1 values that are NaN"),

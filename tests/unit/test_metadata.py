@@ -13,7 +13,6 @@ from mixmoe_megatron.metadata import (
     Metadata,
     read_metadata,
     require_stage,
-    weights_sha256,
     write_metadata,
 )
 
@@ -25,7 +24,7 @@ def make_metadata(**fields) -> Metadata:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    written = make_metadata(parent={"path": "base", "stage": "dense", "weights_sha256": "0" * 64}, created_by="test")
+    written = make_metadata(parent={"path": "base", "stage": "dense", "weights_xxh128": "0" * 64}, created_by="test")
     write_metadata(tmp_path, written)
     assert read_metadata(tmp_path) == written
     assert written.versions["torch"] and [p.name for p in tmp_path.iterdir()] == [METADATA_FILE]
@@ -74,18 +73,3 @@ def test_wrong_stage_says_what_to_run() -> None:
     require_stage(make_metadata(), ("upcycled", "stage1"), "unused")
     with pytest.raises(MixMoEError, match=r"'stage1'.*needs 'stage2': run stage 2 first"):
         require_stage(make_metadata(), "stage2", "run stage 2 first")
-
-
-def test_hash_follows_content_and_names(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"x")
-    (tmp_path / "config.json").write_text("{}")
-    first = weights_sha256(tmp_path)
-    (tmp_path / "config.json").write_text("{ }")
-    assert weights_sha256(tmp_path) == first and len(first) == 64
-    (tmp_path / "a.safetensors").write_bytes(b"y")
-    assert weights_sha256(tmp_path) != first
-    (tmp_path / "a.safetensors").write_bytes(b"x")
-    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
-    assert weights_sha256(tmp_path) != first
-    with pytest.raises(MixMoEError, match="no weight file"):
-        weights_sha256(tmp_path / "nowhere")

@@ -1,89 +1,78 @@
-"""Reading ahead keeps the order and the errors; a file gets all its bytes."""
+"""Work on several threads keeps its order and its errors; a view is a file of its own inside another one."""
 
 from __future__ import annotations
 
-import gc
+import os
 import threading
-import weakref
+import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from mixmoe_megatron.conversion import streaming
-from mixmoe_megatron.conversion.plan import LazyTensor
-from mixmoe_megatron.conversion.safetensors_io import write_safetensors
-from mixmoe_megatron.conversion.streaming import open_to_write, write_all, write_each
-from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
-from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.conversion.streaming import FileView, in_parallel, opened
 
 
-def tensor(number: int, read: list[int], fails: bool = False) -> LazyTensor:
-    def values() -> torch.Tensor:
-        read.append(number)
-        if fails:
-            raise MixMoEError(f"tensor {number} is damaged.")
-        return torch.full((2,), number)
+def test_results_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    second_began = threading.Event()
 
-    return LazyTensor(str(number), (2,), torch.int64, values)
+    def work(number: int) -> int:
+        if number == 1:
+            second_began.set()
+        assert second_began.wait(10)  # before the first is done with
+        return number * number
 
-
-def test_values_come_in_order_and_one_is_read_ahead() -> None:
-    read: list[int] = []
-    second_read = threading.Event()
-
-    def second() -> torch.Tensor:
-        second_read.set()
-        return torch.ones(2)
-
-    plan = [tensor(0, read), LazyTensor("1", (2,), torch.float32, second), *(tensor(k, read) for k in (2, 3))]
-    given: list[tuple[str, int]] = []
-
-    def write(held: LazyTensor, values: torch.Tensor) -> None:
-        assert second_read.wait(10)  # before the first is done with
-        given.append((held.name, int(values[0])))
-
-    write_each(plan, write)
-    assert given == [("0", 0), ("1", 1), ("2", 2), ("3", 3)] and read == [0, 2, 3]
+    assert in_parallel(work, range(6)) == [0, 1, 4, 9, 16, 25]
 
 
-@pytest.mark.parametrize("write", ["torch_dist", "safetensors"])
-def test_at_most_two_tensors_are_in_memory(tmp_path: Path, write: str) -> None:
-    alive: list[weakref.ref[torch.Tensor]] = []
-    most = []
+def test_the_first_failure_arrives_and_what_was_not_begun_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    begun: list[int] = []
+    failure_seen = threading.Event()
 
-    def read() -> torch.Tensor:
-        values = torch.ones(2)
-        alive.append(weakref.ref(values.untyped_storage()))
-        most.append(sum(one() is not None for one in alive))
-        return values
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 2:
+            raise ValueError(f"item {number}")
+        if number > 2:
+            failure_seen.wait(0.2)
 
-    plan = [LazyTensor(str(k), (2,), torch.float32, read) for k in range(9)]
-    gc.disable()  # nobody else may come to the rescue
-    try:
-        if write == "torch_dist":
-            write_torch_dist(tmp_path, plan, {}, stacked_layers=0)
-        else:
-            write_safetensors(tmp_path, plan, 1000)
-    finally:
-        gc.enable()
-    assert len(most) == 9 and max(most) <= 2
+    with pytest.raises(ValueError, match="item 2"):
+        in_parallel(work, range(40))
+    assert begun[:3] == [0, 1, 2] and len(begun) < 40
 
 
-def test_the_error_of_a_damaged_tensor_arrives() -> None:
-    read: list[int] = []
-    given: list[str] = []
-    plan = [tensor(0, read), tensor(1, read, fails=True), tensor(2, read)]
-    with pytest.raises(MixMoEError, match="tensor 1 is damaged"):
-        write_each(plan, lambda held, _: given.append(held.name))
-    assert given == ["0"]
+def test_a_view_reads_and_writes_its_part_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_WRITE_BYTES", 3)
+    path = tmp_path / "file"
+    path.write_bytes(b"." * 20)
+    with opened(path) as file:
+        view = FileView(file, 4)
+        assert view.write(b"0123456789") == 10 and view.tell() == 10
+        view.seek(2)
+        view.write(memoryview(b"ab"))
+        assert view.seek(0, os.SEEK_END) == 10
+    assert path.read_bytes() == b"....01ab456789......"
+    with path.open("rb") as stream:
+        view = FileView(stream.fileno(), 4, 10)
+        assert view.read(3) == b"01a" and view.read() == b"b456789" and view.read(1) == b""
+        assert view.seek(-2, os.SEEK_END) == 8 and view.read() == b"89" and stream.tell() == 0
 
 
-def test_a_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_BLOCK_BYTES", 3)
-    with open_to_write(tmp_path / "file") as file:
-        assert write_all(file, b"0123456789ab") == 12
-        assert write_all(file, torch.tensor([0x64636261], dtype=torch.int32).numpy(), 20) == 4 and file.tell() == 24
-    with open_to_write(tmp_path / "file") as file:  # another rank's share
-        write_all(file, b"x", 12)
-    assert (tmp_path / "file").read_bytes() == b"0123456789abx" + bytes(7) + b"abcd"
+def test_a_zip_archive_lies_in_the_middle_of_a_file(tmp_path: Path) -> None:
+    with opened(tmp_path / "file") as file:
+        with zipfile.ZipFile(FileView(file, 100), "w") as archive:
+            archive.writestr("name", "content")
+        size = os.fstat(file).st_size - 100
+        os.pwrite(file, b"x" * 50, 100 + size)
+    with (tmp_path / "file").open("rb") as stream, zipfile.ZipFile(FileView(stream.fileno(), 100, size)) as archive:
+        assert archive.read("name") == b"content" and archive.testzip() is None
+
+
+def test_room_is_taken_first(tmp_path: Path) -> None:
+    with opened(tmp_path / "file", 5000) as file:
+        assert os.fstat(file).st_size == 5000
+    with opened(tmp_path / "file") as file:  # what it holds stays
+        os.pwrite(file, b"x", 4999)
+    assert (tmp_path / "file").read_bytes() == bytes(4999) + b"x"

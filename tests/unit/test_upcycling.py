@@ -28,7 +28,6 @@ def test_slices_add_up_to_the_dense_ffn(dense) -> None:
     gate_up = upcycling.experts_from_dense_gate_up(gate, up, EXPERTS, "slice")
     downs = upcycling.experts_from_dense_down(down, EXPERTS, "slice")
     assert gate_up.shape == (EXPERTS, 2 * FFN // EXPERTS, HIDDEN) and downs.shape == (EXPERTS, HIDDEN, FFN // EXPERTS)
-    assert gate_up.is_contiguous() and downs.is_contiguous()
     total = sum(run_expert(gate_up[e], downs[e], x) for e in range(EXPERTS))
     torch.testing.assert_close(total, run_expert(upcycling.pack_gate_up(gate, up), down, x))
 
@@ -39,6 +38,17 @@ def test_each_copy_is_the_dense_ffn(dense) -> None:
     downs = upcycling.experts_from_dense_down(down, EXPERTS, "copy")
     for e in range(EXPERTS):
         assert torch.equal(gate_up[e], torch.cat((gate, up))) and torch.equal(downs[e], down)
+
+
+@pytest.mark.parametrize("expert_init", ["slice", "copy"])
+def test_numpy_arrays_are_cut_as_tensors_are(dense, expert_init: str) -> None:
+    gate, up, down = dense
+    for cut, matrices in (
+        (upcycling.experts_from_dense_gate_up, (gate, up)),
+        (upcycling.experts_from_dense_down, (down,)),
+    ):
+        found = cut(*(matrix.numpy() for matrix in matrices), EXPERTS, expert_init)
+        assert torch.equal(torch.from_numpy(found), cut(*matrices, EXPERTS, expert_init))
 
 
 def test_width_of_an_expert() -> None:
@@ -55,9 +65,3 @@ def test_router_draw_depends_on_the_generator_alone() -> None:
     assert torch.equal(*draws) and draws[0].dtype is torch.float32
     assert draws[0].std().item() == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(draws[0][0], draws[0][1])
-
-
-def test_a_group_copy_shares_no_memory() -> None:
-    original = torch.randn(3, requires_grad=True)
-    copy = upcycling.copy_group(original)
-    assert torch.equal(copy, original) and copy.data_ptr() != original.data_ptr() and not copy.requires_grad

@@ -1,0 +1,53 @@
+"""Tensors as their bits: numpy arrays of unsigned integers, and the names of their dtypes.
+
+What is only moved needs no arithmetic, and so no torch, whose import takes longer than to convert some gigabytes. Torch
+is imported by those who compute: `to_torch` and `from_torch` share memory with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bits = np.ndarray[Any, Any]
+
+#: Name of a dtype in torch -> bytes of a value.
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bits_type(dtype: str) -> np.dtype[Any]:
+    """Return numpy's unsigned integer as wide as a value of a dtype."""
+    return np.dtype(f"u{ITEMSIZE[dtype]}")
+
+
+def to_torch(bits: Bits, dtype: str) -> Tensor:
+    """Return bits as a tensor; they share memory.
+
+    Args:
+        bits: any shape, of `bits_type(dtype)`.
+        dtype: name in torch.
+    """
+    import torch
+
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(getattr(torch, dtype))
+
+
+def from_torch(tensor: Tensor) -> Bits:
+    """Return the bits of a tensor of any shape and dtype, on the CPU; they share memory if it is contiguous."""
+    import torch
+
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(as_integers).numpy().view(f"u{tensor.element_size()}")
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a torch dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,105 @@
+"""Which weights these are: one hash over all tensors, the same however they are cut into files or saved in parallel."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+
+import numpy as np
+import xxhash
+
+from mixmoe_megatron.conversion.bits import ITEMSIZE, Bits
+from mixmoe_megatron.conversion.plan import BLOCK_BYTES, Source
+from mixmoe_megatron.conversion.ranks import ALONE, Ranks
+from mixmoe_megatron.conversion.stored import Region, in_order, whole
+from mixmoe_megatron.conversion.streaming import in_parallel
+
+
+class HashedSource:
+    """A source whose tensors are hashed while they are read, row after row, with the bytes still in the cache.
+
+    XXH128 tells weights apart as surely as SHA-256 as long as nobody forges them, and costs next to nothing.
+
+    Args:
+        source: of the tensors.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.shape, self.dtype = source.shape, source.dtype
+        self._hashes = {name: _Hash() for name in source.names()}
+
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
+        return self._hashes.keys()
+
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a region. Raises what the source raises."""
+        bits = self._source.read_region(name, region)
+        if region and region[1:] == whole(self.shape(name)[1:]):
+            self._hashes[name].take(region[0], bits)
+        return bits
+
+    def fingerprint(self, ranks: Ranks = ALONE) -> str:
+        """Read what has not been read in order yet, and return the hash of all.
+
+        Args:
+            ranks: those that each read a share through an object of their own; all of them must call this.
+
+        Returns:
+            32 hexadecimal digits: of the lines `NAME DTYPE SHAPE DIGEST`, sorted.
+
+        Raises:
+            MixMoEError: what the source raises.
+        """
+        known = {name: digest for found in ranks.together(self._complete) for name, digest in found.items()}
+        rest = [name for name in sorted(self.names()) if name not in known]
+        known |= ranks.on_first(lambda: dict(zip(rest, in_parallel(self._read_rest, rest), strict=True)))
+        lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {known[name]}\n" for name in sorted(known)]
+        return xxhash.xxh128("".join(lines).encode()).hexdigest()
+
+    def _complete(self) -> dict[str, str]:
+        """Return the digests of the tensors of which every row has been read."""
+        return {
+            name: one.digest()
+            for name, one in self._hashes.items()
+            if self.shape(name) and one.rows == self.shape(name)[0]
+        }
+
+    def _read_rest(self, name: str) -> str:
+        shape, one = self.shape(name), self._hashes[name]
+        if not shape:
+            one.add(self._source.read_region(name, ()))
+            return one.digest()
+        done = one.rows
+        for rows, *others in in_order((shape[0] - done, *shape[1:]), BLOCK_BYTES // ITEMSIZE[self.dtype(name)]):
+            rows = slice(done + rows.start, done + rows.stop)
+            one.add(self._source.read_region(name, (rows, *others)))
+        return one.digest()
+
+
+def weights_xxh128(source: Source) -> str:
+    """Return the fingerprint of all tensors of a source, see `HashedSource.fingerprint`."""
+    return HashedSource(source).fingerprint()
+
+
+class _Hash:
+    """Of the first rows of a tensor, which may be read by several threads and more than once."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._hash = xxhash.xxh128()
+        self._lock = threading.Lock()
+
+    def take(self, rows: slice, bits: Bits) -> None:
+        """Add rows if they are the next ones."""
+        with self._lock:
+            if rows.start == self.rows:
+                self.add(bits)
+                self.rows = rows.stop
+
+    def add(self, bits: Bits) -> None:
+        self._hash.update(memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)))
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()

@@ -1,0 +1,149 @@
+"""Tensors that lie in files: a region of one is read, and no byte beside it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from mixmoe_megatron.conversion.bits import Bits, bits_type
+
+Region = tuple[slice, ...]  # start and stop on each axis, both given
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """Return the region that is all of a tensor."""
+    return tuple(slice(0, length) for length in shape)
+
+
+def lengths(region: Region) -> tuple[int, ...]:
+    """Return the shape of a region."""
+    return tuple(cut.stop - cut.start for cut in region)
+
+
+def overlap(one: Region, other: Region) -> Region | None:
+    """Return what two regions of a tensor share; None if they share nothing."""
+    shared = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return shared if all(cut.start < cut.stop for cut in shared) else None
+
+
+def shifted(region: Region, origin: Region) -> Region:
+    """Return a region as seen from the first value of another."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(region, origin, strict=True))
+
+
+def in_order(shape: tuple[int, ...], most: int) -> Iterator[Region]:
+    """Cut a tensor into regions that follow each other in memory.
+
+    Args:
+        shape: of the tensor.
+        most: values of one region.
+    """
+    if 0 in shape:
+        return
+    axis, inner = len(shape), 1  # the axes from `axis` on are taken whole
+    while axis and inner * shape[axis - 1] <= most:
+        axis -= 1
+        inner *= shape[axis]
+    if axis == 0:
+        yield whole(shape)
+        return
+    step = most // inner
+    for indices in itertools.product(*map(range, shape[: axis - 1])):
+        for start in range(0, shape[axis - 1], step):
+            cut = slice(start, min(start + step, shape[axis - 1]))
+            yield (*(slice(i, i + 1) for i in indices), cut, *whole(shape[axis:]))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and what it is.
+
+    Attributes:
+        path: of the file.
+        start: position of the first value in the file, in bytes.
+        dtype: name in torch.
+        strides: in values; None: the values follow each other.
+    """
+
+    path: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    def read(self, region: Region) -> Bits:
+        """Return the values of a region, which lies within the tensor.
+
+        Where they lie in many pieces (columns of a matrix) the kernel hears of all before the first is read, so that a
+        disk need not be waited for piece by piece.
+
+        Raises:
+            OSError: the file cannot be read, or has become shorter.
+        """
+        if not self._is_contiguous():
+            return self._read_strided()[region]
+        values = np.empty(lengths(region), bits_type(self.dtype))
+        starts, size = _pieces(self.shape, region, values.itemsize)
+        rest = memoryview(values.reshape(-1).view(np.uint8))
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            if len(starts) > 1:
+                for start in starts:
+                    os.posix_fadvise(file, self.start + start, size, os.POSIX_FADV_WILLNEED)
+            for number, start in enumerate(starts):
+                _read_into(file, self.start + start, rest[number * size : (number + 1) * size])
+        finally:
+            os.close(file)
+        return values
+
+    @property
+    def reach(self) -> int:
+        """How many values of the file the tensor extends over."""
+        if 0 in self.shape:
+            return 0
+        strides = self.strides or contiguous_strides(self.shape)
+        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, strides, strict=True))
+
+    def _is_contiguous(self) -> bool:
+        expected = contiguous_strides(self.shape)
+        found = self.strides or expected
+        return all(one == other or length == 1 for one, other, length in zip(found, expected, self.shape, strict=True))
+
+    def _read_strided(self) -> Bits:
+        stored = StoredTensor(self.path, self.start, self.dtype, (self.reach,))
+        values = stored.read(whole(stored.shape))
+        return as_strided(values, self.shape, [stride * values.itemsize for stride in self.strides or ()])
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides, in values, of a tensor whose values follow each other."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _read_into(file: int, position: int, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        read = os.preadv(file, [buffer[done:]], position + done)
+        if not read:
+            raise OSError("it ends too early")
+        done += read
+
+
+def _pieces(shape: tuple[int, ...], region: Region, itemsize: int) -> tuple[list[int], int]:
+    """Return where the contiguous pieces of a region begin, in bytes from the tensor's start, and the size of each."""
+    starts, size, stride, is_cut = [0], itemsize, itemsize, False
+    for length, cut in zip(reversed(shape), reversed(region), strict=True):
+        if is_cut:
+            starts = [index * stride + start for index in range(cut.start, cut.stop) for start in starts]
+        else:
+            starts, size = [cut.start * stride], (cut.stop - cut.start) * stride
+            is_cut = cut.stop - cut.start < length
+        stride *= length
+    return starts, size
