@@ -201,13 +201,13 @@ def write_safetensors(
             for block in tensor.blocks():
                 on_bytes(view.write(block))
 
-    def write_mine() -> None:
-        for shard in shards if ranks.rank == 0 else []:
+    def write_headers() -> None:
+        for shard in shards:
             with opened(directory / shard.file, shard.size) as file:
                 FileView(file, 0).write(shard.header)
-        in_parallel(write_tensor, mine)
 
-    ranks.together(write_mine)
+    ranks.on_first(write_headers)  # before all else: where a disk can't take room, zeros are written there
+    ranks.together(lambda: in_parallel(write_tensor, mine))
     if one:
         return names
     if ranks.rank == 0:
