@@ -43,6 +43,21 @@ class Memory:
         return from_torch(self.tensors[name])[region]
 
 
+class CountedMemory(Memory):
+    """Tensors in memory; the values read are counted."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.values_read = 0
+
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a region, which lies within the tensor."""
+        bits = super().read_region(name, region)
+        assert bits.shape == tuple(cut.stop - cut.start for cut in region)
+        self.values_read += bits.size
+        return bits
+
+
 def lazy(name: str, tensor: Tensor) -> LazyTensor:
     """Return a tensor as one of a plan."""
     bits = from_torch(tensor)

@@ -11,29 +11,15 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixmoe_megatron.conversion.bits import Bits
 from mixmoe_megatron.conversion.fingerprint import HashedSource, weights_xxh128
 from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.ranks import Ranks
 from mixmoe_megatron.conversion.stored import Region
 from tests.helpers.conversion import base_fields, run_conversion
-from tests.helpers.mappings import Memory
+from tests.helpers.mappings import CountedMemory, Memory
 from tests.helpers.tiny_hf import save_tiny_dense
 
 TENSORS = {"a": torch.arange(60.0).reshape(6, 10), "b": torch.ones(5).bfloat16(), "c": torch.tensor(3.0)}
-
-
-class Counted(Memory):
-    """Tensors in memory; the values read are counted."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self.values_read = 0
-
-    def read_region(self, name: str, region: Region) -> Bits:
-        bits = super().read_region(name, region)
-        self.values_read += bits.size
-        return bits
 
 
 def fingerprint(**changes: Tensor) -> str:
@@ -82,7 +68,7 @@ READ_AGAIN = {"nothing": 60, "backwards": 30, "a part": 20, "a part and some of 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_was_read_in_order_is_not_read_again(order: str) -> None:
-    counted = Counted(TENSORS)
+    counted = CountedMemory(TENSORS)
     source = HashedSource(counted)
     for region in ORDERS[order]:
         source.read_region("a", region)
@@ -117,7 +103,7 @@ def test_several_threads() -> None:
 
 def test_ranks_add_up() -> None:
     """Each rank has read other tensors; the others' digests come from them."""
-    one, other = HashedSource(Counted(TENSORS)), HashedSource(Counted(TENSORS))
+    one, other = HashedSource(CountedMemory(TENSORS)), HashedSource(CountedMemory(TENSORS))
     one.read_region("a", rows(0, 6))
     other.read_region("b", (slice(0, 5),))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixmoe_megatron.conversion.bits import Bits, to_torch
+from mixmoe_megatron.conversion.bits import to_torch
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
 from mixmoe_megatron.conversion.mappings import TABLES, Sizes
 from mixmoe_megatron.conversion.plan import LazyTensor, Unit, expand, make_plan, read_tensor
@@ -19,7 +19,7 @@ from mixmoe_megatron.conversion.safetensors_io import SINGLE_FILE, SafetensorsRe
 from mixmoe_megatron.conversion.stored import Region, in_order
 from mixmoe_megatron.errors import MixMoEError
 from tests.helpers.conversion import base_fields
-from tests.helpers.mappings import CONTEXT, DENSE, MOE, Memory, random_hf
+from tests.helpers.mappings import CONTEXT, DENSE, MOE, CountedMemory, random_hf
 from tests.helpers.tiny_hf import save_tiny_dense
 
 UPCYCLED = replace(MOE, num_groups=1)
@@ -33,30 +33,16 @@ CASES = {
 }
 
 
-class SlicedMemory(Memory):
-    """Tensors in memory of which only regions may be read, the values counted."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self.values_read = 0
-
-    def read_region(self, name: str, region: Region) -> Bits:
-        bits = super().read_region(name, region)
-        assert bits.shape == tuple(cut.stop - cut.start for cut in region)
-        self.values_read += bits.size
-        return bits
-
-
 def sliced_and_whole(
     sizes: Sizes, table: str, to: str, dtype: str
-) -> tuple[SlicedMemory, list[tuple[LazyTensor, Tensor]]]:
+) -> tuple[CountedMemory, list[tuple[LazyTensor, Tensor]]]:
     """A plan, and what the layouts make of whole tensors."""
     units = expand(TABLES[table], sizes)
     hf = random_hf(DENSE if table == "upcycle" else sizes)
     given, expected = hf.tensors, transformed(units, hf.tensors, sizes, "megatron")
     if to == "hf":
         given, expected = expected, transformed(units, expected, sizes, "hf")
-    source = SlicedMemory(given)
+    source = CountedMemory(given)
     plan = make_plan(units, source, sizes, CONTEXT, to, dtype)
     assert [tensor.name for tensor in plan] == list(expected)
     return source, [(tensor, expected[tensor.name].to(getattr(torch, tensor.dtype))) for tensor in plan]
