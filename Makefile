@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol transfer test test-all test-distributed
+.PHONY: help setup hooks quickstart protocol interference transfer test test-all test-distributed
 .PHONY: test-te test-bridge test-transformers5 lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -23,6 +23,9 @@ quickstart: setup  ## the whole path on a laptop; MINUTES=2 shortens it, OUT=DIR
 
 protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 directions; MINUTES and OUT as above
 	@bash examples/protocol/run.sh
+
+interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
+	@bash examples/interference/run.sh
 
 transfer: setup  ## what training on one pair gains in the others; PAIRS, FROM (a protocol's OUT), MINUTES and OUT
 	@bash examples/transfer/run.sh

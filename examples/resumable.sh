@@ -91,21 +91,44 @@ PY
     --seconds "$OUT/seconds.json" --pair "$1" --toy --output-dir "$OUT"
 }
 
-# What protocol and transfer share: the seven pairs of examples/data with English. Text and token files are in OUT.
-LANGUAGES="cs de et fi ru tr zh"
+LANGUAGES="cs de et fi ru tr zh"  # examples/data has a pair of each with English
+
+# What quickstart and interference share: one pair and the text of its two languages, as it is in examples/data.
+tokenize_pair() {
+  local pair=$1
+  for language in "${pair%-en}" en; do
+    "$PYTHON" tools/preprocess_data.py mono --input "examples/data/mono.$language.train.txt.gz" \
+      --tokenizer "$OUT/upcycled/tokenizer" --output-prefix "$OUT/data/mono.$language"
+  done
+  "$PYTHON" tools/preprocess_data.py parallel --input "examples/data/$pair.train.tsv.gz" --both-directions \
+    --source-language "${pair%-en}" --target-language en --source-column xx --target-column en \
+    --max-tokens $((SEQUENCE + 1)) --tokenizer "$OUT/upcycled/tokenizer" --output-prefix "$OUT/data/$pair"
+}
+
+# evaluate_pair PAIR SEGMENTS NAME=DIR...: BASE and the named models in both directions and both languages.
+evaluate_pair() {
+  local pair=$1 segments=$2 words=(--system base="$BASE") system; shift 2
+  for system in "$@"; do words+=(--system "$system"); done
+  for language in "${pair%-en}" en; do words+=(--mono "$language=examples/data/mono.$language.test.txt.gz"); done
+  "$PYTHON" tools/evaluate_translation.py --baseline base "${words[@]}" \
+    --test "$pair=examples/data/$pair.test.tsv.gz" --source-column xx --target-column en --both-directions \
+    --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 --batch-size 64 \
+    --output-dir "$OUT/evaluation"
+}
+
+# What protocol and transfer share: all pairs, prepared by a protocol. Text and token files are in OUT.
 
 # multilingual_stage1 STEPS: the steps from BASE and examples/data to OUT/text, OUT/data and the checkpoint OUT/stage1.
 multilingual_stage1() {
-  local steps=$1 mono
+  local steps=$1
   step prepare "clean, deduplicate and split the text of examples/data" "$PYTHON" tools/prepare_data.py \
     --protocol examples/protocol/protocol.yaml --output-dir "$OUT/text" --workers 2
   step upcycle "cut every fourth FFN of $BASE into 4 LM experts" \
     fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" --output-dir "$OUT/upcycled" "$OUT/upcycled"
   step data "turn the text of eight languages into token files" tokenize_multilingual
-  read -ra mono <<< "$(for language in en $LANGUAGES; do printf '%s ' "$OUT/data/mono.$language"; done)"
+  # shellcheck disable=SC2086
   step stage1 "$steps steps on monolingual text: LM experts and router" \
-    train 1 "$steps" "$OUT/upcycled" --data-path "${mono[@]}" --split 100,0,0 \
-    --data-cache-path "$OUT/data/cache" --micro-batch-size 16 --global-batch-size 16 --lr 5e-4 --min-lr 5e-5
+    train_mono 1 "$steps" "$OUT/upcycled" en $LANGUAGES
 }
 
 tokenize_multilingual() {
@@ -120,11 +143,18 @@ tokenize_multilingual() {
   done
 }
 
-# train_pairs STEPS PAIR...: stage 2 from OUT/stage1 on these pairs, both directions of each.
+# train_pairs STAGE STEPS PARENT LR PAIR...: on these pairs, both directions of each; LR falls to a tenth.
 train_pairs() {
-  local steps=$1; shift
-  train 2 "$steps" "$OUT/stage1" --data-path "${@/#/"$OUT/data/"}" --micro-batch-size 32 --global-batch-size 32 \
-    --lr 2e-3 --min-lr 2e-4
+  local stage=$1 steps=$2 parent=$3 lr=$4; shift 4
+  train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/"}" --micro-batch-size 32 --global-batch-size 32 \
+    --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
+}
+
+# train_mono STAGE STEPS PARENT LANGUAGE...: on the text of these languages.
+train_mono() {
+  local stage=$1 steps=$2 parent=$3; shift 3
+  train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/mono."}" --split 100,0,0 \
+    --data-cache-path "$OUT/data/cache" --micro-batch-size 16 --global-batch-size 16 --lr 5e-4 --min-lr 5e-5
 }
 
 # evaluate_multilingual SEGMENTS NAME=DIR...: BASE and the named models in 14 directions and eight languages.

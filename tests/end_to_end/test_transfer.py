@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.examples import assert_refused, run_example
 from tests.helpers.tiny_hf import save_tiny_dense
-from tests.helpers.training import ROOT
-
-SCRIPT = ROOT / "examples" / "transfer" / "run.sh"
-
-
-def transfer(directory: Path, **variables: str) -> tuple[int, str]:
-    environment = {**os.environ, "MINUTES": "1", "OMP_NUM_THREADS": "1", "OUT": str(directory / "out"), **variables}
-    done = subprocess.run(
-        ["bash", str(SCRIPT)],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=1700,
-    )
-    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize(
@@ -40,28 +23,24 @@ def transfer(directory: Path, **variables: str) -> tuple[int, str]:
     ],
 )
 def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tmp_path: Path) -> None:
-    status, output = transfer(tmp_path, **variables)
-    assert status == 2
-    assert output.startswith("error: ")
-    assert sentence in output
-    assert not (tmp_path / "out").exists()
+    assert_refused("transfer", tmp_path, sentence, **variables)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_pairs_and_a_run_that_takes_over_stage_1(tmp_path: Path) -> None:
     save_tiny_dense(tmp_path / "base", "qwen2")
-    status, output = transfer(tmp_path, BASE=str(tmp_path / "base"), PAIRS="de-en fi-en")
+    status, output = run_example("transfer", tmp_path, BASE=str(tmp_path / "base"), PAIRS="de-en fi-en")
     assert status == 0, output[-3000:]
     check_matrix(tmp_path / "out", ["de-en", "fi-en"])
 
     second = tmp_path / "second"
-    status, output = transfer(tmp_path, FROM=str(tmp_path / "out"), PAIRS="et-en", OUT=str(second))
+    status, output = run_example("transfer", tmp_path, FROM=str(tmp_path / "out"), PAIRS="et-en", OUT=str(second))
     assert status == 0, output[-3000:]
     assert "[stage1] done before" in output
     check_matrix(second, ["et-en"])
     assert (second / "stage1").resolve() == tmp_path / "out" / "stage1"
-    status, output = transfer(tmp_path, FROM=str(second), BASE="/nowhere", OUT=str(tmp_path / "third"))
+    status, output = run_example("transfer", tmp_path, FROM=str(second), BASE="/nowhere", OUT=str(tmp_path / "third"))
     assert status == 2
     assert f"was made from BASE={tmp_path / 'base'}, not from BASE=/nowhere" in output
 
