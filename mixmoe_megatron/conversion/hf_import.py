@@ -68,7 +68,7 @@ class PreparedImport:
     metadata: Metadata
     sizes: Sizes
     plan: list[LazyTensor]
-    source: Source
+    source: HashedSource
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
@@ -178,15 +178,11 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input or the request.
     """
     check_output_dir(request.output_dir, request.force)
-    return read_hf_model(request, hashed=True)
+    return read_hf_model(request)
 
 
-def read_hf_model(request: ImportRequest, hashed: bool = False) -> PreparedImport:
+def read_hf_model(request: ImportRequest) -> PreparedImport:
     """As `prepare_import`, without a thought for the output directory: for those who load the plan into a model.
-
-    Args:
-        request: of it, output_dir and force do not matter.
-        hashed: hash the weights while they are read.
 
     Raises:
         MixMoEError: anything wrong with the input.
@@ -214,8 +210,7 @@ def read_hf_model(request: ImportRequest, hashed: bool = False) -> PreparedImpor
         )
     sizes = model_sizes(megatron_args, options, stage)
     table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
-    source = open_weights(Path(request.hf_dir))
-    source = HashedSource(source) if hashed else source
+    source = HashedSource(open_weights(Path(request.hf_dir)))
     context = Context(generator=router_generators(request.seed))
     units = expand(table, sizes)
     plan = make_plan(
@@ -245,7 +240,6 @@ def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
     request, metadata = prepared.request, prepared.metadata
     parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
     parent = Path(request.hf_dir)
-    assert isinstance(prepared.source, HashedSource)
     write_checkpoint(prepared.plan, metadata, prepared.sizes, prepared.source, parent, parent_stage, request, ranks)
 
 
