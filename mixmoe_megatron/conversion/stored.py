@@ -79,18 +79,33 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None
 
     def read(self, region: Region) -> Bits:
-        """Return the values of a region, which lies within the tensor.
-
-        Where they lie in many pieces (columns of a matrix) the kernel hears of all before the first is read, so that a
-        disk need not be waited for piece by piece.
+        """Return the values of a region, which lies within the tensor; not necessarily contiguous.
 
         Raises:
             OSError: the file cannot be read, or has become shorter.
         """
-        if not self._is_contiguous():
-            return self._read_strided()[region]
+        strides = self.strides or contiguous_strides(self.shape)
+        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])  # as they lie in the file
+        shape = tuple(self.shape[axis] for axis in order)
+        gaps = zip(contiguous_strides(shape), (strides[axis] for axis in order), shape, strict=True)
+        if all(one == other or length == 1 for one, other, length in gaps):
+            values = self._read_pieces(shape, tuple(region[axis] for axis in order))
+            return values.transpose([order.index(axis) for axis in range(len(order))])
+        return self._read_strided(strides, region)
+
+    @property
+    def reach(self) -> int:
+        """How many values of the file the tensor extends over."""
+        return _reach(self.shape, self.strides or contiguous_strides(self.shape))
+
+    def _read_pieces(self, shape: tuple[int, ...], region: Region) -> Bits:
+        """Read what has no gaps and lies in the order of its axes.
+
+        Where a region lies in many pieces (columns of a matrix) the kernel hears of all before the first is read, so
+        that a disk need not be waited for piece by piece.
+        """
         values = np.empty(lengths(region), bits_type(self.dtype))
-        starts, size = _pieces(self.shape, region, values.itemsize)
+        starts, size = _pieces(shape, region, values.itemsize)
         rest = memoryview(values.reshape(-1).view(np.uint8))
         file = os.open(self.path, os.O_RDONLY)
         try:
@@ -103,23 +118,19 @@ class StoredTensor:
             os.close(file)
         return values
 
-    @property
-    def reach(self) -> int:
-        """How many values of the file the tensor extends over."""
-        if 0 in self.shape:
-            return 0
-        strides = self.strides or contiguous_strides(self.shape)
-        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, strides, strict=True))
+    def _read_strided(self, strides: tuple[int, ...], region: Region) -> Bits:
+        """Read from a region's first value to its last, and leave out what lies between its values."""
+        first = sum(cut.start * stride for cut, stride in zip(region, strides, strict=True))
+        span = (slice(first, first + _reach(lengths(region), strides)),)
+        values = self._read_pieces((self.reach,), span)
+        return as_strided(values, lengths(region), [stride * values.itemsize for stride in strides])
 
-    def _is_contiguous(self) -> bool:
-        expected = contiguous_strides(self.shape)
-        found = self.strides or expected
-        return all(one == other or length == 1 for one, other, length in zip(found, expected, self.shape, strict=True))
 
-    def _read_strided(self) -> Bits:
-        stored = StoredTensor(self.path, self.start, self.dtype, (self.reach,))
-        values = stored.read(whole(stored.shape))
-        return as_strided(values, self.shape, [stride * values.itemsize for stride in self.strides or ()])
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Return over how many values a tensor extends from its first to its last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -60,16 +60,30 @@ def test_tensors_there_and_back(tmp_path: Path, shape: tuple[int, ...], dtype: t
 
 @pytest.mark.parametrize(
     "cut",
-    [lambda t: t.T, lambda t: t[1:, 2:5], lambda t: t[:, ::2], lambda t: t[2:], lambda t: t.expand(2, 4, 6)],
-    ids=["transposed", "box", "every second", "rows", "expanded"],
+    [
+        lambda t: t.T,
+        lambda t: t.view(2, 2, 6).permute(2, 0, 1),
+        lambda t: t.view(4, 1, 6).permute(1, 2, 0),
+        lambda t: t[1:, 2:5],
+        lambda t: t[:, ::2],
+        lambda t: t[2:],
+        lambda t: t[1:, 2:5].T,
+        lambda t: t.expand(2, 4, 6),
+    ],
+    ids=["transposed", "permuted", "one", "box", "every second", "rows", "transposed box", "expanded"],
 )
 def test_views_of_a_larger_storage(tmp_path: Path, cut: Any) -> None:
     tensor = cut(make((4, 6), torch.float32))
     found = find_tensor(*saved(tmp_path / "file", tensor))
     shape = tuple(tensor.shape)
-    assert torch.equal(to_torch(found.read(whole(shape)), "float32"), tensor)
-    part = (slice(1, 2), *whole(shape[1:]))
-    assert torch.equal(to_torch(found.read(part), "float32"), tensor[part])
+    regions = [
+        whole(shape),
+        (slice(0, 1), *whole(shape[1:])),
+        (*whole(shape[:-1]), slice(1, 3)),
+        whole((1,) * len(shape)),
+    ]
+    for region in [*regions, (*whole(shape[:-1]), slice(1, 1))]:
+        assert torch.equal(to_torch(found.read(region), "float32"), tensor[region])
 
 
 def test_objects_are_what_torch_loads(tmp_path: Path) -> None:
