@@ -20,12 +20,25 @@ ITEMSIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
     "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
-FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+#: dtype of weights -> the bits of its exponent, which are all set in NaN and infinite values alone.
+_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+FLOAT_DTYPES = tuple(_EXPONENTS)
 
 
 def bits_type(dtype: str) -> np.dtype[Any]:
     """Return numpy's unsigned integer as wide as a value of a dtype."""
     return np.dtype(f"u{ITEMSIZE[dtype]}")
+
+
+def count_not_finite(bits: Bits, dtype: str) -> int:
+    """Return how many values are NaN or infinite.
+
+    Args:
+        bits: any shape, of `bits_type(dtype)`.
+        dtype: one of FLOAT_DTYPES.
+    """
+    exponent = bits.dtype.type(_EXPONENTS[dtype])
+    return int(np.count_nonzero((bits & exponent) == exponent))
 
 
 def to_torch(bits: Bits, dtype: str) -> Tensor:

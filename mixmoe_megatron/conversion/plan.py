@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, from_torch, to_torch
+from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, count_not_finite, from_torch, to_torch
 from mixmoe_megatron.conversion.mappings import Context, Row, Sizes, T
 from mixmoe_megatron.conversion.movement import movement
 from mixmoe_megatron.conversion.stored import Region, in_order, whole
@@ -179,8 +179,7 @@ class FiniteSource:
             MixMoEError: a value is not finite; the message names the tensor and the number of such values.
         """
         bits = self._source.read_region(name, region)
-        values = to_torch(bits, self.dtype(name)).float()
-        if not math.isfinite(values.sum()) and (number := int((~values.isfinite()).sum())):
+        if number := count_not_finite(bits, self.dtype(name)):
             raise MixMoEError(f"{name} holds {number} values that are NaN or infinite (--check-finite).")
         return bits
 
