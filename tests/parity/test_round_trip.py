@@ -239,8 +239,8 @@ print(status, sorted(name for name in ("torch", "transformers") if name in sys.m
 def test_moving_values_needs_no_torch(tmp_path: Path) -> None:
     """Its import would take most of the time of a conversion."""
     save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, **base_fields("llama"))
-    there = ["--hf-dir", "hf", "--output-dir", "checkpoint", "--dense"]
-    home = ["--checkpoint-dir", "checkpoint", "--output-dir", "back"]
+    there = ["--hf-dir", "hf", "--output-dir", "checkpoint", "--dense", "--check-finite"]
+    home = ["--checkpoint-dir", "checkpoint", "--output-dir", "back", "--check-finite"]
     for command, words in (("hf_to_mixmoe", there), ("mixmoe_to_hf", home)):
         code = MOVING.format(command=command, words=words)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
