@@ -204,3 +204,17 @@ def rewritten(path: Path, change: Any) -> tuple[Path, int, int]:
 def test_damaged_archives(tmp_path: Path, change: Any, error: Any) -> None:
     with pytest.raises(error):
         find_tensor(*rewritten(tmp_path / "file", change))
+
+
+def test_archives_beyond_the_limits_of_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of several gigabytes take the records of zip64, which a lower limit brings about here."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 50)
+    tensor = make((4, 6), torch.float32)
+    with opened(tmp_path / "file") as file:
+        view = FileView(file, 0)
+        write_tensor(view, "float32", (4, 6), [memoryview(from_torch(tensor).tobytes())])
+        length = view.tell()
+    assert torch.equal(torch.load(tmp_path / "file", weights_only=True), tensor)
+    found = find_tensor(tmp_path / "file", 0, length)
+    assert torch.equal(to_torch(found.read(whole((4, 6))), "float32"), tensor)
+    assert b"\x01\x00\x10\x00" in (tmp_path / "file").read_bytes()  # the extra field of 64-bit sizes
