@@ -10,6 +10,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from mixmoe_megatron.cli import whole_file
@@ -19,6 +20,12 @@ METADATA_FILE = "mixmoe_metadata.json"
 FORMAT_VERSION = 1
 STAGES = ("dense", "upcycled", "stage1", "stage2")
 _VERSIONED_PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "transformer-engine", "mixmoe-megatron")
+
+
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "stage": (str,), "options": (dict, NoneType), "megatron_args": (dict,), "hf_config": (dict,),
+    "parent": (dict, NoneType), "versions": (dict,), "created_by": (str,), "data": (list,),
+}  # fmt: skip
 
 
 @dataclass
@@ -48,11 +55,18 @@ class Metadata:
     format_version: int = FORMAT_VERSION
 
     def validate(self) -> None:
-        """Check the fields against each other.
+        """Check the fields' types, and the fields against each other.
 
         Raises:
-            MixMoEError: unknown stage or version, or options missing for a Mix-MoE stage.
+            MixMoEError: a field of another type, unknown stage or version, or options missing for a Mix-MoE stage.
         """
+        for name, kinds in _FIELD_TYPES.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise MixMoEError(f"{METADATA_FILE}: {name} is of the wrong type: {getattr(self, name)!r:.60}.")
+        if self.parent is not None and not isinstance(self.parent.get("stage"), str):
+            raise MixMoEError(f"{METADATA_FILE}: parent lacks stage.")
+        if not all(isinstance(entry, dict) for entry in self.data):
+            raise MixMoEError(f"{METADATA_FILE}: data must be a list of objects.")
         if self.format_version != FORMAT_VERSION:
             raise MixMoEError(
                 f"{METADATA_FILE} has format_version {self.format_version!r}, this package reads {FORMAT_VERSION}."
@@ -109,7 +123,7 @@ def read_metadata(directory: str | Path) -> Metadata:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MixMoEError(f"{path} is not valid JSON ({error}).") from None
     names = set(Metadata.__dataclass_fields__)
     required = {"stage", "options", "megatron_args", "hf_config"}

@@ -30,15 +30,15 @@ def bits_type(dtype: str) -> np.dtype[Any]:
     return np.dtype(f"u{ITEMSIZE[dtype]}")
 
 
-def count_not_finite(bits: Bits, dtype: str) -> int:
-    """Return how many values are NaN or infinite.
+def all_finite(bits: Bits, dtype: str) -> bool:
+    """Whether no value is NaN or infinite.
 
     Args:
         bits: any shape, of `bits_type(dtype)`.
         dtype: one of FLOAT_DTYPES.
     """
     exponent = bits.dtype.type(_EXPONENTS[dtype])
-    return int(np.count_nonzero((bits & exponent) == exponent))
+    return not ((bits & exponent) == exponent).any()
 
 
 def to_torch(bits: Bits, dtype: str) -> Tensor:
@@ -59,8 +59,3 @@ def from_torch(tensor: Tensor) -> Bits:
 
     as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().contiguous().view(as_integers).numpy().view(f"u{tensor.element_size()}")
-
-
-def dtype_name(dtype: Any) -> str:
-    """Return the name of a torch dtype, such as `bfloat16`."""
-    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection
 
@@ -11,12 +12,12 @@ import xxhash
 from mixmoe_megatron.conversion.bits import ITEMSIZE, Bits
 from mixmoe_megatron.conversion.plan import BLOCK_BYTES, Source
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
-from mixmoe_megatron.conversion.stored import Region, in_order, whole
+from mixmoe_megatron.conversion.stored import Region, in_order, pieces
 from mixmoe_megatron.conversion.streaming import in_parallel
 
 
 class HashedSource:
-    """A source whose tensors are hashed while they are read, row after row, with the bytes still in the cache.
+    """A source whose tensors are hashed while they are read, in order, with the bytes still in the cache.
 
     XXH128 tells weights apart as surely as SHA-256 as long as nobody forges them, and costs next to nothing.
 
@@ -36,8 +37,9 @@ class HashedSource:
     def read_region(self, name: str, region: Region) -> Bits:
         """Return the bits of a region. Raises what the source raises."""
         bits = self._source.read_region(name, region)
-        if region and region[1:] == whole(self.shape(name)[1:]):
-            self._hashes[name].take(region[0], bits)
+        starts, size = pieces(self.shape(name), region)
+        if len(starts) == 1:
+            self._hashes[name].take(starts[0], size, bits)
         return bits
 
     def fingerprint(self, ranks: Ranks = ALONE) -> str:
@@ -54,27 +56,23 @@ class HashedSource:
         """
         known = {name: digest for found in ranks.together(self._complete) for name, digest in found.items()}
         rest = [name for name in sorted(self.names()) if name not in known]
-        known |= ranks.on_first(lambda: dict(zip(rest, in_parallel(self._read_rest, rest), strict=True)))
+        mine = [rest[k] for k in ranks.share([math.prod(self.shape(name)) for name in rest])]
+        for found in ranks.together(lambda: dict(zip(mine, in_parallel(self._read_rest, mine), strict=True))):
+            known |= found
         lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {known[name]}\n" for name in sorted(known)]
         return xxhash.xxh128("".join(lines).encode()).hexdigest()
 
     def _complete(self) -> dict[str, str]:
-        """Return the digests of the tensors of which every row has been read."""
-        return {
-            name: one.digest()
-            for name, one in self._hashes.items()
-            if self.shape(name) and one.rows == self.shape(name)[0]
-        }
+        """Return the digests of the tensors of which every value has been read."""
+        return {name: one.digest() for name, one in self._hashes.items() if one.count == math.prod(self.shape(name))}
 
     def _read_rest(self, name: str) -> str:
         shape, one = self.shape(name), self._hashes[name]
-        if not shape:
-            one.add(self._source.read_region(name, ()))
-            return one.digest()
-        done = one.rows
-        for rows, *others in in_order((shape[0] - done, *shape[1:]), BLOCK_BYTES // ITEMSIZE[self.dtype(name)]):
-            rows = slice(done + rows.start, done + rows.stop)
-            one.add(self._source.read_region(name, (rows, *others)))
+        for region in in_order(shape, BLOCK_BYTES // ITEMSIZE[self.dtype(name)]):
+            (start,), size = pieces(shape, region)
+            if start + size > one.count:
+                bits = np.ascontiguousarray(self._source.read_region(name, region)).reshape(-1)
+                one.take(one.count, start + size - one.count, bits[one.count - start :])
         return one.digest()
 
 
@@ -84,22 +82,19 @@ def weights_xxh128(source: Source) -> str:
 
 
 class _Hash:
-    """Of the first rows of a tensor, which may be read by several threads and more than once."""
+    """Of the first values of a tensor, which may be read by several threads and more than once."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.count = 0
         self._hash = xxhash.xxh128()
         self._lock = threading.Lock()
 
-    def take(self, rows: slice, bits: Bits) -> None:
-        """Add rows if they are the next ones."""
+    def take(self, start: int, size: int, bits: Bits) -> None:
+        """Add values if they are the next ones."""
         with self._lock:
-            if rows.start == self.rows:
-                self.add(bits)
-                self.rows = rows.stop
-
-    def add(self, bits: Bits) -> None:
-        self._hash.update(memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)))
+            if start == self.count:
+                self._hash.update(memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)))
+                self.count += size
 
     def digest(self) -> str:
         return self._hash.hexdigest()

@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
 _DEFAULT_ROPE_THETA = 10000.0
 _MAX_VOCAB_MULTIPLE = 16
+MOST_LAYERS = 10_000  # more than any model has, few enough for a list
 # What megatron.core's RotaryEmbedding._apply_scaling fixes; only the factor is an argument there.
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ROPE_FIELDS = {"type", "rope_type", "rope_theta", "factor", "partial_rotary_factor", *_LLAMA3_FIXED}
 # What transformers assumes when the field is absent, where the families differ.
 _DEFAULT_KEY_VALUE_HEADS = {"qwen2": 32, "mistral": 8}
 _DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
+# What is not a size must be of one of these types, or null.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "architectures": (list,), "model_type": (str,), "base_model_type": (str,), "hidden_act": (str,),
+    "layer_types": (list,), "sliding_window": (int,), "initializer_range": (int, float), "rope_theta": (int, float),
+    "tie_word_embeddings": (bool,),
+}  # fmt: skip
 # Fields that this module reads or refuses by their value.
 _READ = {
     "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -57,7 +65,7 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
         raise MixMoEError(f"{hf_dir} has no config.json: it is not a Hugging Face model directory.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MixMoEError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(config, dict):
         raise MixMoEError(f"{path} is not a JSON object.")
@@ -74,11 +82,11 @@ def model_family(config: dict[str, Any]) -> str:
         family = config.get("base_model_type")
     else:
         names = config.get("architectures") or []
-        family = ARCHITECTURES.get(names[0]) if len(names) == 1 else None
+        family = ARCHITECTURES.get(str(names[0])) if len(names) == 1 else None
         if family is None and not names and config.get("model_type") in FAMILY_ARCHITECTURE:
             family = config["model_type"]
     if family not in FAMILY_ARCHITECTURE:
-        given = ", ".join(config.get("architectures") or []) or config.get("model_type")
+        given = ", ".join(map(str, config.get("architectures") or [])) or config.get("model_type")
         raise MixMoEError(f"architecture {given} is not supported; supported: {', '.join(ARCHITECTURES)}.")
     return family
 
@@ -98,6 +106,13 @@ def _positive_int(config: dict[str, Any], name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise MixMoEError(f"config.json: {name} must be a positive integer, not {value!r}.")
     return value
+
+
+def _num_layers(config: dict[str, Any]) -> int:
+    layers = _positive_int(config, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise MixMoEError(f"config.json: num_hidden_layers must be {MOST_LAYERS} at most, not {layers}.")
+    return layers
 
 
 def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
@@ -126,12 +141,10 @@ def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
 
 def _refuse_sliding_window(config: dict[str, Any], family: str) -> None:
     """Raise if tokens cannot see all earlier ones within the model's own context length."""
-    layer_types = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
-    if layer_types:
-        raise MixMoEError(f"config.json: layer_types with {sorted(layer_types)[0]} is not supported.")
-    acts = (
-        family == "mistral" or config.get("use_sliding_window") or "sliding_attention" in config.get("layer_types", [])
-    )
+    layer_types = config.get("layer_types") or []
+    if unknown := [kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")]:
+        raise MixMoEError(f"config.json: layer_types with {unknown[0]} is not supported.")
+    acts = family == "mistral" or config.get("use_sliding_window") or "sliding_attention" in layer_types
     window = config.get("sliding_window", _DEFAULT_SLIDING_WINDOW.get(family))
     longest = _positive_int(config, "max_position_embeddings")
     if acts and window is not None and window < longest:
@@ -213,6 +226,9 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MixMoEError: unsupported architecture or field, or a missing or impossible size.
     """
+    for name, types in _TYPES.items():
+        if config.get(name) is not None and not isinstance(config[name], types):
+            raise MixMoEError(f"config.json: {name} is of the wrong type: {config[name]!r:.60}.")
     family = model_family(config)
     _refuse_unsupported(config, family)
     hidden_size = _positive_int(config, "hidden_size")
@@ -233,7 +249,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     theta, factor = rope_settings(config)
     vocab_size = _positive_int(config, "vocab_size")
     return {
-        "num_layers": _positive_int(config, "num_hidden_layers"),
+        "num_layers": _num_layers(config),
         "hidden_size": hidden_size,
         "ffn_hidden_size": _positive_int(config, "intermediate_size"),
         "num_attention_heads": num_heads,
@@ -260,6 +276,19 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "make_vocab_size_divisible_by": vocab_multiple(vocab_size),
     }
+
+
+def check_architecture(metadata: Metadata) -> None:
+    """Check that the Megatron arguments that a checkpoint records are those of the base model that it records.
+
+    Raises:
+        MixMoEError: they are not, or are missing.
+    """
+    for name, value in megatron_args_from_hf(metadata.hf_config).items():
+        given = metadata.megatron_args.get(name)
+        multiple = name == "make_vocab_size_divisible_by"  # may be chosen
+        if (given != value and not multiple) or type(given) is not type(value):
+            raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
 
 
 def hf_config_from_megatron_args(megatron_args: dict[str, Any]) -> dict[str, Any]:

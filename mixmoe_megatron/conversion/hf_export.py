@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, model_family
+from mixmoe_megatron.conversion.hf_config import check_architecture, model_family
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
-from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
+from mixmoe_megatron.conversion.megatron_checkpoint import EMBEDDING, TorchDistReader, vocabulary_rows
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_fold
 from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
@@ -24,8 +24,6 @@ from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader, write_s
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata
 from mixmoe_megatron.options import MixMoEOptions
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,14 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
     """
     check_output_dir(request.output_dir, request.force)
     metadata = read_metadata(request.checkpoint_dir)
+    check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
     options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
     reader = TorchDistReader(directory)
-    if _EMBEDDING not in reader.names():
-        raise MixMoEError(f"{directory} has no {_EMBEDDING}: it is not a checkpoint of a language model.")
-    rows = reader.shape(_EMBEDDING)[0]
+    rows = vocabulary_rows(reader, directory)
     if rows < metadata.megatron_args["vocab_size"]:
         raise MixMoEError(
-            f"{_EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
+            f"{EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
         )
     sizes = model_sizes(metadata.megatron_args, options, metadata.stage, padded_vocab=rows)
     _check_stage(metadata, reader)
@@ -91,16 +88,7 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
     plan = make_plan(
         expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype, None, request.check_finite
     )
-    _check_architecture(metadata)
     return PreparedExport(request, metadata, sizes, plan)
-
-
-def _check_architecture(metadata: Metadata) -> None:
-    """Raise if the metadata's Megatron arguments and base config contradict each other."""
-    for name, value in megatron_args_from_hf(metadata.hf_config).items():
-        given = metadata.megatron_args.get(name)
-        if name != "make_vocab_size_divisible_by" and given != value:
-            raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
 
 
 def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:

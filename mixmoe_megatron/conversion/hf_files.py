@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def own_file(directory: str | Path, name: str) -> Path:
     if Path(name).name != name:
         raise MixMoEError(f"{directory}: {name!r} is named, which is not a file of this directory.")
     path = root / name
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that no file can have, too
         raise MixMoEError(f"{directory}: {name} is named, which is missing.")
     inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(path.resolve().is_relative_to(place) for place in inside):

@@ -8,6 +8,7 @@ and this module knows how it is stored.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from mixmoe_megatron.conversion.bits import Bits, bits_type
+from mixmoe_megatron.conversion.hf_config import MOST_LAYERS
 from mixmoe_megatron.conversion.stored import Region, StoredTensor, lengths, overlap, shifted
 from mixmoe_megatron.conversion.torch_format import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageInfo,
     TensorStorageMetadata,
     find_tensor,
     load_metadata,
@@ -30,6 +32,8 @@ from mixmoe_megatron.errors import MixMoEError
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMMON_STATE_KEY = "common_state/shard_0_1"
+EMBEDDING = "embedding.word_embeddings.weight"
+_MOST_DIGITS = 18
 LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.*)")
 NOT_WEIGHTS = re.compile(r"^(optimizer|opt_param_scheduler|rng_state|rerun_state|chained_)")
 
@@ -41,7 +45,8 @@ def _read_metadata(directory: Path) -> Metadata:
     except FileNotFoundError:
         raise MixMoEError(f"{directory} is not a torch_dist checkpoint: .metadata is missing.") from None
     except Exception as error:  # there is hardly an exception that damaged bytes cannot raise
-        raise MixMoEError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise MixMoEError(f"{path} cannot be read ({reason}).") from None
 
 
 class StoredEntry(NamedTuple):
@@ -65,8 +70,8 @@ def stored_entries(directory: str | Path) -> list[StoredEntry]:
             StoredEntry(index.fqn, str(place.relative_path), int(place.offset), int(place.length))
             for index, place in metadata.storage_data.items()
         ]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise MixMoEError(f"{Path(directory) / '.metadata'} cannot be read ({error}).") from None
+    except Exception as error:
+        raise MixMoEError(f"{Path(directory) / '.metadata'} cannot be read ({error!r}).") from None
 
 
 def check_files(directory: Path, entries: Iterable[StoredEntry]) -> None:
@@ -92,6 +97,22 @@ def _is_beside_the_weights(key: str) -> bool:
     return NOT_WEIGHTS.match(key) is not None or key.endswith("_extra_state")
 
 
+class _Part(NamedTuple):
+    """A part in which a tensor is stored: its region of the tensor, and its archive."""
+
+    region: Region
+    place: StoredEntry
+
+
+class _Tensor(NamedTuple):
+    """A tensor of `.metadata`, layers included; `layer` is the one that is meant, None where they are not stacked."""
+
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    parts: list[_Part]
+
+
 class TorchDistReader:
     """Model tensors of one iteration of a torch_dist checkpoint, by per-layer name, whatever layout it was saved under.
 
@@ -107,28 +128,37 @@ class TorchDistReader:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         metadata = _read_metadata(self._directory)
-        self._tensors: dict[str, tuple[str, int | None, TensorStorageMetadata]] = {}
-        self._stored: dict[MetadataIndex, StoredTensor] = {}
+        self._tensors: dict[str, _Tensor] = {}
+        self._stored: dict[StoredEntry, StoredTensor] = {}
         try:
-            self._places = metadata.storage_data or {}
             for key, info in metadata.state_dict_metadata.items():
                 if isinstance(info, TensorStorageMetadata) and not _is_beside_the_weights(key):
-                    self._add(key, info)
-            parts = {(key, chunk.offsets) for key, _, info in self._tensors.values() for chunk in info.chunks}
-            places = [(key, self._places[MetadataIndex(key, offsets)]) for key, offsets in parts]
-            check_files(self._directory, [StoredEntry(k, p.relative_path, p.offset, p.length) for k, p in places])
+                    self._add(key, info, metadata.storage_data)
+            check_files(self._directory, {part.place for tensor in self._tensors.values() for part in tensor.parts})
         except MixMoEError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # there is hardly an exception that a damaged structure cannot raise
             raise MixMoEError(f"{self._directory / '.metadata'} contradicts itself ({error!r}).") from None
 
-    def _add(self, key: str, info: TensorStorageMetadata) -> None:
+    def _add(self, key: str, info: TensorStorageMetadata, places: dict[MetadataIndex, StorageInfo]) -> None:
+        shape = tuple(map(operator.index, info.size))
+        parts = []
+        for chunk in info.chunks:
+            starts, sizes = map(operator.index, chunk.offsets), map(operator.index, chunk.sizes)
+            region = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+            if len(region) != len(shape):
+                raise ValueError(f"a part of {key} has {len(region)} axes")
+            place = places[MetadataIndex(key, chunk.offsets)]
+            parts.append(_Part(region, StoredEntry(key, place.relative_path, place.offset, place.length)))
+        tensor = _Tensor(None, shape, str(info.properties.dtype), parts)
         if key.startswith("decoder.layers.") and not LAYER.match(key):
-            rest = key.removeprefix("decoder.layers.")
-            for layer in range(info.size[0]):
-                self._tensors[f"decoder.layers.{layer}.{rest}"] = (key, layer, info)
+            if shape[0] > MOST_LAYERS:
+                raise ValueError(f"{key} has {shape[0]} layers")
+            for layer in range(shape[0]):
+                name = f"decoder.layers.{layer}.{key.removeprefix('decoder.layers.')}"
+                self._tensors[name] = tensor._replace(layer=layer)
         else:
-            self._tensors[key] = (key, None, info)
+            self._tensors[key] = tensor
 
     def names(self) -> Collection[str]:
         """Return the per-layer names of all model tensors."""
@@ -136,12 +166,12 @@ class TorchDistReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, without the layer axis."""
-        _, layer, info = self._tensors[name]
-        return tuple(info.size if layer is None else info.size[1:])
+        tensor = self._tensors[name]
+        return tensor.shape if tensor.layer is None else tensor.shape[1:]
 
     def dtype(self, name: str) -> str:
         """Return the name of a tensor's dtype in torch."""
-        return self._tensors[name][2].properties.dtype
+        return self._tensors[name].dtype
 
     def read_region(self, name: str, region: Region) -> Bits:
         """Return the bits of a region, put together from however many parts the tensor is stored in.
@@ -149,41 +179,51 @@ class TorchDistReader:
         Raises:
             MixMoEError: a part is missing or damaged.
         """
-        key, layer, info = self._tensors[name]
-        wanted = region if layer is None else (slice(layer, layer + 1), *region)
-        values, found = None, 0
-        for chunk in info.chunks:
-            box = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            shared = overlap(wanted, box)
+        tensor = self._tensors[name]
+        wanted = region if tensor.layer is None else (slice(tensor.layer, tensor.layer + 1), *region)
+        values, found = np.empty(lengths(wanted), bits_type(tensor.dtype)), 0
+        for part in tensor.parts:
+            shared = overlap(wanted, part.region)
             if shared is None:
                 continue
-            part = self._read_part(name, key, chunk, shifted(shared, box))
-            found += part.size
+            bits = self._read_part(name, part, tensor.dtype, shifted(shared, part.region))
+            found += bits.size
             if shared == wanted:
-                values = part
+                values = bits
                 break
-            values = np.empty(lengths(wanted), part.dtype) if values is None else values
-            values[shifted(shared, wanted)] = part
-        size = int(np.prod(lengths(wanted)))
-        if found != size:
-            raise MixMoEError(f"the checkpoint does not hold all of {name} ({found} of {size} values).")
-        values = np.empty(lengths(wanted), bits_type(self.dtype(name))) if values is None else values
-        return values if layer is None else values[0]
+            values[shifted(shared, wanted)] = bits
+        if found != values.size:
+            raise MixMoEError(f"the checkpoint does not hold all of {name} ({found} of {values.size} values).")
+        return values if tensor.layer is None else values[0, ...]
 
-    def _read_part(self, name: str, key: str, chunk: ChunkStorageMetadata, region: Region) -> Bits:
-        """Return a region of a stored part; where its values lie is looked up once."""
-        index = MetadataIndex(key, chunk.offsets)
-        place = self._places[index]
-        path = self._directory / place.relative_path
+    def _read_part(self, name: str, part: _Part, dtype: str, region: Region) -> Bits:
+        """Return a region of a part; where its values lie is looked up once."""
+        place = part.place
+        path = self._directory / place.file
         try:
-            if index not in self._stored:
+            if place not in self._stored:
                 stored = find_tensor(path, place.offset, place.length)
-                if (stored.shape, stored.dtype) != (tuple(chunk.sizes), self.dtype(name)):
+                if (stored.shape, stored.dtype) != (lengths(part.region), dtype):
                     raise ValueError(f"it holds {stored.dtype} of shape {list(stored.shape)} there")
-                self._stored[index] = stored
-            return self._stored[index].read(region)
+                self._stored[place] = stored
+            return self._stored[place].read(region)
         except Exception as error:  # there is hardly an exception that damaged bytes cannot raise
             raise MixMoEError(f"{name} cannot be read from {path} ({error}).") from None
+
+
+def vocabulary_rows(reader: TorchDistReader, directory: Path) -> int:
+    """Return the rows of the word embedding of a checkpoint, padding included.
+
+    Args:
+        reader: of one iteration.
+        directory: of it, for the message.
+
+    Raises:
+        MixMoEError: there is none.
+    """
+    if EMBEDDING not in reader.names() or len(reader.shape(EMBEDDING)) != 2:
+        raise MixMoEError(f"{directory} has no {EMBEDDING}: it is not a checkpoint of a language model.")
+    return reader.shape(EMBEDDING)[0]
 
 
 def iteration_directory(checkpoint_dir: str | Path, iteration: int | None = None) -> Path:
@@ -202,8 +242,8 @@ def iteration_directory(checkpoint_dir: str | Path, iteration: int | None = None
                 f"{checkpoint_dir} has no {TRACKER_FILE}: it is not a Megatron checkpoint, or saving was interrupted."
             )
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != RELEASE and not text.isdecimal():
-            raise MixMoEError(f"{tracker} holds {text!r}, expected a number or 'release'.")
+        if text != RELEASE and not (text.isdecimal() and len(text) <= _MOST_DIGITS):
+            raise MixMoEError(f"{tracker} holds {text[:40]!r}, expected a number or 'release'.")
         directory = root / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     else:
         directory = root / f"iter_{iteration:07d}"

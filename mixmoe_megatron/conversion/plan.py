@@ -1,7 +1,7 @@
 """Turn the mapping tables into a plan: which tensor is made from which, checked in full before any weight is read.
 
 A plan is a list of `LazyTensor`: name, shape and dtype now, the bits of any region when a writer asks for them. So a
-conversion holds a block of each of its threads in memory, whatever the model's size.
+conversion holds a block of each of its threads, and the routers, in memory, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, count_not_finite, from_torch, to_torch
+from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, all_finite, from_torch, to_torch
 from mixmoe_megatron.conversion.mappings import Context, Row, Sizes, T
 from mixmoe_megatron.conversion.movement import movement
 from mixmoe_megatron.conversion.stored import Region, in_order, whole
@@ -176,11 +176,11 @@ class FiniteSource:
         """Return the bits of a region.
 
         Raises:
-            MixMoEError: a value is not finite; the message names the tensor and the number of such values.
+            MixMoEError: a value is not finite; the message names the tensor.
         """
         bits = self._source.read_region(name, region)
-        if number := count_not_finite(bits, self.dtype(name)):
-            raise MixMoEError(f"{name} holds {number} values that are NaN or infinite (--check-finite).")
+        if not all_finite(bits, self.dtype(name)):
+            raise MixMoEError(f"{name} holds values that are NaN or infinite (--check-finite).")
         return bits
 
 

@@ -102,7 +102,7 @@ class SafetensorsReader:
         try:
             where = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
             where = {str(name): str(file) for name, file in where.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise MixMoEError(f"{path} is not a safetensors index (JSON with a weight_map, no name twice).") from None
         for file in sorted(set(where.values())):
             held = _read_header(own_file(self._directory, file))
@@ -210,8 +210,8 @@ def write_safetensors(
     ranks.together(lambda: in_parallel(write_tensor, mine))
     if one:
         return names
-    if ranks.rank == 0:
-        weight_map = {name: shard.file for name, shard in sorted(shard_of.items())}
-        index = {"metadata": {"total_size": sum(t.num_bytes for t in plan)}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    weight_map = {name: shard.file for name, shard in sorted(shard_of.items())}
+    index = {"metadata": {"total_size": sum(t.num_bytes for t in plan)}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2) + "\n"
+    ranks.on_first(lambda: (directory / INDEX_FILE).write_text(text, encoding="utf-8"))
     return [*names, INDEX_FILE]

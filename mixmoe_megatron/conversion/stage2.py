@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixmoe_megatron.conversion.bits import Bits, from_torch
+from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, Bits, from_torch
+from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.fingerprint import HashedSource
+from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.hf_import import write_checkpoint
 from mixmoe_megatron.conversion.mappings import TABLES, Sizes
-from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
+from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, vocabulary_rows
 from mixmoe_megatron.conversion.model_sizes import model_sizes, router_generators
 from mixmoe_megatron.conversion.output_dir import check_output_dir
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand
@@ -28,8 +30,6 @@ from mixmoe_megatron.upcycling import init_router_weight
 
 if TYPE_CHECKING:
     import torch
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
     metadata = read_metadata(request.checkpoint_dir)
     require_stage(metadata, "stage1", "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1).")
     options = MixMoEOptions.from_dict(metadata.options or {})
-    reader = HashedSource(TorchDistReader(iteration_directory(request.checkpoint_dir, request.iteration)))
-    if _EMBEDDING not in reader.names():
-        raise MixMoEError(f"{request.checkpoint_dir} has no {_EMBEDDING}: it is not a checkpoint of a language model.")
-    sizes = model_sizes(metadata.megatron_args, options, "stage2", padded_vocab=reader.shape(_EMBEDDING)[0])
+    check_architecture(metadata)
+    directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
+    stored = TorchDistReader(directory)
+    reader = HashedSource(stored)
+    rows = vocabulary_rows(stored, directory)
+    sizes = model_sizes(metadata.megatron_args, options, "stage2", padded_vocab=rows)
     generators = router_generators(request.seed)
     plan = []
     for name, shape in (tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.megatron):
@@ -87,6 +89,8 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
         if source not in reader.names() or reader.shape(source) != shape:
             raise MixMoEError(f"{request.checkpoint_dir} lacks {source} of shape {list(shape)}.")
         dtype = reader.dtype(source)
+        if dtype not in FLOAT_DTYPES:
+            raise MixMoEError(f"{source} has dtype {dtype}, expected float32, bfloat16 or float16.")
         if options.mt_router_init == "random" and ".router.mt." in name:
             read = _new_router(name, shape, sizes.init_std, generators, dtype)
         else:

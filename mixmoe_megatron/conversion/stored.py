@@ -1,4 +1,4 @@
-"""Tensors that lie in files: a region of one is read, and no byte beside it."""
+"""Tensors that lie in files: a region of one is read, and, as long as the tensor has no gaps, no byte beside it."""
 
 from __future__ import annotations
 
@@ -61,6 +61,19 @@ def in_order(shape: tuple[int, ...], most: int) -> Iterator[Region]:
             yield (*(slice(i, i + 1) for i in indices), cut, *whole(shape[axis:]))
 
 
+def pieces(shape: tuple[int, ...], region: Region) -> tuple[list[int], int]:
+    """Return where the contiguous pieces of a region begin, in values from the tensor's first, and the size of each."""
+    starts, size, stride, is_cut = [0], 1, 1, False
+    for length, cut in zip(reversed(shape), reversed(region), strict=True):
+        if is_cut:
+            starts = [index * stride + start for index in range(cut.start, cut.stop) for start in starts]
+        else:
+            starts, size = [cut.start * stride], (cut.stop - cut.start) * stride
+            is_cut = cut.stop - cut.start < length
+        stride *= length
+    return starts, size
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies, and what it is.
@@ -105,15 +118,16 @@ class StoredTensor:
         that a disk need not be waited for piece by piece.
         """
         values = np.empty(lengths(region), bits_type(self.dtype))
-        starts, size = _pieces(shape, region, values.itemsize)
+        starts, count = pieces(shape, region)
+        size = count * values.itemsize
+        positions = [self.start + start * values.itemsize for start in starts] if size else []
         rest = memoryview(values.reshape(-1).view(np.uint8))
         file = os.open(self.path, os.O_RDONLY)
         try:
-            if len(starts) > 1:
-                for start in starts:
-                    os.posix_fadvise(file, self.start + start, size, os.POSIX_FADV_WILLNEED)
-            for number, start in enumerate(starts):
-                _read_into(file, self.start + start, rest[number * size : (number + 1) * size])
+            for position in positions if len(positions) > 1 else []:
+                os.posix_fadvise(file, position, size, os.POSIX_FADV_WILLNEED)
+            for number, position in enumerate(positions):
+                _read_into(file, position, rest[number * size : (number + 1) * size])
         finally:
             os.close(file)
         return values
@@ -145,16 +159,3 @@ def _read_into(file: int, position: int, buffer: memoryview) -> None:
         if not read:
             raise OSError("it ends too early")
         done += read
-
-
-def _pieces(shape: tuple[int, ...], region: Region, itemsize: int) -> tuple[list[int], int]:
-    """Return where the contiguous pieces of a region begin, in bytes from the tensor's start, and the size of each."""
-    starts, size, stride, is_cut = [0], itemsize, itemsize, False
-    for length, cut in zip(reversed(shape), reversed(region), strict=True):
-        if is_cut:
-            starts = [index * stride + start for index in range(cut.start, cut.stop) for start in starts]
-        else:
-            starts, size = [cut.start * stride], (cut.stop - cut.start) * stride
-            is_cut = cut.stop - cut.start < length
-        stride *= length
-    return starts, size

@@ -1,7 +1,7 @@
 """How the bytes of a conversion move at the speed of a copy: block by block, on a few threads.
 
-As with a copy, the system brings them to the disk in its own time. What a power failure cuts off is found by its size
-when it is read (`check_files`, safetensors' header); the source is still there.
+As with a copy, the system brings them to the disk in its own time: after a power failure in the minute after a
+conversion, convert again. The source is still there.
 """
 
 from __future__ import annotations

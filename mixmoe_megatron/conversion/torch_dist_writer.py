@@ -66,7 +66,7 @@ def write_torch_dist(
         OSError: the disk is full, or fails.
     """
     directory = Path(checkpoint_dir) / RELEASE
-    directory.mkdir(exist_ok=True)
+    ranks.on_first(lambda: directory.mkdir(exist_ok=True))
     files = split_by_bytes(plan, _FILE_BYTES)
 
     def write_file(number: int) -> Places:
@@ -76,13 +76,16 @@ def write_torch_dist(
         return in_parallel(write_file, ranks.share([sum(t.num_bytes for t in file) for file in files]))
 
     everywhere = ranks.together(write_mine)
-    if ranks.rank == 0:
+
+    def finish() -> None:
         objects = {COMMON_STATE_KEY: _common_state(megatron_args), **dict.fromkeys(empty_objects)}
         written = _write_objects(directory / f"__{len(files)}_0.distcp", objects)
         for places in itertools.chain.from_iterable(everywhere):
             written |= places
         _write_metadata(directory, plan, stacked_layers, list(objects), written)
         (Path(checkpoint_dir) / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+
+    ranks.on_first(finish)
     return directory
 
 

@@ -17,7 +17,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PosixPath
+from pathlib import Path
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -169,6 +169,9 @@ def _rebuild_tensor(
 _CHECKPOINT = "torch.distributed.checkpoint"
 _STAND_INS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): Size,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): _Ignored,
+    ("pathlib._local", "PosixPath"): _Ignored,  # of Python 3.13
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch.serialization", "_get_layout"): _Layout,
     (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"): _MemoryFormat,
@@ -180,8 +183,7 @@ _STAND_INS: dict[tuple[str, str], Any] = {
         )
     },
 }  # fmt: skip
-_NAMES = {stand_in: name for name, stand_in in _STAND_INS.items()}
-_HARMLESS = {("pathlib", "PosixPath"): PosixPath, ("collections", "OrderedDict"): OrderedDict}
+_NAMES = {stand_in: name for name, stand_in in _STAND_INS.items() if stand_in is not _Ignored}
 _IGNORED_MODULES = tuple(f"{_CHECKPOINT}.{name}" for name in ("metadata", "planner", "filesystem"))
 
 
@@ -217,7 +219,7 @@ class _Pickler(_PurePickler):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if found := _STAND_INS.get((module, name)) or _HARMLESS.get((module, name)):
+        if found := _STAND_INS.get((module, name)):
             return found
         if module == "torch" and (name in ITEMSIZE or name in _STORAGES):
             return TorchName(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,8 +127,34 @@ def test_a_fault_of_one_rank_ends_all(converted: Path, tmp_path: Path) -> None:
     words = ["checkpoints_conversion/hf_to_mixmoe.py", "--check-finite", "--hf-dir", str(hf), "--output-dir"]
     job = Job([*words, str(tmp_path / "out")], 2, tmp_path / "in" / "logs", prelude=partial(set_file_bytes, 40_000))
     assert job.wait() == [2, 2]
-    assert job.output().count("error: lm_head.weight holds 1 values that are NaN or infinite") == 2
+    assert job.output().count("error: lm_head.weight holds values that are NaN or infinite") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def fill_disk_at_the_end() -> None:
+    """Let the disk be full when rank 0 alone writes what comes last."""
+    write_text = Path.write_text
+
+    def full(path: Path, *words: Any, **named: Any) -> int:
+        if path.name in ("metadata.json", "model.safetensors.index.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *words, **named)
+
+    Path.write_text = full  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("command", ["hf_to_mixmoe", "mixmoe_to_hf"])
+def test_a_disk_that_is_full_at_the_end_ends_all(converted: Path, tmp_path: Path, command: str) -> None:
+    """Nobody waits for a rank that has given up."""
+    model = converted / "llama-untied-stage2"
+    given: list[Any] = ["--hf-dir", model / "hf"]
+    if command == "mixmoe_to_hf":
+        given = ["--checkpoint-dir", model / "checkpoint", "--max-shard-size", "40KB"]
+    words = [f"checkpoints_conversion/{command}.py", *map(str, given), "--output-dir", str(tmp_path / "out")]
+    job = Job(words, 2, tmp_path / "logs", prelude=fill_disk_at_the_end)
+    assert job.wait() == [2, 2]
+    assert job.output().count("No space left on device") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def kill_at(number: int) -> None:

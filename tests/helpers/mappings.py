@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mixmoe_megatron.conversion.bits import Bits, dtype_name, from_torch
+from mixmoe_megatron.conversion.bits import Bits, from_torch
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
 from mixmoe_megatron.conversion.plan import LazyTensor, expand
 from mixmoe_megatron.conversion.stored import Region
@@ -56,6 +56,11 @@ class CountedMemory(Memory):
         assert bits.shape == tuple(cut.stop - cut.start for cut in region)
         self.values_read += bits.size
         return bits
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def lazy(name: str, tensor: Tensor) -> LazyTensor:

@@ -110,13 +110,26 @@ def linked_out(name: str) -> Damage:
 
 
 def metadata_fields(**fields: Any) -> Damage:
-    """Change fields of mixmoe_metadata.json; those of `megatron_args` are merged."""
+    """Change fields of mixmoe_metadata.json; those of `megatron_args` and `hf_config` are merged."""
 
     def damage(directory: Path) -> None:
         metadata = read_metadata(directory)
         for name, value in fields.items():
-            setattr(metadata, name, {**metadata.megatron_args, **value} if name == "megatron_args" else value)
+            merged = name in ("megatron_args", "hf_config")
+            setattr(metadata, name, {**getattr(metadata, name), **value} if merged else value)
         write_metadata(directory, metadata)
+
+    return damage
+
+
+def raw_metadata(edit: Callable[[dict[str, Any]], object]) -> Damage:
+    """Change mixmoe_metadata.json as an editor does."""
+
+    def damage(directory: Path) -> None:
+        path = directory / "mixmoe_metadata.json"
+        found = json.loads(path.read_text())
+        edit(found)
+        path.write_text(json.dumps(found))
 
     return damage
 
@@ -155,17 +168,37 @@ def poison_tensors(directory: Path) -> None:
     (directory / SHARD).write_bytes(evil + data[len(evil) :])
 
 
-def edit_places(edit: Callable[[Any], object]) -> Damage:
-    """Change where `.metadata` says that the tensors lie."""
+def edit_entries(edit: Callable[[Any], object]) -> Damage:
+    """Change what `.metadata` says of the tensors."""
 
     def damage(directory: Path) -> None:
         path = directory / "release" / ".metadata"
         metadata = pickle.loads(path.read_bytes())
-        for place in metadata.storage_data.values():
-            edit(place)
+        edit(metadata)
         path.write_bytes(pickle.dumps(metadata))
 
     return damage
+
+
+def edit_places(edit: Callable[[Any], object]) -> Damage:
+    """Change where `.metadata` says that the tensors lie."""
+    return edit_entries(lambda metadata: [edit(place) for place in metadata.storage_data.values()])
+
+
+def edit_embedding(edit: Callable[[Any], object]) -> Damage:
+    """Change what `.metadata` says of the word embedding."""
+    return edit_entries(lambda metadata: edit(metadata.state_dict_metadata["embedding.word_embeddings.weight"]))
+
+
+def without_axes(entry: Any) -> None:
+    """Make a tensor a scalar."""
+    entry.size = entry.chunks[0].sizes = torch.Size([])
+    entry.chunks[0].offsets = torch.Size([0, 0])[:0]
+
+
+def many_layers(metadata: Any) -> None:
+    entry = metadata.state_dict_metadata["decoder.layers.self_attention.linear_qkv.weight"]
+    entry.size = torch.Size([1 << 40, *entry.size[1:]])
 
 
 def nothing(directory: Path) -> None:
@@ -218,6 +251,15 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "missing shard": ("sharded", lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), [], "which is missing"),
     "traversal": ("sharded", moved_out(lambda path: f"../{path.name}"), [], "not a file of this directory"),
     "absolute path": ("sharded", moved_out(str), [], "not a file of this directory"),
+    "long name in the index": ("sharded", index(lambda w, d: w.update(dict.fromkeys(w, "x" * 300))), [], "is missing"),
+    "nested index": ("sharded", file(INDEX, lambda d: b"[" * 100_000), [], "not a safetensors index"),
+    "nested config": ("dense", file("config.json", lambda d: b"[" * 100_000), [], "not valid JSON"),
+    "senseless architecture": ("dense", config(architectures="Llama"), [], "architectures is of the wrong type"),
+    "numbers as architectures": ("dense", config(architectures=[3]), [], "architecture 3 is not supported"),
+    "endless layers": ("dense", config(num_hidden_layers=1 << 40), [], "num_hidden_layers must be"),
+    "senseless theta": ("dense", config(rope_theta=[500000.0]), [], "rope_theta is of the wrong type"),
+    "senseless deviation": ("dense", config(initializer_range="x"), [], "initializer_range is of the wrong type"),
+    "senseless layer types": ("dense", config(layer_types=3), [], "layer_types is of the wrong type"),
     "index is no JSON": ("sharded", file(INDEX, lambda d: d[:-9]), [], "not a safetensors index"),
     "index lists too much": ("sharded", index(lambda w, d: w.update(x=w[Q])), [], "disagree about x"),
     "index lists too little": ("sharded", index(lambda w, d: w.pop(Q)), [], f"disagree about {Q}"),
@@ -226,7 +268,7 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "dtype": ("dense", weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype int8"),
     "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [], "differ in dtype"),
     "misshapen": ("dense", weights(swap), [], f"{Q} has shape [16, 32]"),
-    "NaN": ("dense", weights(put_nan), ["--check-finite"], f"{Q} holds 1 values that are NaN"),
+    "NaN": ("dense", weights(put_nan), ["--check-finite"], f"{Q} holds values that are NaN"),
     "architecture": ("dense", config(architectures=["GPT2LMHeadModel"]), [], "GPT2LMHeadModel is not supported"),
     "bias": ("dense", config(attention_bias=True), [], "attention_bias"),
     "softcap": ("dense", config(final_logit_softcapping=30.0), [], "final_logit_softcapping"),
@@ -267,12 +309,48 @@ EXPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "poisoned shard": ("upcycled", poison_tensors, [], "cannot be read"),
     "stage 2 of stage 1": ("upcycled", metadata_fields(stage="stage2"), [], "hold LM experts only"),
     "dense of Mix-MoE": ("upcycled", metadata_fields(stage="dense", options=None), [], "hold LM experts only"),
-    "layers": ("dense_checkpoint", metadata_fields(megatron_args={"num_layers": 5}), [], "lack decoder.layers.4"),
+    "long tracker": ("upcycled", file(TRACKER, lambda d: b"1" * 5000), [], "expected a number"),
+    "no size": ("upcycled", edit_embedding(lambda e: delattr(e, "size")), [], "contradicts itself"),
+    "no properties": ("upcycled", edit_embedding(lambda e: setattr(e, "properties", e.size)), [], "contradicts itself"),
+    "part of fewer axes": (
+        "upcycled", edit_embedding(lambda e: setattr(e.chunks[0], "sizes", e.size[:1])), [], "contradicts itself"
+    ),
+    "part without sizes": (
+        "upcycled", edit_embedding(lambda e: delattr(e.chunks[0], "sizes")), [], "contradicts itself"
+    ),
+    "no part": ("upcycled", edit_embedding(lambda e: e.chunks.clear()), [], "does not hold all of embedding."),
+    "no place": ("upcycled", edit_entries(lambda m: m.storage_data.popitem()), [], "contradicts itself"),
+    "endless place": ("upcycled", edit_places(lambda p: setattr(p, "offset", float("inf"))), [], "cannot be read"),
+    "scalar embedding": ("upcycled", edit_embedding(without_axes), [], "contradicts itself"),
+    "endless layers": ("dense_checkpoint", edit_entries(many_layers), [], "1099511627776 layers"),
+    "layers": (
+        "dense_checkpoint",
+        metadata_fields(megatron_args={"num_layers": 5}, hf_config={"num_hidden_layers": 5}), [],
+        "lack decoder.layers.4",
+    ),
+    "argument lost": (
+        "upcycled", raw_metadata(lambda m: m["megatron_args"].pop("kv_channels")), [], "kv_channels is None, but"
+    ),
+    "argument is text": (
+        "upcycled", raw_metadata(lambda m: m["megatron_args"].update(num_layers="4")), [], "num_layers is '4', but"
+    ),
+    "no arguments": ("upcycled", raw_metadata(lambda m: m.update(megatron_args=[])), [], "megatron_args is of"),
+    "no config": ("upcycled", raw_metadata(lambda m: m.update(hf_config=[])), [], "hf_config is of the wrong"),
+    "no options": ("upcycled", raw_metadata(lambda m: m.update(options=[])), [], "options is of the wrong"),
+    "no versions": ("upcycled", raw_metadata(lambda m: m.update(versions=[])), [], "versions is of the wrong"),
+    "senseless parent": ("upcycled", raw_metadata(lambda m: m.update(parent="x")), [], "parent is of the wrong"),
+    "parent of no stage": ("upcycled", raw_metadata(lambda m: m["parent"].pop("stage")), [], "parent lacks stage"),
+    "senseless data": ("upcycled", raw_metadata(lambda m: m.update(data=["x"])), [], "data must be a list of objects"),
+    "nested metadata": (
+        "upcycled", file("mixmoe_metadata.json", lambda d: b"[" * 100_000), [], "is not valid JSON"
+    ),
     "contradiction": (
         "dense_checkpoint", metadata_fields(megatron_args={"norm_epsilon": 0.5}), [], "norm_epsilon is 0.5"
     ),
     "small vocabulary": (
-        "dense_checkpoint", metadata_fields(megatron_args={"vocab_size": 600}), [], "fewer than the vocabulary"
+        "dense_checkpoint",
+        metadata_fields(megatron_args={"vocab_size": 600}, hf_config={"vocab_size": 600}), [],
+        "fewer than the vocabulary",
     ),
     "bad size": ("upcycled", nothing, ["--max-shard-size", "big"], "not a size"),
 }  # fmt: skip

@@ -67,7 +67,8 @@ READ_AGAIN = {"nothing": 60, "backwards": 30, "a part": 20, "a part and some of 
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_was_read_in_order_is_not_read_again(order: str) -> None:
+def test_what_was_read_in_order_is_not_read_again(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    monkeypatch.setattr("mixmoe_megatron.conversion.fingerprint.BLOCK_BYTES", 40)  # a row
     counted = CountedMemory(TENSORS)
     source = HashedSource(counted)
     for region in ORDERS[order]:
@@ -75,6 +76,17 @@ def test_what_was_read_in_order_is_not_read_again(order: str) -> None:
     counted.values_read = 0
     assert source.fingerprint() == fingerprint()
     assert counted.values_read == READ_AGAIN.get(order, 0) + 5 + 1
+
+
+def test_parts_of_experts_are_in_order_too() -> None:
+    """As a large model's experts are read: some rows of one at a time."""
+    experts = {"x": torch.randn(3, 4, 5)}
+    counted = CountedMemory(experts)
+    source = HashedSource(counted)
+    for expert in range(3):
+        for row in (0, 2):
+            source.read_region("x", (slice(expert, expert + 1), slice(row, row + 2), slice(0, 5)))
+    assert source.fingerprint() == weights_xxh128(Memory(experts)) and counted.values_read == 60
 
 
 def test_blocks_smaller_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

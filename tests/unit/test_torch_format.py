@@ -175,6 +175,17 @@ def test_hostile_metadata_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [path.name for path in tmp_path.iterdir()] == [".metadata"]
 
 
+def test_a_pickle_gets_no_real_class(tmp_path: Path) -> None:
+    """A pickle may set attributes on a class that it gets; a path's could let files outside of a directory in."""
+    pickled = pickle.dumps(Path("x"))
+    assert b"PosixPath" in pickled
+    for state in (pickled, pickled.replace(b"\x8c\x07pathlib", b"\x8c\x0epathlib._local")):
+        found = torch_format._Unpickler(io.BytesIO(state)).load()
+        assert type(found) is torch_format._Ignored
+    classes = [found for found in torch_format._STAND_INS.values() if isinstance(found, type)]
+    assert {found.__module__ for found in classes} == {torch_format.__name__, "collections"}
+
+
 def rewritten(path: Path, change: Any) -> tuple[Path, int, int]:
     """A tensor's archive with a record changed: name -> new content, or None to leave it out."""
     tensor = make((4, 6), torch.float32)
