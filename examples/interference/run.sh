@@ -5,12 +5,12 @@
 #   PAIR=de-en         language pair, one of examples/data/*-en.train.tsv.gz
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: examples/quickstart/base)
 #   MINUTES=12         training steps and test segments grow with it; the whole run takes about three times as long
-#   FULL_LR=2e-3       highest learning rate of full fine-tuning on parallel text; stage 2 of Mix-MoE has 2e-3
+#   FULL_LR=5e-4       highest learning rate of full fine-tuning on parallel text; at stage 2's 2e-3 its loss first rises
 #   OUT=runs/interference  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
 BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PAIR="${PAIR:-de-en}" MINUTES="${MINUTES:-12}" FULL_LR="${FULL_LR:-2e-3}"
+PAIR="${PAIR:-de-en}" MINUTES="${MINUTES:-12}" FULL_LR="${FULL_LR:-5e-4}"
 OUT="${OUT:-$PWD/runs/interference}" BASE="${BASE:-$PWD/examples/quickstart/base}"
 PYTHON="$PWD/.venv/bin/python" SEQUENCE=256
 source examples/resumable.sh
