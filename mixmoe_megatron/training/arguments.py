@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
+from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
@@ -158,6 +159,7 @@ def source_checkpoint(
     if load is not None and has_checkpoint(Path(load)):
         metadata = read_metadata(load)
         require_stage(metadata, STAGE_NAMES[stage], f"--load {load} must be a run of --mixmoe-stage {stage}.")
+        check_architecture(metadata)
         return Path(load), metadata
     if init_from is None:
         raise MixMoEError(
@@ -170,6 +172,7 @@ def source_checkpoint(
         metadata = read_metadata(init_from)
     wanted, what_to_run = PARENT_STAGES[stage]
     require_stage(metadata, wanted, what_to_run)
+    check_architecture(metadata)
     return Path(init_from), metadata
 
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import Metadata, write_metadata
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, write_metadata
 from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments, has_checkpoint
 
-MODEL = {
-    "num_layers": 8, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 500, "make_vocab_size_divisible_by": 16,
-    "swiglu": True, "add_bias_linear": False, "add_qkv_bias": False, "norm_epsilon": 1e-5, "rotary_base": 10000,
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 8, "hidden_size": 32, "intermediate_size": 64,
+    "num_attention_heads": 4, "vocab_size": 500, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+MODEL = {**megatron_args_from_hf(CONFIG), "make_vocab_size_divisible_by": 16}
 
 
 def make_checkpoint(directory: Path, stage: str, complete: bool = True, **model: Any) -> Path:
     directory.mkdir()
     options = None if stage == "dense" else MixMoEOptions(moe_every=4, topk_per_group=2).to_dict()
-    write_metadata(directory, Metadata(stage, options, {**MODEL, **model}, {}))
+    arguments = {**MODEL, **model}
+    write_metadata(directory, Metadata(stage, options, arguments, hf_config_from_megatron_args(arguments)))
     if complete:
         (directory / "latest_checkpointed_iteration.txt").write_text("release")
     return directory
@@ -145,3 +149,13 @@ def test_options_are_put_on_the_arguments(tmp_path: Path) -> None:
     assert args.topk_per_group == 2 and args.spectral_transform == "fft"
     with pytest.raises(MixMoEError, match="num_experts_per_group=4 is not divisible by expert_model_parallel_size=3"):
         apply_options(argparse.Namespace(expert_model_parallel_size=3), metadata)
+
+
+def test_recorded_arguments_must_be_those_of_the_base(tmp_path: Path) -> None:
+    parent = make_checkpoint(tmp_path / "up", "upcycled")
+    path = parent / METADATA_FILE
+    recorded = json.loads(path.read_text())
+    for change in ({"num_layers": 12}, {"kv_channels": None}, {"hidden_size": "32"}):
+        path.write_text(json.dumps({**recorded, "megatron_args": {**recorded["megatron_args"], **change}}))
+        with pytest.raises(MixMoEError, match=f"megatron_args.{next(iter(change))} is"):
+            complete("--mixmoe-stage", 1, "--init-from", parent)
