@@ -12,16 +12,17 @@ import pytest
 
 from mixmoe_megatron import config
 from mixmoe_megatron.config import check_settings
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import Metadata, write_metadata
 from mixmoe_megatron.training import layouts
 
-MODEL = {
-    "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "vocab_size": 500,
-    "make_vocab_size_divisible_by": 16, "swiglu": True, "add_bias_linear": False, "normalization": "RMSNorm",
-    "position_embedding_type": "rope", "max_position_embeddings": 64,
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64,
+    "num_attention_heads": 4, "vocab_size": 500, "max_position_embeddings": 64,
 }  # fmt: skip
+MODEL = {**megatron_args_from_hf(CONFIG), "make_vocab_size_divisible_by": 16}
 TP2 = "--tensor-model-parallel-size 2 "
 PP2 = "--pipeline-model-parallel-size 2 "
 
@@ -65,7 +66,7 @@ REFUSED = {
 @pytest.fixture
 def parent(tmp_path: Path) -> Path:
     """The directory of an upcycled checkpoint, its metadata alone."""
-    write_metadata(tmp_path, Metadata("upcycled", config.MixMoEOptions(moe_every=2).to_dict(), MODEL, {}))
+    write_metadata(tmp_path, Metadata("upcycled", config.MixMoEOptions(moe_every=2).to_dict(), MODEL, CONFIG))
     return tmp_path
 
 
