@@ -14,7 +14,9 @@ begin_run() {
   exec 9> "$OUT/lock"
   flock -w 5 9 || fail "OUT=$OUT is in use by another run."  # a killed one needs a moment to let go
   orphan=$(cat "$OUT/running" 2>/dev/null || echo none)
-  if ps -eo pgid=,args= | awk -v group="$orphan" '$1 == group' | grep -qF "$OUT"; then
+  # awk reads all that ps says: under pipefail a reader that stops early would make the answer no
+  if ps -eo pgid=,args= | awk -v group="$orphan" -v out="$OUT" \
+    '$1 == group && index($0, out) { found = 1 } END { exit !found }'; then
     echo "stopping what a killed run left behind (process group $orphan)"; kill -KILL -- "-$orphan"; sleep 1
   fi
 }
