@@ -41,6 +41,11 @@ def all_finite(bits: Bits, dtype: str) -> bool:
     return not ((bits & exponent) == exponent).any()
 
 
+def as_bytes(bits: Bits) -> memoryview:
+    """Return the bytes of bits in their order; they share memory if it is contiguous."""
+    return memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8))
+
+
 def to_torch(bits: Bits, dtype: str) -> Tensor:
     """Return bits as a tensor; they share memory.
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import numpy as np
 import xxhash
 
-from mixmoe_megatron.conversion.bits import ITEMSIZE, Bits
+from mixmoe_megatron.conversion.bits import ITEMSIZE, Bits, as_bytes
 from mixmoe_megatron.conversion.plan import BLOCK_BYTES, Source
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.stored import Region, in_order, pieces
@@ -93,7 +93,7 @@ class _Hash:
         """Add values if they are the next ones."""
         with self._lock:
             if start == self.count:
-                self._hash.update(memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8)))
+                self._hash.update(as_bytes(bits))
                 self.count += size
 
     def digest(self) -> str:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
-from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, all_finite, from_torch, to_torch
+from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, all_finite, as_bytes, from_torch, to_torch
 from mixmoe_megatron.conversion.mappings import Context, Row, Sizes, T
 from mixmoe_megatron.conversion.movement import movement
 from mixmoe_megatron.conversion.stored import Region, in_order, whole
@@ -80,7 +78,7 @@ class LazyTensor:
             MixMoEError: the weights are damaged.
         """
         for region in in_order(self.shape, BLOCK_BYTES // ITEMSIZE[self.dtype]):
-            yield memoryview(np.ascontiguousarray(self.read(region)).reshape(-1).view(np.uint8))
+            yield as_bytes(self.read(region))
 
     @property
     def num_bytes(self) -> int:
@@ -153,8 +151,13 @@ def _check_inputs(units: list[Unit], side: str, source: Source, ignored: re.Patt
     for name, shape in wanted.items():
         if source.shape(name) != shape:
             raise MixMoEError(f"{name} has shape {list(source.shape(name))}, the configuration asks for {list(shape)}.")
-        if source.dtype(name) not in FLOAT_DTYPES:
-            raise MixMoEError(f"{name} has dtype {source.dtype(name)}, expected float32, bfloat16 or float16.")
+        check_dtype(name, source.dtype(name))
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Raise MixMoEError unless a tensor's dtype is one that weights may have."""
+    if dtype not in FLOAT_DTYPES:
+        raise MixMoEError(f"{name} has dtype {dtype}, expected float32, bfloat16 or float16.")
 
 
 def _source_dtype(unit: Unit, side: str, source: Source) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, Bits, from_torch
+from mixmoe_megatron.conversion.bits import Bits, from_torch
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.fingerprint import HashedSource
 from mixmoe_megatron.conversion.hf_config import check_architecture
@@ -20,7 +20,7 @@ from mixmoe_megatron.conversion.mappings import TABLES, Sizes
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, vocabulary_rows
 from mixmoe_megatron.conversion.model_sizes import model_sizes, router_generators
 from mixmoe_megatron.conversion.output_dir import check_output_dir
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand
+from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, describe_plan, expand
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.errors import MixMoEError
@@ -89,8 +89,7 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
         if source not in reader.names() or reader.shape(source) != shape:
             raise MixMoEError(f"{request.checkpoint_dir} lacks {source} of shape {list(shape)}.")
         dtype = reader.dtype(source)
-        if dtype not in FLOAT_DTYPES:
-            raise MixMoEError(f"{source} has dtype {dtype}, expected float32, bfloat16 or float16.")
+        check_dtype(source, dtype)
         if options.mt_router_init == "random" and ".router.mt." in name:
             read = _new_router(name, shape, sizes.init_std, generators, dtype)
         else:

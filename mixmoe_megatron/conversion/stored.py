@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from mixmoe_megatron.conversion.bits import Bits, bits_type
+from mixmoe_megatron.conversion.bits import Bits, as_bytes, bits_type
 
 Region = tuple[slice, ...]  # start and stop on each axis, both given
 
@@ -121,7 +121,7 @@ class StoredTensor:
         starts, count = pieces(shape, region)
         size = count * values.itemsize
         positions = [self.start + start * values.itemsize for start in starts] if size else []
-        rest = memoryview(values.reshape(-1).view(np.uint8))
+        rest = as_bytes(values)
         file = os.open(self.path, os.O_RDONLY)
         try:
             for position in positions if len(positions) > 1 else []:
