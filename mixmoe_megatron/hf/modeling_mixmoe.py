@@ -150,14 +150,16 @@ def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
 
 
 def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
-    """Tell whether torch's grouped GEMM takes these tensors: bfloat16, on an A100 or later, rows of 16 bytes.
+    """Tell whether torch's grouped GEMM takes these tensors: bfloat16, compute capability 9 (H100), rows of 16 bytes.
 
-    On a CPU its kernel wants aligned memory, which mapped checkpoints lack, and is no faster than one GEMM per expert.
+    Below 9 it raises (torch up to 2.8) or copies offsets to the host, which no graph can capture; above 9 experts
+    without tokens get wrong gradients (pytorch issue 172439). On a CPU its kernel wants aligned memory, which mapped
+    checkpoints lack, and is no faster than one GEMM per expert.
     """
     return (
         _grouped_mm is not None
         and all(t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 for t in tensors)
-        and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
+        and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
     )
 
 
