@@ -24,7 +24,7 @@ def start_megatron() -> None:
 
     if DEVICE == "cuda" and not torch.distributed.is_initialized():
         torch.cuda.set_device(0)
-        torch.distributed.init_process_group("nccl", init_method="tcp://127.0.0.1:29517", rank=0, world_size=1)
+        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     initialize_megatron()
 
 
