@@ -218,11 +218,11 @@ def measure_layer(case: LayerCase, turns: int) -> dict[str, float | None]:
         "flop_floor_seconds": flop_floor,
         "bytes_floor_seconds": bytes_floor,
         "floor_ratio": seconds["layer"] / max(flop_floor, bytes_floor),
-        "host_syncs": _host_syncs(subjects.calls["layer"]) if torch.cuda.is_available() else None,
+        "host_syncs": host_syncs(subjects.calls["layer"]) if torch.cuda.is_available() else None,
     }
 
 
-def _host_syncs(call: Callable[[], Any]) -> int:
+def host_syncs(call: Callable[[], Any]) -> int:
     """Count how often the host waits for the GPU in a call."""
     torch.cuda.set_sync_debug_mode("warn")
     try:

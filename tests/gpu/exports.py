@@ -56,7 +56,6 @@ def relabel(upcycled: Path, stage1: Path) -> None:
 def run_parity(rows: Rows) -> None:
     """Check 3: check_parity.py's comparison, in both dtypes."""
     from mixmoe_megatron.conversion.parity import check_parity
-
     from tests.helpers.forked import run_job
 
     checkpoint, exported = converted(rows.scratch)
