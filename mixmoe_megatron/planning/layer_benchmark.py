@@ -45,6 +45,7 @@ class LayerCase:
         topk: k, experts chosen per token and group.
         tokens: T.
         dtype: of weights and activations.
+        fused: Megatron's compiled SwiGLU, its default on a GPU; False: ordinary operations.
     """
 
     stage: int
@@ -55,6 +56,7 @@ class LayerCase:
     topk: int
     tokens: int
     dtype: torch.dtype
+    fused: bool = False
 
     @property
     def flops(self) -> int:
@@ -109,7 +111,7 @@ def build_layer(case: LayerCase) -> MixMoELayer:
         gated_linear_unit=True,
         add_bias_linear=False,
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=case.fused,
         moe_token_dispatcher_type="alltoall",
         moe_aux_loss_coeff=0.01,
         use_cpu_initialization=not torch.cuda.is_available(),
