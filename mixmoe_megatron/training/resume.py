@@ -24,6 +24,8 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mixmoe_megatron.training.optimizer_kernels import use_torch_kernels
+
 
 @functools.cache
 def mend_optimizers() -> None:
@@ -31,6 +33,7 @@ def mend_optimizers() -> None:
 
     Works once in a process. Where Megatron uses a fused Adam, only ranks without parameters are touched.
     """
+    use_torch_kernels()
     register_optimizer_step_post_hook(_count_step)
     if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", True):
         _tell_common_step()
