@@ -88,6 +88,11 @@ def load_from_hf(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Ten
         found = tensors[name].part(region).to(part.dtype)
         if found.shape == part.local_shape:
             return found.contiguous()
+        if not part.allow_shape_mismatch:
+            raise MixMoEError(
+                f"{name} is of shape {list(tensors[name].shape)} in the Hugging Face model, which is not what this run "
+                "asks for: leave flags that change the model's sizes out."
+            )
         padded = torch.zeros(part.local_shape, dtype=part.dtype)  # vocabulary rows that tensor parallelism adds
         padded[: found.shape[0]] = found
         return padded

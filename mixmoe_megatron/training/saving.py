@@ -4,7 +4,6 @@ What Megatron 0.19.2 does and what is changed here:
 
 - It writes over an iteration that is there already: files of two saves would lie side by side under one `.metadata`.
   The old one is removed first, and the tracker never names it meanwhile.
-- A run that has nothing left to train fails, or saves the iteration that it loaded over itself: it ends in peace.
 - It truncates the tracker file, then writes it: here it is replaced in one step.
 - It starts a helper process for the results even of synchronous saves; a killed rank leaves it running for ever.
   A queue inside the process serves as well, and a run starts seconds sooner.
@@ -36,7 +35,6 @@ from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.megatron_checkpoint import RELEASE, TRACKER_FILE, iteration_directory
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.training.arguments import has_checkpoint
 from mixmoe_megatron.training.hf_directories import is_hf_directory
 
 logger = logging.getLogger(__name__)
@@ -70,20 +68,6 @@ def _check_optimizer_state(args: Any, iteration: Path) -> None:
             f"{iteration} was saved {with_or_without} --use-distributed-optimizer, which stores the optimizer's state "
             f"in another form: {other} this flag, or start with a fresh optimizer by --no-load-optim."
         )
-
-
-def is_finished(args: Any) -> bool:
-    """Whether --load holds the last iteration of this run already, so that nothing is left to train.
-
-    Args:
-        args: Megatron's validated namespace.
-    """
-    if args.skip_train or args.ckpt_step or not args.train_iters:
-        return False
-    if args.load is None or not has_checkpoint(Path(args.load)):
-        return False
-    name = iteration_directory(args.load).name
-    return name != RELEASE and int(name.removeprefix("iter_")) >= args.train_iters
 
 
 def secure_saving(args: Any) -> None:
