@@ -35,7 +35,12 @@ def choose_experts_backend(config: TransformerConfig, num_per_group: int) -> str
     wanted = getattr(config, "experts_backend", "auto")
     if wanted == "te" and not HAVE_TE:
         raise MixMoEError("experts_backend=te needs Transformer Engine, which is not installed (use auto or torch).")
-    misfit = _grouped_mm_misfit(config)
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "moe_ffn_hidden_size per rank": (config.moe_ffn_hidden_size or 0) // (config.expert_tensor_parallel_size or 1),
+    }
+    dtype, capability = config.params_dtype, cuda_capability()
+    misfit = grouped_mm_misfit(sizes, dtype, capability)
     if wanted == "torch" and misfit and num_per_group > 1:
         raise MixMoEError(f"experts_backend=torch: {misfit} (use auto or sequential).")
     if wanted != "auto":
@@ -44,23 +49,51 @@ def choose_experts_backend(config: TransformerConfig, num_per_group: int) -> str
         backend, why = "te", "Transformer Engine is there"
     elif num_per_group == 1:
         backend, why = "sequential", "one expert of a group per rank is a plain GEMM"
-    elif misfit:
-        backend, why = "sequential", misfit
+    elif reason := misfit or grouped_mm_slowness(dtype, capability):
+        backend, why = "sequential", reason
     else:
-        backend, why = "torch", "Transformer Engine is not used"
+        backend, why = "torch", "torch's grouped GEMM is one kernel here, and Transformer Engine is not used"
     if backend != "te":
         _check_no_te_features(config, backend)
     _log_once(backend, why)
     return backend
 
 
-def _grouped_mm_misfit(config: TransformerConfig) -> str | None:
-    """Return why torch's grouped GEMM cannot run these sizes, or None."""
-    alignment = _GEMM_ALIGNMENT_BYTES // config.params_dtype.itemsize
-    ffn_size = (config.moe_ffn_hidden_size or 0) // (config.expert_tensor_parallel_size or 1)
-    for name, size in (("hidden_size", config.hidden_size), ("moe_ffn_hidden_size per rank", ffn_size)):
+def cuda_capability() -> tuple[int, int] | None:
+    """Return the compute capability of this process's GPU, None on a CPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def grouped_mm_misfit(sizes: dict[str, int], dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Return why torch's grouped GEMM cannot be used, or None.
+
+    Args:
+        sizes: the widths of the experts' matrices by name.
+        dtype: of the experts.
+        capability: compute capability of the GPU, None for a CPU.
+    """
+    if capability is not None and capability[0] > 9:
+        # pytorch issue 172439
+        return f"it gives experts without tokens wrong gradients on compute capability {capability[0]}.{capability[1]}"
+    alignment = _GEMM_ALIGNMENT_BYTES // dtype.itemsize
+    for name, size in sizes.items():
         if size % alignment:
             return f"{name}={size} is not a multiple of {alignment}, which torch's grouped GEMM needs"
+    return None
+
+
+def grouped_mm_slowness(dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Return why torch's grouped GEMM is no faster than a GEMM per expert, or None: it is one kernel.
+
+    Args:
+        dtype: of the experts.
+        capability: compute capability of the GPU, None for a CPU.
+    """
+    if capability is None:
+        return "torch's grouped GEMM is a loop on a CPU"
+    if capability[0] < 9 or dtype != torch.bfloat16:
+        name, (major, minor) = str(dtype).removeprefix("torch."), capability
+        return f"torch's grouped GEMM is a loop that waits for the GPU in {name} on compute capability {major}.{minor}"
     return None
 
 
@@ -73,12 +106,3 @@ def _check_no_te_features(config: TransformerConfig, backend: str) -> None:
 @functools.cache  # the second and later layers of a model do not say it again
 def _log_once(backend: str, why: str) -> None:
     log_single_rank(logger, logging.INFO, f"Mix-MoE experts run on the backend {backend}: {why}.")
-    if backend == "torch" and torch.version.cuda and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        if major < 9:
-            log_single_rank(
-                logger,
-                logging.WARNING,
-                f"torch's grouped GEMM is a loop with host synchronisation on compute capability {major}.{minor} "
-                "(below 9.0): install Transformer Engine, or run with expert parallelism.",
-            )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, check_stage, mixmoe_megatron_args, resolve_moe_layers
@@ -128,6 +129,7 @@ _REQUIRED_SETTINGS: Requirements = {
     "moe_router_pre_softmax": ((True,), "the softmax comes before the top-k (--moe-router-pre-softmax)"),
     "add_bias_linear": ((False,), "experts have no bias (--disable-bias-linear)"),
     "gated_linear_unit": ((True,), "experts are gated, as the FFN they are cut from (--swiglu)"),
+    "activation_func": ((functional.silu,), _BASE),
     "glu_linear_offset": ((0.0,), "experts compute what the FFN did that they are cut from"),
     "activation_func_clamp_value": ((None,), "experts compute what the FFN did that they are cut from"),
     "moe_mlp_glu_interleave_size": ((None,), "experts keep gate and up projection apart"),

@@ -4,7 +4,7 @@ Shape legend: T tokens of a group on this rank (a token counts once per chosen e
 moe_ffn_hidden_size / expert tensor parallel size, n experts of a group on this rank, E = 2 n (stage 2) or n (stage 1).
 
 Two modules, not one: the LM group is frozen in stage 2, and a grouped linear layer is frozen as a whole or not at all.
-A frozen group computes no weight gradient: autograd asks grouped_mm for the input gradient only.
+A frozen group computes no weight gradient: autograd asks its layers for the input gradient only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mixmoe_megatron.backends import choose_experts_backend
 from mixmoe_megatron.config import options_and_stage
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.expert_ops import grouped_linear, looped_linear, weighted_swiglu
 from mixmoe_megatron.expert_sharding import StackedWeight
 from mixmoe_megatron.metrics import recording_tracker
 
@@ -100,41 +99,14 @@ class GroupedLinear(torch.nn.Module):
             x: [T, in], the experts' tokens one after the other; params_dtype.
             tokens_per_expert: n counts, their sum T.
         """
-        weight = self.weight
-        if len(weight) == 1:
-            return functional.linear(x, weight[0])
-        if x.shape[0] == 0:
-            # No token at all: an empty GEMM keeps the gradient path (a zero gradient) that DDP waits for.
-            return functional.linear(x, weight.flatten(0, 1))[:, : weight.shape[1]]
-        if self.use_grouped_mm:
-            offsets = torch.tensor(tokens_per_expert, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            return _grouped_mm(x.contiguous(), weight, offsets.to(x.device, non_blocking=True))
-        rows = zip(x.split(tokens_per_expert), weight.unbind(), strict=True)
-        return torch.cat([functional.linear(tokens, matrix) for tokens, matrix in rows])
+        use_grouped_mm = self.use_grouped_mm and len(self.weight) > 1 and len(x) > 0
+        return (grouped_linear if use_grouped_mm else looped_linear)(x, self.weight, tokens_per_expert)
 
 
 def _drop_extra_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Drop Transformer Engine's `_extra_state` entries (empty without fp8), which this backend does not have."""
     for key in [key for key in state_dict if key.startswith(f"{prefix}_extra_state")]:
         del state_dict[key]
-
-
-def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return the rows of x times the transposed weight of their expert, with torch's grouped GEMM."""
-    grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
-    return _ContiguousGrad.apply(grouped_mm(x, weight.transpose(-2, -1), offs=offsets))
-
-
-class _ContiguousGrad(torch.autograd.Function):
-    """The identity; makes the gradient contiguous, which grouped_mm's backward demands."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0].contiguous()
 
 
 class ExpertGroup(MegatronModule):
@@ -179,9 +151,8 @@ class ExpertGroup(MegatronModule):
         )
 
     def _activation(self, gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        """Return p * act(gate) * up: [T, 2 F], [T] float32 -> [T, F] in gate_up's dtype."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (self.config.activation_func(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
+        """Return p * SiLU(gate) * up: [T, 2 F], [T] float32 -> [T, F] in gate_up's dtype."""
+        return weighted_swiglu(gate_up, probs, fused=self.config.bias_activation_fusion)
 
     def forward(self, hidden_states: torch.Tensor, tokens_per_expert: list[int], probs: torch.Tensor) -> torch.Tensor:
         """Run the group.
@@ -204,7 +175,7 @@ class ExpertGroup(MegatronModule):
 
         Megatron's CheckpointWithoutOutput does the same, but compiles C++ at run time.
         """
-        activation = checkpoint(self._activation, gate_up, probs, use_reentrant=False)
+        activation = self._activation(gate_up, probs)  # keeps its inputs alone
         storage = activation.untyped_storage().data_ptr()
         again: list[torch.Tensor] = []
 

@@ -68,10 +68,7 @@ class MixMoETransformerLayer(TransformerLayer):
         if self.mode != "first" or not torch.is_grad_enabled():
             return super()._forward_attention(hidden_states, *args, **kwargs)
         with torch.no_grad():
-            hidden_states, context = super()._forward_attention(hidden_states.detach(), *args, **kwargs)
-        if self.config.recompute_granularity == "selective" and "moe" in (self.config.recompute_modules or []):
-            hidden_states = hidden_states.detach().requires_grad_()  # the checkpoint around the MoE layer needs it
-        return hidden_states, context
+            return super()._forward_attention(hidden_states.detach(), *args, **kwargs)
 
 
 def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None) -> None:

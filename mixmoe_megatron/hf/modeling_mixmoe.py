@@ -72,12 +72,11 @@ class MixMoERouter(nn.Module):
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = functional.linear(hidden_states.float(), self.weight.float(), bias)
-        group_logits = logits.unflatten(-1, (self.num_groups, -1))
-        probs = group_logits.softmax(dim=-1)
-        top_k_index = group_logits.topk(self.top_k, dim=-1).indices  # several probs underflow to the same 0
-        top_k_probs = probs.gather(-1, top_k_index)
+        groups = logits.unflatten(-1, (self.num_groups, -1))
+        top_k_index = groups.topk(self.top_k, dim=-1).indices  # not of probabilities: several underflow to the same 0
+        top_k_probs = groups.softmax(dim=-1).gather(-1, top_k_index)
         weights = self.expert_scale * top_k_probs if self.prob_scaling else torch.ones_like(top_k_probs)
-        first_expert = torch.arange(self.num_groups, device=logits.device) * probs.shape[-1]
+        first_expert = torch.arange(self.num_groups, device=logits.device) * groups.shape[-1]
         top_k_index = top_k_index + first_expert[:, None]
         return logits, (self.group_factor * weights).flatten(-2), top_k_index.flatten(-2)
 
@@ -152,14 +151,16 @@ def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
 
 
 def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
-    """Tell whether torch's grouped GEMM takes these tensors: bfloat16, on an A100 or later, rows of 16 bytes.
+    """Tell whether torch's grouped GEMM takes these tensors: bfloat16, compute capability 9 (H100), rows of 16 bytes.
 
-    On a CPU its kernel wants aligned memory, which mapped checkpoints lack, and is no faster than one GEMM per expert.
+    Below 9 it raises (torch up to 2.8) or copies offsets to the host, which no graph can capture; above 9 experts
+    without tokens get wrong gradients (pytorch issue 172439). On a CPU its kernel wants aligned memory, which mapped
+    checkpoints lack, and is no faster than one GEMM per expert.
     """
     return (
         _grouped_mm is not None
         and all(t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 for t in tensors)
-        and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
+        and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
     )
 
 
@@ -203,13 +204,12 @@ def router_aux_loss(
     logits = torch.stack([layer.float().to(router_logits[0].device) for layer in router_logits])
     logits = logits.unflatten(-1, (num_groups, -1))  # [layers, T, G, n]
     probs = logits.softmax(dim=-1)
-    num_experts = probs.shape[-1]
-    routed = functional.one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2).to(probs.dtype)
+    routed = functional.one_hot(logits.topk(top_k, dim=-1).indices, probs.shape[-1]).sum(dim=-2).to(probs.dtype)
     counts = torch.ones_like(probs[0, :, 0, 0]) if attention_mask is None else attention_mask.flatten().to(probs)
     num_tokens = counts.sum().clamp(min=1)
     token_share = torch.einsum("t,ltgn->lgn", counts, routed) / (num_tokens * top_k)
     mean_prob = torch.einsum("t,ltgn->lgn", counts, probs) / num_tokens
-    return num_experts * (token_share * mean_prob).sum(dim=-1).mean(dim=0)
+    return probs.shape[-1] * (token_share * mean_prob).sum(dim=-1).mean(dim=0)
 
 
 _FAMILIES = {"llama": (llama, "Llama"), "qwen2": (qwen2, "Qwen2")}

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
 from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.machine import this_machine
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
 from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
 
@@ -113,6 +113,22 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
         The completed command line, and the metadata of the checkpoint that the run starts from or goes on from.
 
     Raises:
+        MixMoEError: as `model_arguments`.
+    """
+    model, metadata = model_arguments(words)
+    return this_machine().flags() + model + words, metadata
+
+
+def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
+    """Return this project's defaults and what the checkpoint determines: sizes, router, vocabulary, tokenizer.
+
+    Args:
+        words: the command line, without the program's name.
+
+    Returns:
+        The flags, and the metadata of the checkpoint that the run starts from or goes on from.
+
+    Raises:
         MixMoEError: no checkpoint is named, it is of the wrong stage, or a number is not one.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -136,10 +152,7 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     divisor = model["make_vocab_size_divisible_by"] * known.tensor_model_parallel_size
     model.setdefault("padded_vocab_size", -(-model["vocab_size"] // divisor) * divisor)
     tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
-    front = _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model})
-    if is_cpu_mode():
-        front = cpu_mode_arguments() + front
-    return front + words, metadata
+    return _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model}), metadata
 
 
 def source_checkpoint(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.machine import order_device_queues, prepare_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,9 @@ def main() -> None:
         MixMoEError: a wrong checkpoint, data file or option; one sentence.
     """
     stand_alone_environment()
+    order_device_queues(sys.argv[1:])
     enable_cpu_mode()
+    prepare_megatron()
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
         from megatron.training import pretrain

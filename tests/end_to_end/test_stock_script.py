@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmoe_megatron.cpu_mode import cpu_mode_arguments
 from mixmoe_megatron.freezing import is_trained
+from mixmoe_megatron.machine import Machine
 from mixmoe_megatron.metadata import read_metadata
 from mixmoe_megatron.training.stock import stock_flags
 from tests.end_to_end.conftest import Run
@@ -22,7 +22,7 @@ STEPS = 6
 def stock_words(stage: int, parent: Path, data: Path, save: Path, extra: str = "") -> list[str]:
     own = f"--pretrained-checkpoint {parent} --load {save} --save {save} --save-interval 1000 --train-iters {STEPS} "
     own += f"--data-path 1 {data} --data-cache-path {save.parent}/cache {TINY_RUN} {extra}"
-    flags = [*cpu_mode_arguments(), *stock_flags(stage, own.split()), *own.split()]
+    flags = [*Machine().flags(), *stock_flags(stage, own.split()), *own.split()]
     return ["tests/helpers/stock_entry.py", "--spec", "mixmoe_megatron.training.stock", f"stage{stage}", *flags]
 
 

@@ -16,6 +16,7 @@ MATHS_MODULES = [
     "attention",
     "backends",
     "config",
+    "expert_ops",
     "expert_sharding",
     "experts",
     "freezing",

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixmoe_megatron import backends
 from mixmoe_megatron.backends import choose_experts_backend
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.expert_ops import weighted_swiglu
 from mixmoe_megatron.experts import ExpertGroup, MixMoEExperts
 from tests.helpers.megatron import gradients, initialize_megatron, make_config, make_options, process_groups
 
@@ -260,23 +261,56 @@ def test_experts_are_expert_parallel_in_one_process_too() -> None:
     assert not any(weight.allreduce for weight in make_experts("torch").parameters())
 
 
-def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_experts_backend(config_for(), N) == "torch"
-    assert choose_experts_backend(config_for(), 1) == "sequential", "one expert needs no grouping"
-    assert choose_experts_backend(config_for(ffn_hidden_size=44), N) == "sequential", "11 is not a multiple of 4"
+MISFIT = "moe_ffn_hidden_size per rank=11 is not a multiple of 4"
+LOOP = "is a loop that waits for the GPU in {} on compute capability {}"
+WRONG = "wrong gradients on compute capability 10.0"
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "num_per_group", "settings", "backend", "why"),
+    [
+        (None, FP32, N, {}, "sequential", "a loop on a CPU"),
+        (None, BF16, N, {}, "sequential", "a loop on a CPU"),
+        ((8, 0), BF16, N, {}, "sequential", LOOP.format("bfloat16", "8.0")),
+        ((8, 9), BF16, N, {}, "sequential", LOOP.format("bfloat16", "8.9")),
+        ((9, 0), FP32, N, {}, "sequential", LOOP.format("float32", "9.0")),
+        ((9, 0), FP16, N, {}, "sequential", LOOP.format("float16", "9.0")),
+        ((9, 0), BF16, N, {}, "torch", "one kernel"),
+        ((9, 0), BF16, 1, {}, "sequential", "a plain GEMM"),
+        ((9, 0), FP32, N, {"ffn_hidden_size": 44}, "sequential", MISFIT),
+        ((10, 0), BF16, N, {}, "sequential", WRONG),
+        ((9, 0), BF16, N, {"transformer_impl": "transformer_engine"}, "te", "Transformer Engine is there"),
+    ],
+)
+def test_automatic_choice(
+    capability: Any, dtype: Any, num_per_group: int, settings: Any, backend: str, why: str, monkeypatch: Any
+) -> None:
+    told = []
+    monkeypatch.setattr(backends, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(backends, "_log_once", lambda *words: told.append(words))
+    monkeypatch.setattr(backends, "HAVE_TE", True)
+    config = config_for(params_dtype=dtype, ffn_hidden_size=settings.get("ffn_hidden_size", 64))
+    config.transformer_impl = settings.get("transformer_impl", "local")
+    assert choose_experts_backend(config, num_per_group) == backend
+    assert [name for name, _ in told] == [backend]
+    assert why in told[0][1]
+
+
+def test_a_backend_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_experts_backend(config_for("sequential"), N) == "sequential"
-    with pytest.raises(MixMoEError, match="moe_ffn_hidden_size per rank=11 is not a multiple of 4"):
+    assert choose_experts_backend(config_for("torch"), N) == "torch"
+    with pytest.raises(MixMoEError, match=MISFIT):
         choose_experts_backend(config_for("torch", ffn_hidden_size=44), N)
     with pytest.raises(MixMoEError, match="needs Transformer Engine, which is not installed"):
         choose_experts_backend(config_for("te"), N)
-    monkeypatch.setattr(backends, "HAVE_TE", True)
     config = config_for()
-    config.transformer_impl = "transformer_engine"
-    assert choose_experts_backend(config, N) == "te"
-    config.transformer_impl = "local"
     config.fp8 = "hybrid"
     with pytest.raises(MixMoEError, match="fp8 needs experts_backend=te"):
         choose_experts_backend(config, N)
+    monkeypatch.setattr(backends, "cuda_capability", lambda: (10, 0))
+    with pytest.raises(MixMoEError, match=f"{WRONG} .use auto or sequential."):
+        choose_experts_backend(config_for("torch", params_dtype=BF16), N)
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -311,3 +345,56 @@ def test_te_groups_are_megatrons_grouped_mlps(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(output, 2 * hidden) and bias is None
     assert built == [(4, "mlp.experts.lm_experts"), (4, "mlp.experts.mt_experts")]
     assert called == [[1, 2, 0, 0], [3, 4, 0, 0]]
+
+
+def plain_swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
+
+
+class Results(TorchDispatchMode):
+    """The tensors that operations return while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tensors += [result] if torch.is_tensor(result) else []
+        return result
+
+
+def swiglu_results(function: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor], Results]:
+    """Output and gradients; what the graph keeps; what was computed."""
+    torch.manual_seed(1)
+    gate_up, probs = torch.randn(64, 256).to(dtype).requires_grad_(), torch.rand(64).requires_grad_()
+    grad, kept = torch.randn(64, 128).to(dtype), []
+    with Results() as computed, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = function(gate_up, probs)
+        output.backward(grad)
+    return [output.detach(), gate_up.grad, probs.grad], kept, computed
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_weighted_swiglu(fused: bool, dtype: torch.dtype) -> None:
+    expected, _, _ = swiglu_results(plain_swiglu, dtype)
+    with torch.compiler.set_stance("force_eager"):  # Megatron's kernel without a compiler
+        results, kept, computed = swiglu_results(lambda *inputs: weighted_swiglu(*inputs, fused=fused), dtype)
+    assert torch.equal(results[0], expected[0])
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        tolerance = 1e-6 if dtype is FP32 else 2.0**-7
+        torch.testing.assert_close(result, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+    assert sum(tensor.numel() for tensor in kept) == 64 * 256 + 64, "the graph keeps the inputs alone"
+    if not fused:  # the compiler fuses what Megatron's function computes in float32
+        assert {tensor.dtype for tensor in computed.tensors if tensor.numel() >= 64 * 128} == {dtype}
+
+
+def test_the_fused_activation_is_used_where_megatron_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("mixmoe_megatron.experts.weighted_swiglu", lambda x, p, fused: calls.append(fused) or x[:, ::2])
+    for fused in (True, False):
+        run(make_group(False, bias_activation_fusion=fused), [3, 1, 5, 2])
+    assert calls == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,26 @@ def test_every_way_is_the_equations(way: str, dtype: torch.dtype, monkeypatch: p
     for result, wanted in zip(results, expected, strict=True):
         assert result.dtype == wanted.dtype
         torch.testing.assert_close(result, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "can"),
+    [
+        ((8, 0), torch.bfloat16, 32, False),  # raises, or copies offsets to the host
+        ((9, 0), torch.bfloat16, 32, True),
+        ((9, 0), torch.bfloat16, 36, False),
+        ((9, 0), torch.float16, 32, False),
+        ((10, 0), torch.bfloat16, 32, False),  # wrong gradients of experts without tokens
+        ((12, 0), torch.bfloat16, 32, False),
+    ],
+)
+def test_devices_of_the_grouped_gemm(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tensor = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(4, width), device="cuda")
+    assert modeling_mixmoe._can_use_grouped_mm(tensor, tensor) is can
+    assert not modeling_mixmoe._can_use_grouped_mm(torch.zeros(4, 32, dtype=torch.bfloat16)), "a CPU"
 
 
 def test_autocast_casts_the_experts_and_not_the_router() -> None:
