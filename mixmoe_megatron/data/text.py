@@ -54,7 +54,7 @@ class TextDataset(GPTDataset):
             token in that one; [samples] int64. There are as many samples as asked for, or more: whole epochs.
         """
         tokens, length = self._get_num_tokens_per_epoch(), self.config.sequence_length
-        wanted = max(1, tokens // length) if self.num_samples is None else self.num_samples
+        wanted = max(1, tokens // length if self.num_samples is None else self.num_samples)
         epochs = (wanted - 1) * length // tokens + 1
         read = epochs + (length + 1) // tokens + 1  # the last sample may end in later ones
         documents = np.tile(self.indices, (read, 1)).astype(np.int32, copy=False)

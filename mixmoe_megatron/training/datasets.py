@@ -25,6 +25,7 @@ from mixmoe_megatron.data.tokenizers import check_number_of_ids, check_tokenizer
 from mixmoe_megatron.errors import MixMoEError
 
 logger = logging.getLogger(__name__)
+_ORDER = 2  # of the documents; in order 1 it depended on the batch size and on the number of steps
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 Splits = tuple[Any, Any, Any]
 
@@ -33,12 +34,14 @@ def data_prefixes(args: Any) -> list[str]:
     """The path prefixes that the data flags name, blend weights left out.
 
     Raises:
-        MixMoEError: no data flag was given.
+        MixMoEError: no data flag was given, or a weight that is not positive.
     """
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [blend] if blend else [part for part in per_split or [] if part]
     if not blends:
         raise MixMoEError("no training data: give --data-path P (see tools/preprocess_data.py).")
+    if any(weights is not None and not min(weights) > 0 for _, weights in blends):
+        raise MixMoEError("the weights of --data-path must be greater than 0.")
     return [prefix for prefixes, _ in blends for prefix in prefixes]
 
 
@@ -57,8 +60,22 @@ def training_data(args: Any, stage: str) -> list[dict[str, Any]]:
         manifest = read_manifest(prefix)
         digest = hashlib.sha256(Path(f"{prefix}.json").read_bytes()).hexdigest()
         entry = {"stage": stage, "prefix": Path(prefix).name, "kind": manifest["kind"], "tokens": manifest["tokens"]}
-        found.append({**entry, "manifest_sha256": digest})
+        found.append({**entry, "manifest_sha256": digest, "order": _ORDER})
     return found
+
+
+def tell_of_another_order(data: Sequence[dict[str, Any]], stage: str) -> None:
+    """Warn that a run was begun in the order of documents of an earlier version.
+
+    Args:
+        data: of its checkpoint's metadata, see `training_data`.
+        stage: the stage's name.
+    """
+    if any(entry.get("stage") == stage and entry.get("order") != _ORDER for entry in data):
+        logger.warning(
+            "this run was begun by an earlier version, whose documents came in another order: of the epoch that it is "
+            "in some may come twice and some not at all; each later epoch holds each document once"
+        )
 
 
 def data_kind(args: Any) -> str:
@@ -92,16 +109,17 @@ def configure_data(args: Any) -> None:
         MixMoEError: the data are not what the flags ask for, no document is left for training,
             --calculate-per-token-loss with a loss on the target only, or --pack with what it does not go with.
     """
-    if args.dataloader_type not in (None, "single"):
+    if args.dataloader_type == "cyclic":
         raise MixMoEError(
-            f"--dataloader-type {args.dataloader_type} is not supported: documents come in an order of their own, each "
-            "once an epoch; leave it out."
+            "--dataloader-type cyclic is not supported: its order depends on the batch size; leave it out, documents "
+            "are shuffled anyway."
         )
     kind = data_kind(args)
     _settle_validation(args, kind)
     if kind != "parallel":
         if args.pack:
             raise MixMoEError("--pack is for parallel data; Megatron packs monolingual data by itself: leave it out.")
+        args.dataloader_type = "single"
         return
     args.dataloader_type = "external"
     if args.pack:
@@ -117,31 +135,28 @@ def _settle_validation(args: Any, kind: str) -> None:
     """Refuse training without a document; leave validation out without one."""
     blend, per_split = get_blend_and_blend_per_split(args)
     if per_split:
-        found, why = [bool(part) for part in per_split], "there is no --valid-data-path"
-        missing = "--train-data-path is missing."
+        if not per_split[0] and not args.skip_train:
+            raise MixMoEError("--train-data-path is missing.")
+        lacking = "" if per_split[1] else "there is no --valid-data-path"
     elif kind == "parallel":
-        found, why, missing = [True, False, False], "--data-path of parallel data is all for training", ""
+        lacking = "--data-path of parallel data is all for training"
     else:
-        args.split = args.split or _DEFAULT_SPLIT
-        parts = _documents_of_splits(args.split, blend[0])
-        found = [bool(part) for part in parts]
-        why = missing = (
-            f"--split {args.split.replace(' ', '')} leaves no document of {blend[0][parts.index(min(parts))]}"
-        )
-        missing += " for training."
-    if not (found[0] or args.skip_train):
-        raise MixMoEError(missing)
-    if args.eval_iters and not found[1]:
+        args.split = (args.split or _DEFAULT_SPLIT).replace(" ", "")
+        without = _without_documents(args.split, blend[0])
+        lacking = f"--split {args.split} leaves no document of {', '.join(without[1])}" if without[1] else ""
+        if without[0] and not args.skip_train:
+            raise MixMoEError(f"--split {args.split} leaves no document of {', '.join(without[0])} for training.")
+    if args.eval_iters and lacking:
         if args.skip_train:
-            raise MixMoEError(f"--skip-train leaves nothing to do: {why} to validate on.")
-        logger.warning("no validation, and no test: %s (--eval-iters 0 leaves them out)", why)
+            raise MixMoEError(f"--skip-train leaves nothing to do: {lacking} for validation.")
+        logger.warning("no validation, and no test: %s (--eval-iters 0 leaves them out)", lacking)
         args.eval_iters = 0
 
 
-def _documents_of_splits(split: str, prefixes: Sequence[str]) -> list[int]:
-    """Documents for training, validation and test, of that file which has the fewest."""
-    parts = [parts_of_split(split, read_manifest(prefix)["documents"]) for prefix in prefixes]
-    return [min(part) for part in zip(*parts, strict=True)]
+def _without_documents(split: str, prefixes: Sequence[str]) -> list[list[str]]:
+    """For training, validation and test: the files of which --split gives no document to it."""
+    parts = {prefix: parts_of_split(split, read_manifest(prefix)["documents"]) for prefix in prefixes}
+    return [[prefix for prefix in prefixes if not parts[prefix][place]] for place in range(3)]
 
 
 def _check_packing(args: Any) -> None:
@@ -205,8 +220,10 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     if blend:  # a split without a document is none: Megatron would count its epochs for ever
-        parts = _documents_of_splits(args.split, blend[0])
-        config.split_matrix = [part if found else None for part, found in zip(config.split_matrix, parts, strict=True)]
+        without = _without_documents(args.split, blend[0])
+        config.split_matrix = [
+            None if lacking else part for part, lacking in zip(config.split_matrix, without, strict=True)
+        ]
     builder = BlendedMegatronDatasetBuilder(TextDataset, num_samples, _is_built_here, config)
     train, valid, test = builder.build()
     return train, valid, test

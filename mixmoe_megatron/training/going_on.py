@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,8 @@ def saved_run(args: Any) -> dict[str, Any] | None:
     directory = iteration_directory(args.load, args.ckpt_step)
     if directory.name == RELEASE:
         return None
-    with one_sentence():
+    with one_sentence(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: that it reads in one process
         return dist_checkpointing.load_common_state_dict(str(directory))
 
 

@@ -42,7 +42,12 @@ def main() -> None:
         complete_arguments,
         has_checkpoint,
     )
-    from mixmoe_megatron.training.datasets import configure_data, datasets_provider, training_data
+    from mixmoe_megatron.training.datasets import (
+        configure_data,
+        datasets_provider,
+        tell_of_another_order,
+        training_data,
+    )
     from mixmoe_megatron.training.going_on import check_schedule, is_finished, saved_run
     from mixmoe_megatron.training.hf_directories import export_after_saves
     from mixmoe_megatron.training.refusals import check_loggers, one_sentence
@@ -72,6 +77,8 @@ def main() -> None:
         logger.info("--load %s holds iteration %d: nothing is left to train", args.load, saved["iteration"])
         return
     check_schedule(args, saved)
+    if saved and args.rank == 0:
+        tell_of_another_order(metadata.data, STAGE_NAMES[args.mixmoe_stage])
     source = Path(args.load if args.load and has_checkpoint(Path(args.load)) else args.init_from)
     data = [] if args.dry_run else training_data(args, STAGE_NAMES[args.mixmoe_stage])
 

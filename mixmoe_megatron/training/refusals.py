@@ -21,6 +21,7 @@ from mixmoe_megatron.errors import MixMoEError
 
 #: pattern of the code or the message that objects -> the sentence
 _KNOWN = {
+    r"assert args\.encoder_seq_length is not None$": "--seq-length is missing",
     r"assert args\.(\w+) is not None$": r"--\1 is missing",
     r"self\.lr_warmup_steps < self\.lr_decay_steps": (
         "the learning rate's warm-up must end before its schedule does: take fewer --lr-warmup-iters (or -samples, or "
@@ -28,7 +29,10 @@ _KNOWN = {
     ),
     r"self\.init_lr <= self\.max_lr": "--lr-warmup-init must not be greater than --lr",
     r"either train-iters or train-samples": "--train-iters is missing (or --train-samples)",
-    r"Expected _ > 0|all\(map\(lambda _: _ > 0, weights\)\)": "the weights of --data-path must be greater than 0",
+    r"eval_global_batch_size \((\d+)\) must be divisible by eval_micro_batch_size \((\d+)\).*\((\d+)\)": (
+        r"--global-batch-size \1 must be a multiple of --micro-batch-size \2 times \3, the data-parallel processes (or "
+        "so the sizes of --eval-global-batch-size and --eval-micro-batch-size)"
+    ),
     r"Failed to write dataset materials": "the order of the documents cannot be written to --data-cache-path",
 }
 _MEGATRON, _OURS = Path(megatron.core.__file__).parents[1], Path(__file__).parents[1]
