@@ -41,6 +41,7 @@ _DEFAULTS = {
     "moe_aux_loss_coeff": 0.01,
     "expert_tensor_parallel_size": 1,
     "eval_interval": 1000,
+    "rerun_mode": "disabled",  # a loss that is not finite ends the run at once; Megatron would look for a broken GPU
     "moe_token_dispatcher_type": "alltoall",  # exchanges different numbers of tokens; allgather cannot
 }
 #: arguments of the architecture that a run may change: regularisation, and sizes that no weight has

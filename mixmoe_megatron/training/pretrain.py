@@ -52,7 +52,7 @@ def main() -> None:
     from mixmoe_megatron.training.hf_directories import export_after_saves
     from mixmoe_megatron.training.refusals import check_loggers, one_sentence
     from mixmoe_megatron.training.resume import mend_optimizers
-    from mixmoe_megatron.training.saving import check_start, secure_saving, where_to_go_on
+    from mixmoe_megatron.training.saving import check_start, not_finite, secure_saving, where_to_go_on
     from mixmoe_megatron.training.startup import check_save_directory, prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
     from mixmoe_megatron.training.throughput import install_metrics
@@ -97,6 +97,8 @@ def main() -> None:
     try:
         with one_sentence(is_over=lambda: hasattr(args, "do_train")):
             pretrain(config, provide_datasets, ModelType.encoder_or_decoder, forward_step)
+    except RuntimeError as error:
+        raise not_finite(error, args.save) or error from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f": {where_to_go_on(args.save)}." if args.rank == 0 else "") from None
 

@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 import queue
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,24 @@ def where_to_go_on(save: str | None) -> str:
     except MixMoEError:
         return "nothing has been saved"
     return f"{newest} in {save} is saved, and the same command goes on from there"
+
+
+def not_finite(error: RuntimeError, save: str | None) -> MixMoEError | None:
+    """Return the sentence for a loss or gradient that is not a finite number; None for another error.
+
+    Args:
+        error: raised while training.
+        save: --save.
+    """
+    found = re.search(r"Rank (\d+), .*iteration (\d+): Unexpected result (\S+) \(message='(.*)'\)", str(error))
+    if found is None:
+        return None
+    rank, iteration, value, what = found.groups()
+    return MixMoEError(
+        f"iteration {iteration} on rank {rank}: {what} ({value}). The learning rate may be too high (--lr, a longer "
+        "--lr-warmup-iters, --clip-grad), or the weights that the run began with may hold values that are not finite "
+        f"(hf_to_mixmoe.py --check-finite tells); {where_to_go_on(save)}."
+    )
 
 
 class _Files:

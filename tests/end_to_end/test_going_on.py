@@ -182,3 +182,19 @@ def test_a_first_run_with_little_data_and_few_flags(tiny_world: Path, tmp_path: 
     codes, output, err = run(words.split(), tmp_path / "logs")
     assert codes == [0] and steps_in(output) == [1, 2], err
     assert "no validation, and no test: --split 969,30,1 leaves no document of" in output
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [("", r"iteration [12] on rank 0: .* The learning rate may be too high .*; nothing has been saved\.$"),
+     ("--save-interval 1", r"iteration 2 on rank 0: .*; iter_0000001 in .*run is saved, and the same command goes on")],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause(
+    tiny_world: Path, tmp_path: Path, extra: str, message: str
+) -> None:
+    """No word of a GPU, neither in the first step nor later."""
+    words = words_of(tiny_world, tmp_path / "run", 6, f"--lr 1e38 --clip-grad 0 --lr-decay-style constant {extra}")
+    codes, _, err = run(words, tmp_path / "logs")
+    assert codes == [2], err
+    assert re.search(message, err.splitlines()[-1]), err
+    assert "GPU" not in err.splitlines()[-1]
