@@ -10,7 +10,8 @@ W&B each layer too (`moe/NAME_layer_I`, I from 0, and each expert's load). Names
 - `load_max`, `load_entropy`, `load_variation`: of the experts' shares of the routed tokens the largest, the entropy
   (nats, log(num_experts_per_group) when balanced) and the coefficient of variation (0 when balanced);
 - `router_prob`: mean probability that the router gave a chosen expert;
-- `output_norm`: root mean square over tokens of the norm of a chosen expert's output, as it enters the layer's sum.
+- `output_norm`: root mean square over tokens of the norm of a chosen expert's output, as it enters the layer's sum;
+  of the logged step alone, because under expert tensor parallelism it takes an all-reduce of all outputs.
 
 In stage 2 `mt_lm_norm_ratio` is the quotient of the output norms. Padding counts for nothing.
 """
@@ -32,7 +33,8 @@ from megatron.core.transformer.moe.moe_logging import (
 GROUPS = ("lm", "mt")
 _AUX_LOSS = "load_balancing_loss"
 # Columns of the sums behind the n token counts of the experts.
-_PROB, _AUX, _AUX_COUNT, _SQUARED_NORM = range(4)
+_PROB, _AUX, _AUX_COUNT, _SQUARED_NORM, _NORM_COUNT = range(5)
+_NUM_COLUMNS = 5
 
 
 class Rates(Protocol):
@@ -74,12 +76,13 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         self.groups, self.moe_layers, self.num_experts = GROUPS[:stage], list(moe_layers), num_experts_per_group
         self.log_interval, self.rates = log_interval, rates
         self._sums: torch.Tensor | None = None
-        self._logged = False
+        self._logged = False  # whether a line was logged
+        self._logs_next = True  # whether the step that runs will be logged
 
     def _row(self, layer_number: int, device: torch.device | str | int) -> torch.Tensor:
-        """The sums of a layer (1-based), [G, n + 4] float64: tokens of each expert, then the columns above."""
+        """The sums of a layer (1-based), [G, n + 5] float64: tokens of each expert, then the columns above."""
         if self._sums is None:
-            shape = (len(self.moe_layers), len(self.groups), self.num_experts + 4)
+            shape = (len(self.moe_layers), len(self.groups), self.num_experts + _NUM_COLUMNS)
             self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         return self._sums[self.moe_layers.index(layer_number - 1)]
 
@@ -107,13 +110,18 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         if valid is not None:
             routing_map = routing_map & valid[:, None, None]
         row = self._row(layer_number, scores.device)
-        row[:, : self.num_experts] += routing_map.sum(dim=0)
+        counts = routing_map.sum(dim=0)
+        row[:, : self.num_experts] += counts
+        if self._logs_next:
+            row[:, self.num_experts + _NORM_COUNT] += counts.sum(dim=-1)
         row[:, self.num_experts + _PROB] += (scores.detach() * routing_map).sum(dim=(0, 2))
 
     def record_output(
         self, layer_number: int, group: int, output: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
     ) -> None:
-        """Add the squared norm of a group's expert outputs, [T, H]; zero rows (padding) change nothing.
+        """Add the squared norm of a group's expert outputs, [T, H], in a step that will be logged.
+
+        Zero rows (padding) change nothing.
 
         Args:
             layer_number: 1-based.
@@ -121,6 +129,8 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             output: of this rank's experts; under expert tensor parallelism a summand.
             tp_group: the expert tensor parallel group.
         """
+        if not self._logs_next:
+            return
         output, ranks = output.detach(), utils.get_pg_size(tp_group)
         if ranks > 1:
             output = output.clone()
@@ -155,6 +165,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         if self.rates is not None:
             self.rates.end_step()
         begins, self._logged = not self._logged, True
+        self._logs_next = (iteration + 1) % self.log_interval == 0
         if not begins and iteration % self.log_interval:
             return ""
         if self._sums is None:  # a pipeline stage without an MoE layer
@@ -200,7 +211,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             values[f"{group}_load_entropy"] = torch.special.entr(share).sum(dim=1, keepdim=True)
             values[f"{group}_load_variation"] = share.std(dim=1, keepdim=True, correction=0) * self.num_experts
             values[f"{group}_router_prob"] = columns[:, _PROB] / routed
-            values[f"{group}_output_norm"] = (columns[:, _SQUARED_NORM] / routed).sqrt()
+            values[f"{group}_output_norm"] = (columns[:, _SQUARED_NORM] / columns[:, _NORM_COUNT]).sqrt()
             values[f"{group}_load"] = share
         if len(self.groups) == 2:
             values["mt_lm_norm_ratio"] = values["mt_output_norm"] / values["lm_output_norm"]

@@ -188,8 +188,7 @@ def collate(
     Args:
         samples: Samples of `ParallelDataset`.
         pad_id: Fills tokens and labels behind a sample; these positions have loss_mask 0 and padding_mask True.
-        pad_multiple: S is a multiple of this (tensor-parallel size for sequence parallelism), unless max_length cuts
-            the rounding short.
+        pad_multiple: S is a multiple of this, unless max_length cuts the rounding short.
         max_length: S is never more.
         pad_to_max: S is max_length, whatever the samples (fixed shapes, for pipeline parallelism).
 
@@ -201,13 +200,7 @@ def collate(
         MixMoEError: A sample is longer than max_length, or pad_to_max comes without max_length.
     """
     longest = max(len(sample["tokens"]) for sample in samples)
-    if max_length is not None and longest > max_length:
-        raise MixMoEError(f"A sample has {longest} tokens, more than the sequence length {max_length}.")
-    if pad_to_max and max_length is None:
-        raise MixMoEError("pad_to_max needs max_length.")
-    width = -(-longest // pad_multiple) * pad_multiple
-    if max_length is not None:
-        width = max_length if pad_to_max else min(width, max_length)
+    width = padded_width(longest, pad_multiple, max_length, pad_to_max)
     shape = (len(samples), width)
     batch = {
         "tokens": torch.full(shape, pad_id, dtype=torch.int64),
@@ -222,6 +215,22 @@ def collate(
             batch[key][row, :length] = torch.from_numpy(sample[key])
         batch["padding_mask"][row, :length] = False
     return batch
+
+
+def padded_width(tokens: int, pad_multiple: int, max_length: int | None, pad_to_max: bool) -> int:
+    """Return how wide a row of so many tokens is made; the arguments are `collate`'s.
+
+    Raises:
+        MixMoEError: There are more tokens than max_length, or pad_to_max comes without max_length.
+    """
+    if max_length is not None and tokens > max_length:
+        raise MixMoEError(f"A sample has {tokens} tokens, more than the sequence length {max_length}.")
+    if pad_to_max:
+        if max_length is None:
+            raise MixMoEError("pad_to_max needs max_length.")
+        return max_length
+    width = -(-tokens // pad_multiple) * pad_multiple
+    return width if max_length is None else min(width, max_length)
 
 
 def _read_manifests(prefixes: Sequence[str | Path]) -> list[dict[str, Any]]:

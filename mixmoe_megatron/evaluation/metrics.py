@@ -132,6 +132,11 @@ def score(hypotheses: Sequence[str], references: Sequence[str], target_language:
     return Scores(values[0], values[1], values[2], values[3], signatures)
 
 
+def _plain(value: float | None) -> float:
+    """Return what a paired bootstrap has set as Python's float: under NumPy 2 it is a float32, which JSON refuses."""
+    return float(cast(float, value))
+
+
 def compare(
     baseline: tuple[str, Sequence[str]],
     system: tuple[str, Sequence[str]],
@@ -166,10 +171,10 @@ def compare(
         baseline=baseline[0],
         system=system[0],
         bleu_difference=bleu.score - bleu_baseline.score,
-        bleu_p_value=cast(float, bleu.p_value),
+        bleu_p_value=_plain(bleu.p_value),
         chrf_difference=chrf.score - chrf_baseline.score,
-        chrf_p_value=cast(float, chrf.p_value),
-        chrf_baseline_interval=cast(float, chrf_baseline.ci),
-        chrf_interval=cast(float, chrf.ci),
+        chrf_p_value=_plain(chrf.p_value),
+        chrf_baseline_interval=_plain(chrf_baseline.ci),
+        chrf_interval=_plain(chrf.ci),
         signatures={"bleu": str(signatures["BLEU"]), "chrf": str(signatures["chrF2"])},
     )

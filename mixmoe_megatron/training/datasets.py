@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 _ORDER = 2  # of the documents; in order 1 it depended on the batch size and on the number of steps
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 Splits = tuple[Any, Any, Any]
+
+#: Widths of batches on a GPU are multiples of this. Transformer Engine has cuDNN plan the attention of each width that
+#: it meets, forward and backward, and keeps the plans by the exact width: these are few. A CPU would only do more work.
+GPU_WIDTHS = 64
 
 
 def data_prefixes(args: Any) -> list[str]:
@@ -189,7 +194,7 @@ def _pads_to_max(args: Any) -> bool:
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Splits:
-    """Build (train, valid, test) for Megatron's `pretrain`.
+    """Build (train, valid, test) for Megatron's `pretrain`, on every rank (see step.py).
 
     Args:
         num_samples: samples wanted of each split.
@@ -224,7 +229,7 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
         config.split_matrix = [
             None if lacking else part for part, lacking in zip(config.split_matrix, without, strict=True)
         ]
-    builder = BlendedMegatronDatasetBuilder(TextDataset, num_samples, _is_built_here, config)
+    builder = BlendedMegatronDatasetBuilder(TextDataset, num_samples, lambda: True, config)
     train, valid, test = builder.build()
     return train, valid, test
 
@@ -255,15 +260,8 @@ def _weighted(blend: Any) -> Any:
     return blend[0], [float(read_manifest(prefix)["tokens"]) for prefix in blend[0]]
 
 
-def _is_built_here() -> bool:
-    """Only tensor-parallel rank 0 reads data; it broadcasts to its group."""
-    return mpu.get_tensor_model_parallel_rank() == 0
-
-
 def _parallel_loaders(args: Any, num_samples: Sequence[int]) -> Splits:
     """Iterators over padded micro-batches; the training one goes on from the samples already consumed."""
-    if not _is_built_here():
-        return None, None, None
     blend, per_split = get_blend_and_blend_per_split(args)
     parts = list(per_split) if per_split else [blend, None, None]
     consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
@@ -311,20 +309,28 @@ def _parallel_loader(
 def _collate_function(
     args: Any, micro_batch_size: int
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """What makes a micro-batch of samples, its width one that this layout can split."""
+    """What makes a micro-batch of samples."""
+    function, samples_of_a_row = (collate_packs, micro_batch_size) if args.pack else (collate, 1)
+    return partial(
+        function,
+        pad_id=open_tokenizer(Path(args.tokenizer_model)).eos_id,
+        pad_multiple=_pad_multiple(args),
+        max_length=samples_of_a_row * args.seq_length,
+        pad_to_max=_pads_to_max(args),
+    )
+
+
+def _pad_multiple(args: Any) -> int:
+    """What the width of a micro-batch is a multiple of: this layout can split it, and a GPU sees few widths."""
     tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
-    multiple, to_max = tensor_parallel * context_parallel, _pads_to_max(args)
-    pad_id = open_tokenizer(Path(args.tokenizer_model)).eos_id
-    if args.pack:
-        length = micro_batch_size * args.seq_length if to_max else None
-        return partial(collate_packs, pad_id=pad_id, pad_multiple=multiple, length=length)
-    return partial(collate, pad_id=pad_id, pad_multiple=multiple, max_length=args.seq_length, pad_to_max=to_max)
+    return math.lcm(tensor_parallel * context_parallel, GPU_WIDTHS if torch.cuda.is_available() else 1)
 
 
 def _log_padding(args: Any, documents: ParallelDataset) -> None:
     order = epoch_order(documents.lengths, 0, args.seed)
-    full, grouped, packed = padding_shares(documents.lengths, order, args.micro_batch_size, args.seq_length)
+    sizes = (args.micro_batch_size, args.seq_length, _pad_multiple(args))
+    full, grouped, packed = padding_shares(documents.lengths, order, *sizes)
     logger.info(
         "%s: share of padding, %d documents of %.0f tokens: %.1f%% when all are padded to %d tokens, %.1f%% in "
         "micro-batches of %d of similar lengths, at most %.1f%% packed; this run: %s",

@@ -59,18 +59,18 @@ def saved_run(args: Any) -> dict[str, Any] | None:
         return dist_checkpointing.load_common_state_dict(str(directory))
 
 
-def is_finished(args: Any, saved: dict[str, Any] | None) -> bool:
+def is_finished(args: Any, saved: dict[str, Any]) -> bool:
     """Whether the run has all its steps or samples, so that nothing is left to train.
 
     Args:
         args: Megatron's validated namespace.
         saved: see `saved_run`.
     """
-    if saved is None or args.skip_train:
+    if args.skip_train:
         return False
     if args.train_samples:
         return args.train_samples - saved["args"].consumed_train_samples < args.global_batch_size
-    return saved["iteration"] >= (args.train_iters or 0)
+    return bool(args.train_iters) and saved["iteration"] >= args.train_iters
 
 
 def check_schedule(args: Any, saved: dict[str, Any] | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.machine import order_device_queues, prepare_megatron
+from mixmoe_megatron.metadata import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -29,33 +30,15 @@ def main() -> None:
     prepare_megatron()
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
-        from megatron.training import pretrain
         from megatron.training.arguments import parse_args
         from megatron.training.global_vars import set_global_variables
 
-    from megatron.core.enums import ModelType
-
-    from mixmoe_megatron.training.arguments import (
-        STAGE_NAMES,
-        add_mixmoe_args,
-        apply_options,
-        complete_arguments,
-        has_checkpoint,
-    )
-    from mixmoe_megatron.training.datasets import (
-        configure_data,
-        datasets_provider,
-        tell_of_another_order,
-        training_data,
-    )
+    from mixmoe_megatron.training.arguments import STAGE_NAMES, add_mixmoe_args, apply_options, complete_arguments
+    from mixmoe_megatron.training.datasets import configure_data, tell_of_another_order
     from mixmoe_megatron.training.going_on import check_schedule, is_finished, saved_run
-    from mixmoe_megatron.training.hf_directories import export_after_saves
     from mixmoe_megatron.training.refusals import check_loggers, one_sentence
-    from mixmoe_megatron.training.resume import mend_optimizers
-    from mixmoe_megatron.training.saving import check_start, not_finite, secure_saving, where_to_go_on
-    from mixmoe_megatron.training.startup import check_save_directory, prepare_save_directory
-    from mixmoe_megatron.training.step import forward_step
-    from mixmoe_megatron.training.throughput import install_metrics
+    from mixmoe_megatron.training.saving import check_start
+    from mixmoe_megatron.training.startup import check_save_directory
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         parse_args(add_mixmoe_args)  # prints the flags and exits
@@ -73,12 +56,30 @@ def main() -> None:
     if args.rank == 0:
         check_start(args)
     saved = saved_run(args)
-    if is_finished(args, saved):
+    if saved is not None and is_finished(args, saved):
         logger.info("--load %s holds iteration %d: nothing is left to train", args.load, saved["iteration"])
         return
     check_schedule(args, saved)
-    if saved and args.rank == 0:
+    if saved is not None and args.rank == 0:
         tell_of_another_order(metadata.data, STAGE_NAMES[args.mixmoe_stage])
+    _train(args, config, metadata)
+
+
+def _train(args: Any, config: Any, metadata: Metadata) -> None:
+    """Hand over to Megatron, with what this project changes in it."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from mixmoe_megatron.training.arguments import STAGE_NAMES, has_checkpoint
+    from mixmoe_megatron.training.datasets import datasets_provider, training_data
+    from mixmoe_megatron.training.hf_directories import export_after_saves
+    from mixmoe_megatron.training.refusals import one_sentence
+    from mixmoe_megatron.training.resume import mend_optimizers
+    from mixmoe_megatron.training.saving import not_finite, secure_saving, where_to_go_on
+    from mixmoe_megatron.training.startup import prepare_save_directory
+    from mixmoe_megatron.training.step import forward_step
+    from mixmoe_megatron.training.throughput import install_metrics
+
     source = Path(args.load if args.load and has_checkpoint(Path(args.load)) else args.init_from)
     data = [] if args.dry_run else training_data(args, STAGE_NAMES[args.mixmoe_stage])
 
@@ -98,7 +99,9 @@ def main() -> None:
         with one_sentence(is_over=lambda: hasattr(args, "do_train")):
             pretrain(config, provide_datasets, ModelType.encoder_or_decoder, forward_step)
     except RuntimeError as error:
-        raise not_finite(error, args.save) or error from error
+        if sentence := not_finite(error, args.save):
+            raise sentence from error
+        raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f": {where_to_go_on(args.save)}." if args.rank == 0 else "") from None
 

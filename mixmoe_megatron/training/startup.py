@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.training import get_args
 
@@ -33,7 +35,8 @@ ModelChunks = list[Any]
 def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChunks]:
     """A pre-wrap hook that fills a fresh model from its parent, under whatever parallel layout this run has.
 
-    Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`).
+    Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`). What several
+    data-parallel ranks need is read by one of them, which sends it to the others.
 
     Args:
         directory: the parent, see `arguments.PARENT_STAGES`; or a Hugging Face directory, see `hf_directories`.
@@ -48,11 +51,16 @@ def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChu
         path = directory if from_hf else iteration_directory(directory)
         plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
         stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
+        replicas = mpu.get_data_parallel_group(with_context_parallel=True)
         for chunk in chunks:
             state = chunk.sharded_state_dict(metadata=stored_as)
             if stage == 2:
                 state = {key: value for key, value in state.items() if not _is_mt(key)}
-            loaded = load_from_hf(state, plan) if from_hf else dist_checkpointing.load(state, str(path))
+            if from_hf:
+                loaded = load_from_hf(state, plan, replicas)
+            else:
+                strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas)
+                loaded = dist_checkpointing.load(state, str(path), strategy)
             missing = [key for key in chunk.load_state_dict(loaded, strict=False).missing_keys if not _is_mt(key)]
             if missing := [key for key in missing if not key.endswith("_extra_state")]:
                 raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")

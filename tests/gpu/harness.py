@@ -111,7 +111,7 @@ def machine() -> dict[str, Any]:
     from mixmoe_megatron.evaluation.provenance import cpu_model, git_commit
 
     packages = ("torch", "megatron-core", "transformers", "transformer-engine", "apex", "flash-attn", "triton", "numpy")
-    facts: dict[str, Any] = {"device": cpu_model(), "commit": git_commit() or os.environ.get("COMMIT")}
+    facts: dict[str, Any] = {"device": cpu_model(), "commit": os.environ.get("COMMIT") or git_commit()}
     if DEVICE == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-if os.environ.get("DEVICE", "cuda") == "cpu":
+if os.environ.setdefault("DEVICE", "cuda") == "cpu":  # the processes that a check starts look there too
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,27 +11,64 @@ from tests.gpu.harness import DEVICE, ROOT, Check, NotRun, Rows
 
 LAYERS, BATCH, LENGTH = 8, 2, 2048
 STEP_RATIO = 0.8
+BACKEND_RATIO = 0.6  # of torch's rate that Transformer Engine must reach at least
+LAYER_SYNCS = 1  # Megatron's dispatcher brings the experts' counts to the host
+#: stage -> of a step: Megatron's own of a dense step (gradient norm, loss scale), and two MoE layers' dispatchers
+STEP_SYNCS = {0: 4, 1: 6, 2: 6}
 PLAN_ERROR = 0.10
 
 
 def run_layer(rows: Rows) -> None:
     """Check 7: tools/benchmark_layer.py at the cluster examples' shapes."""
-    for model in ("1b", "8b"):
-        with rows.row(f"experts and layer at {model} shapes, bfloat16") as facts:
-            output = rows.scratch / f"{model}.json"
-            command = [
-                sys.executable,
-                "tools/benchmark_layer.py",
-                "--model",
-                model,
-                "--dtype",
-                "bfloat16",
-                "--output",
-                output,
-            ]
-            done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    for shape in ("1b", "8b"):
+        cases: list[dict[str, Any]] = []
+        with rows.row(f"layer at {shape} shapes, bfloat16, runs on every backend") as facts:
+            output = rows.scratch / f"{shape}.json"
+            command = [sys.executable, "tools/benchmark_layer.py", "--shape", shape, "--dtype", "bfloat16"]
+            command += ["--turns", "5", "--output", str(output)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-            facts |= json.loads(output.read_text("utf-8"))
+            cases = json.loads(output.read_text("utf-8"))["cases"]
+            kept = ("tflops", "layer_share", "experts_share", "router_share", "floor_ratio", "host_syncs")
+            for case in cases:
+                facts[f"{case['backend']}, stage {case['stage']}"] = {name: case[name] for name in kept}
+        for case in cases:
+            with rows.row(f"{shape}, {case['backend']}, stage {case['stage']}: waits for the GPU") as facts:
+                facts["host_syncs"] = case["host_syncs"]
+                assert case["host_syncs"] <= LAYER_SYNCS
+        speeds = {(case["backend"], case["stage"]): case["tflops"] for case in cases}
+        for stage in (1, 2):
+            with rows.row(f"{shape}, stage {stage}: Transformer Engine beside torch's grouped GEMM") as facts:
+                if ("te", stage) not in speeds:
+                    raise NotRun("Transformer Engine is not installed")
+                facts["ratio"] = speeds["te", stage] / speeds["torch", stage]
+                assert facts["ratio"] >= BACKEND_RATIO
+
+
+def run_syncs(rows: Rows) -> None:
+    """How often the host waits for the GPU in a training step, both stages, padded and packed batches."""
+    import torch
+
+    from mixmoe_megatron.conversion.hf_config import read_hf_config
+    from mixmoe_megatron.cpu_mode import enable_cpu_mode
+    from mixmoe_megatron.machine import prepare_megatron
+
+    if DEVICE == "cpu":
+        raise NotRun("a CPU waits for nothing")
+    prepare_megatron()
+    enable_cpu_mode()
+    from mixmoe_megatron.planning.layer_benchmark import host_syncs
+    from mixmoe_megatron.training.engine_step import engine_step, random_batch
+
+    config = read_hf_config(str(ROOT / "examples/quickstart/base"))
+    for stage in (0, 1, 2):
+        with rows.row(f"stage {stage}: the host waits for the GPU") as facts:
+            step = engine_step(config, random_batch(config["vocab_size"], 4, 128), stage, "--bf16 --log-interval 1000")
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+            facts["host_syncs"] = host_syncs(step)
+            assert facts["host_syncs"] <= STEP_SYNCS[stage]
 
 
 def run_step(rows: Rows) -> None:
@@ -69,6 +106,7 @@ def run_step(rows: Rows) -> None:
 
 
 CHECKS = [
+    Check("syncs", "the host does not wait for the GPU within a step, but for the experts' counts", run_syncs),
     Check("experts", "experts and layer beside a dense GEMM of the same size", run_layer, alone=True),
     Check("step", "a training step beside full fine-tuning, memory beside the plan", run_step, alone=True),
 ]

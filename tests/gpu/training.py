@@ -178,13 +178,16 @@ def run_flags(rows: Rows) -> None:
         with rows.row(name) as facts:
             if importlib.util.find_spec(package) is None:
                 raise NotRun(f"{package} is not installed")
-            hold_equal(world.train(1, package + str(len(rows.rows)), "upcycled", flags, steps), usual[1], facts)
+            run = name.replace(" ", "_")
+            hold_equal(world.train(1, run, "upcycled", flags, steps), usual[1], facts)
+            check_frozen(world.weights("upcycled"), world.weights(run), 1)  # every trained tensor moves
 
 
 PARENTS = {1: "upcycled", 2: "usual1"}
 FUSED = (
     ("permute fusion", "--moe-permute-fusion", "transformer_engine"),
     ("fused RoPE", "--apply-rope-fusion", "transformer_engine"),
+    ("delayed weight gradients", "--overlap-dispatch-backward-with-experts-wgrad", "transformer_engine"),
     ("DeepEP", "--moe-token-dispatcher-type flex --moe-enable-deepep", "deep_ep"),
 )
 

@@ -126,3 +126,8 @@ def checkpoint_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
     reader = TorchDistReader(iteration_directory(directory))
     return {name: read_tensor(reader, name) for name in reader.names()}
+
+
+def bytes_read() -> int:
+    """What this process has read so far, by any system call."""
+    return int(Path("/proc/self/io").read_text("ascii").split()[1])

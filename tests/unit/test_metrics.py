@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mixmoe_megatron.errors import MixMoEError
@@ -80,6 +81,13 @@ def test_equal_systems_do_not_differ() -> None:
     result = compare(("a", SYSTEM), ("b", SYSTEM), REFERENCES, "en", num_resamples=50)
     assert result.chrf_difference == 0.0
     assert result.to_dict()["baseline"] == "a"
+
+
+def test_a_comparison_is_json_when_numpy_hands_out_float32(monkeypatch) -> None:
+    """NumPy 2 keeps 0.5 * float32, sacreBLEU's interval, a float32."""
+    monkeypatch.setattr("sacrebleu.significance.estimate_ci", lambda scores: (np.float32(scores.mean()), np.float32(2)))
+    result = compare(("a", BASELINE), ("b", SYSTEM), REFERENCES, "en", num_resamples=50)
+    assert json.loads(json.dumps(result.to_dict()))["chrf_interval"] == 2.0
 
 
 def test_count_mismatch_and_nothing_to_score() -> None:

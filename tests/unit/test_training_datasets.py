@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training import datasets
@@ -137,3 +139,24 @@ def test_samples_that_a_run_still_needs(fields: dict[str, object], wanted: list[
     args = SimpleNamespace(**{**values, **fields})
     assert datasets._samples_to_the_end(args, [1000, 1, 16]) == wanted
     assert args.train_iters == (56 if "train_samples" in fields else 100)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("gpu", "layout", "widths"),
+    [(False, (1, 1), [*range(1, 161)]), (False, (2, 2), [*range(8, 161, 8)]),
+     (True, (1, 1), [64, 128, 160]), (True, (2, 2), [64, 128, 160]), (True, (5, 1), [160])],
+)  # fmt: skip
+def test_a_gpu_sees_few_widths(
+    monkeypatch: pytest.MonkeyPatch, pack: bool, gpu: bool, layout: tuple[int, int], widths: list[int]
+) -> None:
+    """Transformer Engine plans attention anew for each. All can be split by TP (with SP) and CP, none is too long."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(datasets, "open_tokenizer", lambda path: SimpleNamespace(eos_id=9))
+    fields = {"tensor_model_parallel_size": layout[0], "context_parallel_size": layout[1], "micro_batch_size": 1}
+    args = arguments(sequence_parallel=True, seq_length=160, tokenizer_model="", pack=pack, **fields)
+    collate = datasets._collate_function(args, 1)
+    row = np.zeros(160, dtype=np.int64)
+    samples = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), row[:n]) for n in range(1, 161)]
+    batches = [collate([sample])["tokens"] for sample in samples]
+    assert sorted({batch.shape[1] for batch in batches}) == widths

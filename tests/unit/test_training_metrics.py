@@ -143,6 +143,26 @@ def test_it_logs_when_megatron_does_and_keeps_the_first_step_for_the_first_inter
     assert not any(name.startswith("mt_") for name in curves)
 
 
+def test_outputs_are_exchanged_for_the_norm_in_logged_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under expert tensor parallelism; each logged norm is that of its step."""
+    layer = make_layer(make_config(make_options(moe_every=2), 1, num_layers=2))
+    tracker = install_metrics_tracker(1, [1], 4, log_interval=4)
+    layer.experts.tp_group = SimpleNamespace(size=lambda: 2)
+    exchanges: list[int] = []
+    norms = {}
+    for iteration in range(3, 13):
+        tokens = torch.randn(LENGTH, BATCH, 24) * iteration
+        with monkeypatch.context() as patch:  # both ranks hold half of the output
+            patch.setattr(torch.distributed, "all_reduce", lambda t, group, i=iteration: exchanges.append(i))
+            output, _ = layer(tokens)
+        norms[iteration] = output.detach().square().sum(-1).mean().div(2).sqrt().item()
+        written, _ = report(tracker, iteration)
+        if iteration in (8, 12):
+            assert written["lm_output_norm"] == pytest.approx(norms[iteration], rel=1e-5)
+        assert bool(written) == (iteration in (3, 4, 8, 12))
+    assert exchanges == [3, 4, 8, 12]
+
+
 def test_a_pipeline_rank_without_moe_layer_has_a_part_of_the_same_size() -> None:
     tracker = install_metrics_tracker(2, [1, 3], 4)
     report(tracker)
