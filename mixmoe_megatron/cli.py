@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,11 +41,13 @@ def run_command(command: Callable[[], None]) -> int:
 
     Returns:
         The exit status: 0 done, 2 bad input or a full disk, 130 interrupted. Any other exception is a defect and
-        propagates.
+        propagates. With MIXMOE_TRACEBACK=1 in the environment, bad input shows its traceback too.
     """
     try:
         command()
     except (MixMoEError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if os.environ.get("MIXMOE_TRACEBACK") == "1":
+            traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     except OSError as error:

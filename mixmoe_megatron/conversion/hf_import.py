@@ -24,6 +24,7 @@ from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
 from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
+from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata
 from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
@@ -178,7 +179,11 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input or the request.
     """
     check_output_dir(request.output_dir, request.force)
-    return read_hf_model(request)
+    prepared = read_hf_model(request)
+    ids = count_ids(request.hf_dir)
+    if ids is not None:
+        check_number_of_ids(f"The tokenizer in {request.hf_dir}", ids, prepared.sizes.vocab_size)
+    return prepared
 
 
 def read_hf_model(request: ImportRequest) -> PreparedImport:

@@ -7,15 +7,16 @@ A sample is a whole document x = prompt + target + EOS, never cut: tokens are x[
 the target's first, and EOS is predicted too. With `loss_on="all"` every position counts.
 
 The order is an endless stream of epochs, each a permutation of all documents. An epoch's permutation is cut into
-buckets of `GROUPS_PER_BUCKET * group_size` samples; a bucket is sorted by length and cut into groups of `group_size`
-samples; all groups of the epoch are shuffled. So `group_size` consecutive samples have similar lengths and little is
-padded (the one group on the border of two epochs is left as it comes). Each epoch holds each document once, and the
-order depends on the seed, the documents and `group_size` alone: not on the rank, the worker or the number of samples
-asked for (a longer run begins like a shorter one).
+buckets of `GROUPS_PER_BUCKET * GROUP_SIZE` samples; a bucket is sorted by length and cut into groups of `GROUP_SIZE`
+samples; all groups of the epoch are shuffled. So consecutive samples have similar lengths and little is padded (the one
+group on the border of two epochs is left as it comes). Each epoch holds each document once, and the order depends on
+the seed and the documents alone: not on the batch size, the rank, the worker or the number of samples asked for. A run
+that goes on with another batch size takes up where it stopped, and a longer run begins like a shorter one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from mixmoe_megatron.data.storage import read_manifest
 from mixmoe_megatron.errors import MixMoEError
 
+#: How many consecutive samples have similar lengths: those of a step, or of a few. Never the batch size of a run, which
+#: may go on with another one.
+GROUP_SIZE = 64
 GROUPS_PER_BUCKET = 64
 KEPT_EPOCHS = 2
 
@@ -39,8 +43,7 @@ class ParallelDataset(torch.utils.data.Dataset):
         num_samples: Length of the dataset: train_iters * global_batch_size, documents repeat epoch-wise. None: one
             epoch.
         seed: Seed of the order.
-        group_size: How many consecutive samples have similar lengths: micro_batch_size * data_parallel_size, or the
-            global batch size for an order that does not depend on the number of processes.
+        group_size: Deprecated and not read: the order no longer depends on the batch size.
         max_length: The model's sequence length; None: no limit.
         loss_on: "target": target and EOS count; "all": every label counts.
         shuffle: False: the documents in file order, again and again, not grouped by length.
@@ -59,18 +62,19 @@ class ParallelDataset(torch.utils.data.Dataset):
         num_samples: int | None = None,
         *,
         seed: int = 0,
-        group_size: int = 1,
+        group_size: int | None = None,
         max_length: int | None = None,
         loss_on: Literal["target", "all"] = "target",
         shuffle: bool = True,
     ) -> None:
-        if group_size < 1 or (num_samples is not None and num_samples < 1):
-            raise MixMoEError(f"num_samples ({num_samples}) and group_size ({group_size}) must be 1 or more.")
+        if group_size is not None:
+            warnings.warn("group_size is not read: the order does not depend on it", DeprecationWarning, stacklevel=2)
+        if num_samples is not None and num_samples < 1:
+            raise MixMoEError(f"num_samples must be 1 or more, not {num_samples}.")
         if loss_on not in ("target", "all"):
             raise MixMoEError(f"loss_on must be 'target' or 'all', not '{loss_on}'.")
         self.prefixes = [prefixes] if isinstance(prefixes, str | Path) else list(prefixes)
-        self.seed, self.group_size = seed, group_size
-        self.loss_on, self.shuffle = loss_on, shuffle
+        self.seed, self.loss_on, self.shuffle = seed, loss_on, shuffle
         self.manifests = _read_manifests(self.prefixes)
         self.directions = sorted({name for manifest in self.manifests for name in manifest["directions"]})
         self._files = [_open_documents(prefix) for prefix in self.prefixes]
@@ -138,15 +142,15 @@ class ParallelDataset(torch.utils.data.Dataset):
         if epoch not in self._orders:
             if len(self._orders) >= KEPT_EPOCHS:
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = epoch_order(self.lengths, epoch, self.seed, self.group_size)
+            self._orders[epoch] = epoch_order(self.lengths, epoch, self.seed)
         return self._orders[epoch]
 
 
-def epoch_order(lengths: np.ndarray, epoch: int, seed: int, group_size: int) -> np.ndarray:
+def epoch_order(lengths: np.ndarray, epoch: int, seed: int, group_size: int = GROUP_SIZE) -> np.ndarray:
     """Shuffle the documents of one epoch in groups of similar length.
 
-    Groups are counted through the whole stream of epochs, so that they stay aligned to steps when the number of
-    documents is no multiple of group_size.
+    Groups are counted through the whole stream of epochs, so that they stay aligned to the steps of a batch size that
+    divides group_size when the number of documents is no multiple of it.
 
     Args:
         lengths: [N] integers, the documents' lengths in tokens.

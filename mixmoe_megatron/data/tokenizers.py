@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBE_TEXT = "Grüße, 世界! 123 \tČeština\nüks öö"
 
 
@@ -91,7 +93,8 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         directory: A directory with Hugging Face tokenizer files; sentencepiece models (Llama) included.
 
     Raises:
-        MixMoEError: No tokenizer there, it cannot be read, it has no EOS, or it ends every text with a token.
+        MixMoEError: No tokenizer there, it cannot be read, it has no EOS, it ends every text with a token, or it has
+            more ids than the model that it lies beside has rows.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -109,7 +112,7 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         raise MixMoEError(
             f"The tokenizer in {directory} has no end-of-sequence token; set eos_token in tokenizer_config.json."
         )
-    return TextTokenizer(
+    tokenizer = TextTokenizer(
         hf=hf,
         directory=directory,
         vocab_size=max(hf.get_vocab().values()) + 1,
@@ -119,6 +122,10 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         adds_prefix_space=_adds_prefix_space(hf),
         special_tokens=_special_tokens(hf),
     )
+    rows = _rows_of_model(directory)
+    if rows is not None:
+        check_tokenizer_fits_model(tokenizer, rows)
+    return tokenizer
 
 
 def check_tokenizer_fits_model(
@@ -128,22 +135,93 @@ def check_tokenizer_fits_model(
 
     Args:
         tokenizer: The tokenizer.
-        vocab_size: Rows of the model's token embedding (a larger embedding is fine: it may be padded).
+        vocab_size: Rows of the model's token embedding, as trained: those that a layout adds do not count. A model with
+            more rows than ids is fine.
         eos_ids: The model's end-of-sequence ids (config.json or generation_config.json), None to skip the check.
 
     Raises:
         MixMoEError: Some ids have no embedding row, or the model does not stop at the tokenizer's EOS.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise MixMoEError(
-            f"The tokenizer in {tokenizer.directory} has {tokenizer.vocab_size} ids but the model's embedding has only "
-            f"{vocab_size} rows; use the tokenizer that belongs to this model."
-        )
+    check_number_of_ids(f"The tokenizer in {tokenizer.directory}", tokenizer.vocab_size, vocab_size)
     if eos_ids is not None and tokenizer.eos_id not in eos_ids:
         raise MixMoEError(
             f"The tokenizer in {tokenizer.directory} ends a text with id {tokenizer.eos_id} but the model's "
             f"end-of-sequence ids are {sorted(eos_ids)}; make eos_token and eos_token_id agree."
         )
+
+
+def check_number_of_ids(name: str, ids: int, rows: int) -> None:
+    """Check that each id of a tokenizer has a row in the model's embedding.
+
+    Args:
+        name: What the message begins with: of the tokenizer.
+        ids: Its highest id plus one.
+        rows: Of the embedding, as trained.
+
+    Raises:
+        MixMoEError: There are more ids than rows.
+    """
+    if ids > rows:
+        raise MixMoEError(
+            f"{name} has {ids} ids but the model's embedding has only {rows} rows; use the tokenizer that belongs to "
+            "this model."
+        )
+
+
+def count_ids(directory: str | Path) -> int | None:
+    """Return the highest id plus one that a tokenizer's files give, as `open_tokenizer` does, without transformers.
+
+    Args:
+        directory: A directory that may hold tokenizer files.
+
+    Raises:
+        MixMoEError: A file cannot be read.
+    """
+    directory = Path(directory)
+    whole, slow, config = (
+        _read_object(directory / name) for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    )
+    vocabulary = (whole.get("model") or {}).get("vocab") or slow
+    names = vocabulary if isinstance(vocabulary, dict) else {piece[0]: id for id, piece in enumerate(vocabulary)}
+    if not names and (directory / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        names = {pieces.IdToPiece(id): id for id in range(len(pieces))}
+    if not names:
+        return None
+    names = {**names, **{token["content"]: token["id"] for token in whole.get("added_tokens") or ()}}
+    names |= _read_object(directory / "added_tokens.json")
+    names |= {token["content"]: int(id) for id, token in (config.get("added_tokens_decoder") or {}).items()}
+    special = {**config, **_read_object(directory / "special_tokens_map.json")}
+    named = [special.get(name) for name in _NAMED_TOKENS]
+    texts = {token.get("content") if isinstance(token, dict) else token for token in named if token}
+    return max(names.values()) + 1 + len(texts - names.keys())  # a token that is only named gets an id of its own
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is no file.
+
+    Raises:
+        MixMoEError: It is not one.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MixMoEError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise MixMoEError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def _rows_of_model(directory: Path) -> int | None:
+    """Return the vocabulary of the model that a tokenizer lies beside: a Hugging Face one, or a checkpoint's."""
+    rows = _read_object(directory / "config.json").get("vocab_size")
+    if rows is None and (directory.parent / METADATA_FILE).is_file():
+        rows = read_metadata(directory.parent).megatron_args.get("vocab_size")
+    return rows if isinstance(rows, int) else None
 
 
 def _encode(hf: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

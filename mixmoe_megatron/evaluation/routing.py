@@ -77,10 +77,11 @@ def group_sums(logits: torch.Tensor, num_groups: int, top_k: int) -> tuple[torch
         counts: [G, n] float64, how often an expert was chosen. probs: [G, n] float64, summed probabilities.
         top_probs: [G] float64, summed highest probabilities.
     """
-    probs = logits.float().unflatten(-1, (num_groups, -1)).softmax(dim=-1).double()
-    top = probs.topk(top_k, dim=-1)
-    counts = torch.zeros_like(probs).scatter_(-1, top.indices, 1.0).sum(dim=0)
-    return counts, probs.sum(dim=0), top.values[..., 0].sum(dim=0)
+    logits = logits.float().unflatten(-1, (num_groups, -1))
+    probs = logits.softmax(dim=-1).double()
+    chosen = logits.topk(top_k, dim=-1).indices
+    counts = torch.zeros_like(probs).scatter_(-1, chosen, 1.0).sum(dim=0)
+    return counts, probs.sum(dim=0), probs.amax(dim=-1).sum(dim=0)
 
 
 def _group_routing(counts: torch.Tensor, probs: torch.Tensor, top_probs: torch.Tensor, tokens: int) -> GroupRouting:

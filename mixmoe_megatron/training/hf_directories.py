@@ -99,6 +99,11 @@ class HfLoadStrategy:
         found = self._tensors[name].part(region).to(part.dtype)
         if found.shape == part.local_shape:
             return found.contiguous()
+        if not part.allow_shape_mismatch:
+            raise MixMoEError(
+                f"{name} has the shape {list(self._tensors[name].shape)} in the Hugging Face model, which is not what "
+                "this run asks for: leave flags that change the model's sizes out."
+            )
         padded = torch.zeros(part.local_shape, dtype=part.dtype)  # vocabulary rows that tensor parallelism adds
         padded[: found.shape[0]] = found
         return padded

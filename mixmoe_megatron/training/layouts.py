@@ -18,6 +18,7 @@ from mixmoe_megatron.training.datasets import has_variable_lengths
 
 _OWN_DDP = "frozen groups and their checkpoints rest on Megatron's own DDP and distributed optimizer"
 _OWN_MODEL = "the model is the one that the checkpoint's metadata describes"
+_OWN_ORDER = "each validation takes the next --eval-iters batches of one stream of documents"
 _OWN_DATA = "the data are what tools/preprocess_data.py made"
 
 #: Megatron argument -> values that are supported, and why the others are not
@@ -40,6 +41,9 @@ _REQUIREMENTS: Requirements = {
     "sft": ((False,), _OWN_DATA),
     "fim_data": ((False,), _OWN_DATA),
     "mock_data": ((False,), _OWN_DATA),
+    "full_validation": ((False,), _OWN_ORDER),
+    "multiple_validation_sets": ((False,), _OWN_ORDER),
+    "phase_transition_iterations": ((None,), "each phase would begin the documents anew"),
     "perform_rl_step": ((False,), "the loss is the cross-entropy of the paper"),
 }
 

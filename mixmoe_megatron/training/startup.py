@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,6 +148,26 @@ def _demand_gradient(model: ModelChunks, stage: int) -> None:
         )
 
 
+def check_save_directory(save: str | None, stage: int) -> None:
+    """Check that checkpoints of this run may be written to a directory; writes nothing.
+
+    Args:
+        save: --save, None when nothing is saved.
+        stage: the stage that this run trains.
+
+    Raises:
+        MixMoEError: `save` holds a checkpoint of another stage, or cannot be written to.
+    """
+    if save is None:
+        return
+    directory = Path(save)
+    if (directory / METADATA_FILE).is_file() and (found := read_metadata(directory).stage) != STAGE_NAMES[stage]:
+        raise MixMoEError(f"--save {save} holds a checkpoint of stage {found!r}: choose another directory.")
+    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise MixMoEError(f"--save {save}: {existing} is not a directory that can be written to.")
+
+
 def prepare_save_directory(
     save: str | None, source: Path, metadata: Metadata, stage: int, data: Sequence[dict[str, Any]] = ()
 ) -> None:
@@ -160,15 +181,13 @@ def prepare_save_directory(
         data: the token files of this run (datasets.training_data).
 
     Raises:
-        MixMoEError: `save` holds a checkpoint of another stage.
+        MixMoEError: as `check_save_directory`.
     """
     if save is None:
         return
+    check_save_directory(save, stage)
     directory = Path(save)
     if (directory / METADATA_FILE).is_file():
-        found = read_metadata(directory).stage
-        if found != STAGE_NAMES[stage]:
-            raise MixMoEError(f"--save {save} holds a checkpoint of stage {found!r}: choose another directory.")
         return
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "tokenizer").is_dir():

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig, check_transformer_config
+from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.machine import check_megatron_version, this_machine
@@ -87,6 +88,9 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     # What `arguments.add_mixmoe_args` would have parsed.
     vars(args).update(mixmoe_stage=stage, init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None)
     apply_options(args, metadata)
+    ids = count_ids(args.tokenizer_model) if args.tokenizer_model else None
+    if ids is not None:
+        check_number_of_ids(f"The tokenizer in {args.tokenizer_model}", ids, metadata.megatron_args["vocab_size"])
     _become_mixmoe_config(model_config.transformer, MixMoEOptions.from_dict(metadata.options or {}), stage)
     add_hooks(model_config, args)
     args.pretrained_checkpoint = None  # a hook loads it; Megatron knows neither MT := LM nor other stages' keys

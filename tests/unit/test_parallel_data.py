@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
-from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
+from mixmoe_megatron.data.parallel import GROUP_SIZE, ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel
 from mixmoe_megatron.data.storage import TokenFileWriter, read_manifest
 from mixmoe_megatron.data.tokenizers import TextTokenizer, open_tokenizer
@@ -141,7 +141,7 @@ def test_loss_counts_where_the_label_is_target_or_eos(bpe: TextTokenizer, number
 
 
 def test_each_epoch_holds_each_document_once(numbered: Path) -> None:
-    dataset = ParallelDataset(numbered, 350, seed=3, group_size=8)
+    dataset = ParallelDataset(numbered, 350, seed=3)
     order = [dataset.document_index(index) for index in range(350)]
     for epoch in range(3):
         assert sorted(order[100 * epoch : 100 * (epoch + 1)]) == list(range(100))
@@ -150,14 +150,15 @@ def test_each_epoch_holds_each_document_once(numbered: Path) -> None:
         dataset[350]
 
 
-def test_groups_hold_similar_lengths_and_stay_aligned_over_epochs(numbered: Path) -> None:
-    group_size = 8  # 100 documents are no multiple of it: every second epoch begins inside a group
-    dataset = ParallelDataset(numbered, 400, seed=1, group_size=group_size)
-    lengths = np.array([len(dataset[index]["tokens"]) for index in range(400)]).reshape(-1, group_size)
-    spread = np.ptp(lengths, axis=1)
-    inside = [step for step in range(len(lengths)) if step * group_size // 100 == ((step + 1) * group_size - 1) // 100]
-    assert np.median(spread[inside]) < np.ptp(lengths) / 5
-    means = lengths[inside].mean(axis=1)
+def test_groups_hold_similar_lengths_and_stay_aligned_over_epochs() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 5000)  # no multiple of a group: epochs begin inside one
+    order = np.concatenate([epoch_order(lengths, epoch, 1) for epoch in range(4)])
+    groups = lengths[order[: len(order) // GROUP_SIZE * GROUP_SIZE]].reshape(-1, GROUP_SIZE)
+    starts = np.arange(len(groups)) * GROUP_SIZE
+    inside = starts // 5000 == (starts + GROUP_SIZE - 1) // 5000
+    spread = np.ptp(groups, axis=1)
+    assert np.median(spread[inside]) < 50 and inside.sum() > 300
+    means = groups[inside].mean(axis=1)
     assert np.any(np.diff(means) > 0) and np.any(np.diff(means) < 0)  # the groups themselves come in random order
 
 
@@ -169,8 +170,8 @@ def test_order_is_a_permutation_whatever_the_sizes(documents: int, group_size: i
 
 
 def test_order_depends_on_seed_alone(numbered: Path) -> None:
-    def order(num_samples: int, **options: int) -> list[int]:
-        dataset = ParallelDataset(numbered, num_samples, **{"seed": 5, "group_size": 4} | options)
+    def order(num_samples: int, seed: int = 5) -> list[int]:
+        dataset = ParallelDataset(numbered, num_samples, seed=seed)
         return [dataset.document_index(index) for index in reversed(range(num_samples))][::-1]
 
     assert order(250) == order(250)
@@ -178,8 +179,19 @@ def test_order_depends_on_seed_alone(numbered: Path) -> None:
     assert order(150) != order(150, seed=6)
 
 
+@pytest.mark.parametrize("batches", [(8, 16), (16, 8), (64, 3), (5, 128)])
+def test_going_on_with_another_batch_size_takes_each_document_once(numbered: Path, batches: tuple[int, int]) -> None:
+    """The two halves of an epoch, as the callers of before gave the batch size."""
+    seen = []
+    with pytest.warns(DeprecationWarning, match="does not depend on it"):
+        for batch, half in zip(batches, (range(40), range(40, 100)), strict=True):
+            dataset = ParallelDataset(numbered, 100, seed=1, group_size=batch)
+            seen += [dataset.document_index(index) for index in half]
+    assert sorted(seen) == list(range(100))
+
+
 def test_workers_and_processes_see_the_same(bpe: TextTokenizer, numbered: Path) -> None:
-    dataset = ParallelDataset(numbered, 40, seed=2, group_size=4)
+    dataset = ParallelDataset(numbered, 40, seed=2)
     copied = pickle.loads(pickle.dumps(dataset))
     loaders = [
         torch.utils.data.DataLoader(part, batch_size=4, num_workers=workers, collate_fn=partial(collate, pad_id=0))
