@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.conversion.hf_files import own_file
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata
 
+CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
 _DEFAULT_ROPE_THETA = 10000.0
@@ -58,11 +60,22 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
     """Read config.json of a Hugging Face directory.
 
     Raises:
-        MixMoEError: the directory or the file is missing, or the file is not a JSON object.
+        MixMoEError: the directory or the file is missing, the file is not a JSON object, or an adapter lies there,
+            which transformers would add to the weights.
     """
-    path = Path(hf_dir) / "config.json"
+    path = Path(hf_dir) / CONFIG_FILE
+    if (Path(hf_dir) / ADAPTER_FILE).is_file():
+        raise MixMoEError(
+            f"{hf_dir} holds a PEFT adapter ({ADAPTER_FILE}), not all of a model: merge it into its base with peft "
+            "(merge_and_unload, save_pretrained) and convert what that saves; if it is merged already, remove "
+            f"{ADAPTER_FILE}."
+        )
+    if path.is_symlink():
+        own_file(hf_dir, CONFIG_FILE)
     if not path.is_file():
-        raise MixMoEError(f"{hf_dir} has no config.json: it is not a Hugging Face model directory.")
+        cached = sorted(Path(hf_dir).glob("snapshots/*/" + CONFIG_FILE))
+        hint = f"; {cached[-1].parent} is one" if cached else ""
+        raise MixMoEError(f"{hf_dir} has no {CONFIG_FILE}: it is not a Hugging Face model directory{hint}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -34,15 +34,33 @@ def own_file(directory: str | Path, name: str) -> Path:
         raise MixMoEError(f"{directory}: {name!r} is named, which is not a file of this directory.")
     path = root / name
     if not os.path.isfile(path):  # False for a name that no file can have, too
+        if os.path.islink(path):
+            raise MixMoEError(
+                f"{directory}: {name} is a link to {os.readlink(path)}, which is missing: put the file itself in its "
+                "place, or download the model again."
+            )
         raise MixMoEError(f"{directory}: {name} is named, which is missing.")
-    inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(place) for place in inside):
-        raise MixMoEError(f"{directory}: {name} is a link to a file outside of this directory.")
+    caches = [place.parent / "blobs" for place in root.parents if place.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(place.resolve()) for place in [root, *caches]):
+        raise MixMoEError(
+            f"{directory}: {name} is a link to a file outside of this directory, which is not followed; "
+            f"`cp -rL {directory} COPY` makes a directory that holds the files themselves."
+        )
     return path
 
 
+def side_files(directory: str | Path) -> list[Path]:
+    """Return the tokenizer, generation settings, chat template and licence files of a directory.
+
+    Raises:
+        MixMoEError: one is a link to a file outside, or to none.
+    """
+    found = {path for pattern in _CARRIED for path in Path(directory).glob(pattern)}
+    return [own_file(directory, path.name) for path in sorted(found) if path.is_file() or path.is_symlink()]
+
+
 def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
-    """Copy tokenizer, generation settings, chat template and licence files that exist.
+    """Copy the `side_files` of a directory.
 
     Args:
         source: a Hugging Face directory, or the `tokenizer` directory of a checkpoint.
@@ -52,13 +70,13 @@ def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
         The names of the files copied.
 
     Raises:
-        MixMoEError: one is a link to a file outside.
+        MixMoEError: see `side_files`.
     """
-    source, destination = Path(source), Path(destination)
+    destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    found = sorted({path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()})
+    found = side_files(source)
     for path in found:
-        shutil.copyfile(own_file(source, path.name), destination / path.name)
+        shutil.copyfile(path, destination / path.name)
     return [path.name for path in found]
 
 

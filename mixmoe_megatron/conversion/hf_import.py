@@ -13,7 +13,7 @@ import numpy as np
 from mixmoe_megatron.conversion.bits import Bits
 from mixmoe_megatron.conversion.fingerprint import HashedSource
 from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
-from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files
+from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, side_files
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
@@ -188,6 +188,7 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input.
     """
     config = read_hf_config(request.hf_dir)
+    side_files(request.hf_dir)  # a bad link is told before hours of work
     megatron_args = megatron_args_from_hf(config)
     if request.make_vocab_size_divisible_by is not None:
         megatron_args["make_vocab_size_divisible_by"] = request.make_vocab_size_divisible_by
