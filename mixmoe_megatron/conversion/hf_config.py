@@ -39,20 +39,26 @@ _READ = {
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act",
     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "initializer_range", "attention_bias",
     "attention_dropout", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "quantization_config", "partial_rotary_factor",
+    "quantization_config", "partial_rotary_factor", "transformers_weights",
+}  # fmt: skip
+# Fields of an exported Mix-MoE model that say how it differs from its dense base.
+_MIXMOE = {
+    "auto_map", "base_model_type", "expert_scale", "group_combine", "mixmoe", "moe_intermediate_size", "moe_layers",
+    "num_experts", "num_experts_per_group", "num_experts_per_tok", "router_bias", "router_prob_scaling", "stage",
+    "topk_per_group",
 }  # fmt: skip
 # Fields that say how to generate, store or label, not what the model computes.
 _HARMLESS = {
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
     "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-    "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
-    "unsloth_version", "use_bfloat16", "use_cache",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "mixmoe_aux_loss_coef",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 
 
@@ -142,10 +148,14 @@ def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
         raise MixMoEError(f"config.json: partial_rotary_factor {config['partial_rotary_factor']} is not supported.")
     if config.get("attention_dropout"):
         raise MixMoEError(f"config.json: attention_dropout {config['attention_dropout']} is not supported, only 0.")
-    if config.get("model_type") == "mixmoe":
-        return  # its other fields are this project's own
+    if config.get("transformers_weights"):
+        raise MixMoEError(
+            f"config.json: transformers_weights = {config['transformers_weights']!r} is not supported; give that file "
+            "the usual name (model.safetensors, or model.safetensors.index.json) and remove the field."
+        )
+    known = _READ | _HARMLESS | (_MIXMOE if config.get("model_type") == "mixmoe" else set())
     for name, value in config.items():
-        if name not in _READ | _HARMLESS and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
+        if name not in known and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
             raise MixMoEError(
                 f"config.json: {name} = {json.dumps(value)[:60]} is not known here and may change what the model "
                 "computes; if it does not, remove the field."
@@ -302,6 +312,17 @@ def check_architecture(metadata: Metadata) -> None:
         multiple = name == "make_vocab_size_divisible_by"  # may be chosen
         if (given != value and not multiple) or type(given) is not type(value):
             raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the dense base of an exported Mix-MoE model, from what the export's own says now.
+
+    Raises:
+        MixMoEError: as `megatron_args_from_hf`.
+    """
+    replaced = {"architectures", "model_type", "rope_parameters", "transformers_version"}
+    kept = {name: value for name, value in config.items() if name not in _MIXMOE | replaced}
+    return {**kept, **hf_config_from_megatron_args(megatron_args_from_hf(config))}
 
 
 def hf_config_from_megatron_args(megatron_args: dict[str, Any]) -> dict[str, Any]:

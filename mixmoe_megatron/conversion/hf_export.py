@@ -132,7 +132,7 @@ def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
         router_bias=options.router_bias,
         mixmoe=metadata.options,
     )
-    values = json.loads(config.to_json_string(use_diff=False))
+    values = json.loads(config.to_json_string())
     return {**values, "architectures": ["MixMoEForCausalLM"], "auto_map": AUTO_MAP}
 
 

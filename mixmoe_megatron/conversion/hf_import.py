@@ -12,7 +12,7 @@ import numpy as np
 
 from mixmoe_megatron.conversion.bits import Bits
 from mixmoe_megatron.conversion.fingerprint import HashedSource
-from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.hf_config import dense_config, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, side_files
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
@@ -107,13 +107,18 @@ class _TiedSource(SafetensorsReader):
         return MixMoEError(f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING}.")
 
 
-def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:
+def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> MixMoEOptions:
     """Return the Mix-MoE options of an exported model's config.json; its model fields win over its record of options.
 
+    Args:
+        config: of the exported model.
+        shipped: metadata beside it, for the options if config.json records none.
+
     Raises:
-        MixMoEError: the fields are missing or out of range.
+        MixMoEError: the fields are missing or out of range, or contradict each other.
     """
-    values = {name: value for name, value in (config.get("mixmoe") or {}).items() if name in OPTION_NAMES}
+    recorded = config.get("mixmoe") or (shipped and shipped.options) or {}
+    values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
     try:
         values["num_experts_per_group"] = config["num_experts_per_group"]
         values["topk_per_group"] = config["topk_per_group"]
@@ -124,14 +129,17 @@ def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:
         scale = config["expert_scale"]
     except KeyError as error:
         raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None
+    for name, one in (("num_experts", "num_experts_per_group"), ("num_experts_per_tok", "topk_per_group")):
+        if config.get(name) not in (None, config[one] * config["stage"]):
+            raise MixMoEError(f"config.json: {name} must be {one} times stage, not {config[name]!r}; or leave it out.")
     if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
         values["expert_scale"] = scale
     if values["num_experts_per_group"] > 1:
         values["expert_init"] = "copy" if full_width else "slice"
     options = MixMoEOptions.from_dict(values)
     num_layers = config["num_hidden_layers"]
-    recorded = "moe_layer_placement" in values or num_layers >= options.moe_every
-    if not recorded or resolve_moe_layers(options, num_layers) != layers:
+    has_placement = "moe_layer_placement" in values or num_layers >= options.moe_every
+    if not has_placement or resolve_moe_layers(options, num_layers) != layers:
         options = MixMoEOptions.from_dict({**values, "moe_layer_placement": ",".join(map(str, layers))})
     return options
 
@@ -151,12 +159,6 @@ def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     if STAGE_NUMBERS[metadata.stage] != number:
         raise MixMoEError(f"{METADATA_FILE} says {metadata.stage!r}, but config.json says stage {number}.")
     return metadata
-
-
-def _base_config(config: dict[str, Any], megatron_args: dict[str, Any]) -> dict[str, Any]:
-    """Make the dense base's config.json of an exported Mix-MoE model that ships none."""
-    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
-    return {**hf_config_from_megatron_args(megatron_args), **{k: config[k] for k in kept if k in config}}
 
 
 def open_weights(directory: Path) -> Source:
@@ -198,10 +200,12 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
             raise MixMoEError(
                 f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
             )
-        options: MixMoEOptions | None = options_from_hf(config)
         shipped = _shipped_metadata(request.hf_dir, config)
+        options: MixMoEOptions | None = options_from_hf(config, shipped)
         stage = shipped.stage if shipped else f"stage{config['stage']}"
-        base_config = shipped.hf_config if shipped else _base_config(config, megatron_args)
+        base_config = dense_config(config)
+        if shipped and shipped.hf_config.get("_name_or_path"):
+            base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
     else:
         shipped, options, base_config = None, request.options, config
         stage = "dense" if options is None else "upcycled"

@@ -110,8 +110,9 @@ def _can_shard_packed_experts() -> bool:
 class MixMoEConfig(PretrainedConfig):
     """A Llama or Qwen2 configuration plus the Mix-MoE fields.
 
-    The RoPE settings have one source, `rope_parameters` (transformers 5.x); `rope_theta` and `rope_scaling`
-    (transformers 4.57) are views of it, and all three are written to config.json, so each version reads the right RoPE.
+    The RoPE settings have one record, `rope_parameters` (transformers 5.x), in config.json too; `rope_theta` and
+    `rope_scaling` (transformers 4.57) are views of it. A `rope_scaling` in config.json would keep transformers 5.x from
+    loading the tokenizer for those who do not trust remote code.
 
     Source: Mix-MoE (arXiv:2605.24681), section III.
 
@@ -197,10 +198,6 @@ class MixMoEConfig(PretrainedConfig):
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
         self.rope_parameters = _rope_parameters(None, self.rope_theta, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields, with the RoPE settings in the styles of both transformers versions."""
-        return {**super().to_dict(), "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
 
 
 def _fill_in_base_fields(fields: dict[str, Any]) -> None:

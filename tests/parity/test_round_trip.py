@@ -114,7 +114,7 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     # an upcycled model that comes back is still an upcycled one
     assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", tmp_path / "again") == 0
     before, after = read_metadata(checkpoint), read_metadata(tmp_path / "again")
-    assert (after.stage, after.options, after.hf_config) == (before.stage, before.options, before.hf_config)
+    assert (after.stage, after.options, after.megatron_args) == (before.stage, before.options, before.megatron_args)
 
 
 def test_transformers_takes_the_carried_generation_config(tmp_path: Path) -> None:

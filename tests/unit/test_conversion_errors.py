@@ -128,7 +128,7 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "option of a dense": ("dense", nothing, ["--dense", "--moe-every", "2"], "leave out --moe-every"),
     "option of a Mix-MoE": ("mixmoe", nothing, ["--preset", "paper"], "leave out --preset"),
     "Mix-MoE kept dense": ("mixmoe", nothing, ["--dense"], "does not go with a Mix-MoE model"),
-    "Mix-MoE stage": ("mixmoe", config(stage=2), [], "has shape"),
+    "Mix-MoE stage": ("mixmoe", config(stage=2, num_experts=8, num_experts_per_tok=2), [], "has shape"),
     "Mix-MoE bad stage": ("mixmoe", config(stage=3), [], "stage must be 1 or 2"),
 }  # fmt: skip
 TRACKER = "latest_checkpointed_iteration.txt"
