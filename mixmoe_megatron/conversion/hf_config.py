@@ -195,7 +195,7 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
             raise MixMoEError(f"config.json: rope_parameters and rope_scaling disagree about {clash[0]}.")
         scaling.update(given)
     given_thetas = [config.get("rope_theta"), scaling.get("rope_theta")]
-    thetas: set[float] = {float(value) for value in given_thetas if value and _is_positive(value, "rope_theta")}
+    thetas: set[float] = {float(value) for value in given_thetas if _is_positive(value, "rope_theta")}
     if len(thetas) > 1:
         raise MixMoEError(f"config.json gives two values of rope_theta: {sorted(thetas)}.")
     theta = thetas.pop() if thetas else _DEFAULT_ROPE_THETA
@@ -215,6 +215,14 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
             )
     _is_positive(_require(scaling, "factor"), "rope_scaling.factor")
     return theta, float(scaling["factor"])
+
+
+def _deviation(config: dict[str, Any]) -> float:
+    """Return initializer_range, which Megatron and the routers of an upcycled model are initialised with."""
+    value = 0.02 if config.get("initializer_range") is None else float(config["initializer_range"])
+    if not 0 <= value < 1e30:
+        raise MixMoEError(f"config.json: initializer_range must be a number from 0 on, not {value!r}.")
+    return value
 
 
 def _is_positive(value: Any, name: str) -> bool:
@@ -281,7 +289,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "kv_channels": head_dim,
         "max_position_embeddings": _positive_int(config, "max_position_embeddings"),
         "position_embedding_type": "rope",
-        "rotary_base": int(theta) if theta == int(theta) else theta,
+        "rotary_base": int(theta) if theta.is_integer() and theta < 1 << 53 else theta,
         "rotary_percent": 1.0,
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": factor if factor is not None else 8.0,
@@ -295,7 +303,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "init_method_std": float(config.get("initializer_range", 0.02)),
+        "init_method_std": _deviation(config),
         "vocab_size": vocab_size,
         "make_vocab_size_divisible_by": vocab_multiple(vocab_size),
     }

@@ -42,6 +42,7 @@ _DEFAULTS = {
     "eval_interval": 1000,
     "moe_token_dispatcher_type": "alltoall",  # exchanges different numbers of tokens; allgather cannot
 }
+_MEGATRON_ROTARY_BASE = 10000  # its default
 #: argument that is switched off by a flag of another name
 _OFF_FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 
@@ -134,6 +135,8 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
     divisor = model["make_vocab_size_divisible_by"] * known.tensor_model_parallel_size
+    if not isinstance(model["rotary_base"], int):
+        del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
     model.setdefault("padded_vocab_size", -(-model["vocab_size"] // divisor) * divisor)
     tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
     front = _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model})
@@ -196,11 +199,16 @@ def _words(arguments: dict[str, Any]) -> list[str]:
 
 
 def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
-    """Put the recorded Mix-MoE options on Megatron's arguments, from where its config builder takes them by name.
+    """Put what no flag can say on Megatron's arguments, from where its config builder takes it by name.
+
+    That is the recorded Mix-MoE options, and a --rotary-base that is not whole (unless the user gave another).
 
     Raises:
         MixMoEError: the experts cannot be spread evenly over the expert-parallel ranks.
     """
+    base = metadata.megatron_args["rotary_base"]
+    if not isinstance(base, int) and args.rotary_base == _MEGATRON_ROTARY_BASE:
+        args.rotary_base = base
     if metadata.options is not None:
         for field in dataclasses.fields(MixMoEOptions):
             setattr(args, field.name, metadata.options[field.name])

@@ -127,6 +127,19 @@ def test_other_mistakes(tmp_path: Path) -> None:
             complete(*words)
 
 
+@pytest.mark.parametrize("theta", [26881.44, 1e22, 0.5])
+def test_a_rope_base_that_no_flag_can_say(tmp_path: Path, theta: float) -> None:
+    """Megatron's --rotary-base is whole, and Megatron reads its command line more than once."""
+    model = megatron_args_from_hf({**CONFIG, "rope_theta": theta})
+    parent = make_checkpoint(tmp_path / "up", "upcycled", rotary_base=model["rotary_base"])
+    words, metadata = complete_arguments(["--mixmoe-stage", "1", "--init-from", str(parent)])
+    assert "--rotary-base" not in words
+    for given, base in ((10000, theta), (5000, 5000)):
+        args = argparse.Namespace(rotary_base=given, expert_model_parallel_size=1)
+        apply_options(args, metadata)
+        assert args.rotary_base == base and type(args.rotary_base) is type(base), "what the user gives wins"
+
+
 def test_a_refused_word_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     parser = add_mixmoe_args(argparse.ArgumentParser(allow_abbrev=False))
     for words, message in (
