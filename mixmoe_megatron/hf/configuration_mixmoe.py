@@ -118,7 +118,8 @@ class MixMoEConfig(PretrainedConfig):
 
     Args:
         base_model_type: "llama" or "qwen2": which decoder layer, attention and RMSNorm.
-        moe_layers: 0-based indices of the layers whose FFN is a Mix-MoE block. None: the last of every four.
+        moe_layers: 0-based indices of the layers whose FFN is a Mix-MoE block. None: the last of every four layers, of
+            fewer than four the last.
         stage: 1 (LM experts only) or 2 (LM and MT experts).
         num_experts_per_group: experts in each group.
         topk_per_group: experts chosen in each group for each token.
@@ -218,9 +219,9 @@ def _fill_in_base_fields(fields: dict[str, Any]) -> None:
 
 def _fill_in_mixmoe_fields(fields: dict[str, Any]) -> None:
     """Derive the Mix-MoE fields that are None."""
-    group, stage = fields["num_experts_per_group"], fields["stage"]
+    group, stage, num_layers = fields["num_experts_per_group"], fields["stage"], fields["num_hidden_layers"]
     derived = {
-        "moe_layers": range(3, fields["num_hidden_layers"], 4),
+        "moe_layers": range(min(4, num_layers) - 1, num_layers, 4),
         "num_experts": group * stage,
         "num_experts_per_tok": fields["topk_per_group"] * stage,
         "moe_intermediate_size": fields["intermediate_size"] // max(group, 1),
