@@ -18,7 +18,15 @@ from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_st
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
 from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
-from mixmoe_megatron.conversion.plan import LazyTensor, Source, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.plan import (
+    LazyTensor,
+    Source,
+    check_stacks,
+    describe_plan,
+    expand,
+    make_plan,
+    verify_written,
+)
 from mixmoe_megatron.conversion.progress import progress
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
@@ -180,7 +188,10 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input or the request.
     """
     check_output_dir(request.output_dir, request.force)
-    return read_hf_model(request)
+    prepared = read_hf_model(request)
+    if not prepared.sizes.moe_layers:
+        check_stacks(prepared.plan)
+    return prepared
 
 
 def read_hf_model(request: ImportRequest) -> PreparedImport:

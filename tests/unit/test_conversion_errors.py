@@ -59,6 +59,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+NORM = "model.layers.1.input_layernorm.weight"
 NOT_WHOLE = "not a whole safetensors file"
 #: case -> (directory, damage, flags, words of the sentence)
 IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
@@ -110,7 +111,10 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "missing key": ("dense", weights(lambda t: t.pop(Q)), [], f"lack {Q}"),
     "unused key": ("dense", weights(lambda t: t.update(x=torch.ones(1))), [], "no mapping uses: x"),
     "dtype": ("dense", weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype int8"),
-    "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [], "differ in dtype"),
+    "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [],
+                   "differ in dtype: bfloat16, float32; convert with --dtype fp32"),
+    "two dtypes in layers": ("dense", weights(lambda t: t.update({NORM: t[NORM].bfloat16()})), ["--dense"],
+                             "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight belong together but"),
     "misshapen": ("dense", weights(swap), [], f"{Q} has shape [16, 32]"),
     "NaN": ("dense", weights(put_nan), ["--check-finite"], f"{Q} holds values that are NaN"),
     "architecture": ("dense", config(architectures=["GPT2LMHeadModel"]), [], "GPT2LMHeadModel is not supported"),
@@ -124,7 +128,9 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "untied output": ("dense", config(tie_word_embeddings=True), [], "differs from model.embed_tokens"),
     "not divisible": ("dense", nothing, ["--num-experts-per-group", "3"], "not divisible by num_experts_per_group=3"),
     "bad option": ("dense", nothing, ["--spectral-transform", "wavelet"], "spectral_transform must be one of"),
-    "no MoE layer": ("dense", nothing, ["--moe-every", "9"], "no MoE layer"),
+    "senseless number": ("dense", nothing, ["--spectral-scale", "x"], "spectral_scale must be a number"),
+    "senseless truth": ("dense", nothing, ["--router-bias", "maybe"], "router_bias must be true or false"),
+    "no MoE layer": ("dense", nothing, ["--moe-every", "9"], "no MoE layer in a model of 4 layers: at most 4 goes"),
     "option of a dense": ("dense", nothing, ["--dense", "--moe-every", "2"], "leave out --moe-every"),
     "option of a Mix-MoE": ("mixmoe", nothing, ["--preset", "paper"], "leave out --preset"),
     "Mix-MoE kept dense": ("mixmoe", nothing, ["--dense"], "does not go with a Mix-MoE model"),
