@@ -136,7 +136,7 @@ def _num_layers(config: dict[str, Any]) -> int:
 
 def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
     """Raise on fields whose value Megatron's model cannot express."""
-    if (activation := config.get("hidden_act", "silu")) != "silu":
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise MixMoEError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'.")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name) and not (family == "qwen2" and name == "attention_bias"):
@@ -194,8 +194,8 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
         if clash := [name for name in given.keys() & scaling.keys() if given[name] != scaling[name]]:
             raise MixMoEError(f"config.json: rope_parameters and rope_scaling disagree about {clash[0]}.")
         scaling.update(given)
-    given_thetas = [config.get("rope_theta"), scaling.get("rope_theta")]
-    thetas: set[float] = {float(value) for value in given_thetas if _is_positive(value, "rope_theta")}
+    given_thetas: list[Any] = [config.get("rope_theta"), scaling.get("rope_theta")]
+    thetas = {float(value) for value in given_thetas if _is_positive(value, "rope_theta")}
     if len(thetas) > 1:
         raise MixMoEError(f"config.json gives two values of rope_theta: {sorted(thetas)}.")
     theta = thetas.pop() if thetas else _DEFAULT_ROPE_THETA

@@ -107,6 +107,10 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
         megatron_args_from_hf({**LLAMA32_1B, **changes})
 
 
+def test_two_words_for_one_activation() -> None:
+    assert megatron_args_from_hf({**LLAMA32_1B, "hidden_act": "swish"}) == megatron_args_from_hf(LLAMA32_1B)
+
+
 def test_absent_fields_take_the_familys_own_defaults() -> None:
     """As transformers does: key-value heads as many as heads in Llama, 8 in Mistral; a window of 4096 in Mistral."""
     plain = {k: v for k, v in LLAMA32_1B.items() if k not in ("num_key_value_heads", "head_dim")}

@@ -114,6 +114,8 @@ def test_a_parent_of_the_wrong_stage(tmp_path: Path, stage: int, found: str, wha
 
 def test_other_mistakes(tmp_path: Path) -> None:
     run = make_checkpoint(tmp_path / "run", "stage1")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for words, message in (
         (["--mixmoe-stage", 2, "--load", run], f"--load {run} must be a run of --mixmoe-stage 2"),
         ([], "--mixmoe-stage must be one of 0, 1, 2; it is missing"),
@@ -122,6 +124,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
         (["--mixmoe-stage", 1], "give --init-from DIR"),
         (["--mixmoe-stage", 1, "--load", tmp_path / "new"], "new holds no checkpoint yet"),
         (["--mixmoe-stage", 1, "--init-from", tmp_path / "new"], "no mixmoe_metadata.json"),
+        (["--mixmoe-stage", 1, "--init-from", tmp_path / "adapter"], "merge it into its base with peft"),
     ):
         with pytest.raises(MixMoEError, match=message):
             complete(*words)
