@@ -120,7 +120,7 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     assert (after.stage, after.options, after.megatron_args) == (before.stage, before.options, before.megatron_args)
 
 
-PATHS = ["/home/me/ckpt/llama2-7b", "./run: 3 #best", "../base", "~/llama", "C:\\models\\base", "D:/base", "file:///b",
+PATHS = ["/ckpt/llama2-7b", "./run: 3 #best", "../base", "~/llama", "C:\\models\\base", "D:/base", "file:///b",
          "runs/7/base", ".", "\\\\server\\base", "here"]  # fmt: skip
 NAMES = ["org/name", "Our model: 3 #best", "yes", "1.5", "- x", "naïve | *base* `v1`", "'\"{}[]&!%@", " org/name\n"]
 
