@@ -102,8 +102,11 @@ def model_family(config: dict[str, Any]) -> str:
     else:
         names = config.get("architectures") or []
         family = ARCHITECTURES.get(str(names[0])) if len(names) == 1 else None
-        if family is None and not names and config.get("model_type") in FAMILY_ARCHITECTURE:
-            family = config["model_type"]
+        model_type = config.get("model_type") or family
+        if family is None and not names and model_type in FAMILY_ARCHITECTURE:
+            family = model_type
+        if family is not None and model_type != family:  # transformers goes by model_type
+            raise MixMoEError(f"config.json: architectures {names[0]} and model_type {model_type} disagree.")
     if family not in FAMILY_ARCHITECTURE:
         given = ", ".join(map(str, config.get("architectures") or [])) or config.get("model_type")
         raise MixMoEError(f"architecture {given} is not supported; supported: {', '.join(ARCHITECTURES)}.")

@@ -132,9 +132,9 @@ def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
 
     assert metadata.options is not None
     options = MixMoEOptions.from_dict(metadata.options)
-    base = metadata.hf_config
-    if model_family(base) == "mistral":  # whose sliding window does not act, else it would have been refused
-        base = {**base, "model_type": "llama", "sliding_window": None}
+    base = {**metadata.hf_config, "model_type": model_family(metadata.hf_config)}
+    if base["model_type"] == "mistral":  # whose sliding window does not act, else it would have been refused
+        base |= {"model_type": "llama", "sliding_window": None}
     config = MixMoEConfig.from_base_config(
         base,
         moe_layers=list(sizes.moe_layers),

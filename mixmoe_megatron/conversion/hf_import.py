@@ -112,7 +112,10 @@ class _TiedSource(SafetensorsReader):
         return values
 
     def _differs(self) -> MixMoEError:
-        return MixMoEError(f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING}.")
+        return MixMoEError(
+            f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING} (in values, shape or "
+            "dtype): remove the one from the weights, or set tie_word_embeddings to false."
+        )
 
 
 def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> MixMoEOptions:

@@ -269,6 +269,17 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize("missing", ["model_type", "architectures"])
+def test_half_a_name_is_enough(tmp_path: Path, missing: str) -> None:
+    save_tiny_dense(tmp_path / "hf", "qwen2", tokenizer=None)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config[missing]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m") == 0
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "out") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out").base_model_type == "qwen2"
+
+
 def test_config_only_models_come_back_without_metadata(tmp_path: Path) -> None:
     from mixmoe_megatron.hf import MixMoEForCausalLM
 

