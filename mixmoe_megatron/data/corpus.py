@@ -1,4 +1,4 @@
-"""Streaming readers of text corpora (plain, TSV with a header, JSONL; gzip, zstd or neither) and the text filters.
+"""Streaming readers of text corpora (plain, TSV with a header, JSONL; compressed or not) and the text filters.
 
 Text is NFC, without outer whitespace. Nothing is dropped in silence: every reader and filter counts into a `Counter`
 whose keys are `read`, `kept` and one `dropped_<reason>` for each reason.
@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
+import lzma
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from mixmoe_megatron.data.text_files import check_is_text, format_of, open_packed
 from mixmoe_megatron.errors import MixMoEError
 
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 BLANKS = "\t\n"
+_DAMAGED_LINES = 10  # so many lines that are not UTF-8 are always borne with, if there are more others
+_LINES_TO_JUDGE = 1000  # from so many lines on a file is judged before its end
 
 
 def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
-    """Read a UTF-8 text file line by line; gzip and zstd are recognised by the first bytes, not by the file's name.
+    """Read a UTF-8 text file line by line, unpacked where `text_files.open_packed` knows how.
 
     Args:
         path: The file.
@@ -36,35 +37,48 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
         The line number, from 1, and the line without its end.
 
     Raises:
-        MixMoEError: The file is missing, its compressed data is broken, or it is not UTF-8 (errors "strict").
+        MixMoEError: The file is missing, its compressed data is broken, it is no text file, or it is not UTF-8: a
+            single line (errors "strict"), or so many lines that the file as a whole is not (otherwise).
     """
-    number = 0
+    number, damaged, compression = 0, 0, ""
     try:
-        with _open_bytes(path) as stream:
+        with open_packed(path) as (stream, compression):
+            check_is_text(path, stream, compression)
             for number, raw in enumerate(stream, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
+                if errors != "strict" and ("\0" in line or not is_utf8(line)):
+                    damaged += 1
+                    if number >= _LINES_TO_JUDGE:
+                        _check_share(path, damaged, number)
+                yield number, line
+        _check_share(path, damaged, number)
     except UnicodeDecodeError as error:
         raise MixMoEError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MixMoEError(f"{path}: broken gzip data after line {number} ({error}).") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise MixMoEError(
+            f"{path}: broken {compression or 'compressed'} data after line {number} ({error})."
+        ) from error
     except OSError as error:
+        if compression and error.errno is None:  # bz2 and pyarrow say so
+            raise MixMoEError(f"{path}: broken {compression} data after line {number} ({error}).") from error
         raise MixMoEError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def _open_bytes(path: str | Path) -> BinaryIO:
-    with open(path, "rb") as probe:
-        magic = probe.read(4)
-    if magic[:2] == GZIP_MAGIC:
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if magic == ZSTD_MAGIC:
-        import pyarrow
+def _check_share(path: str | Path, damaged: int, number: int) -> None:
+    """Refuse a file of which too many lines are not UTF-8: then it is not a text with damage, but something else.
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
-    return open(path, "rb")
+    Raises:
+        MixMoEError: More than a tenth of the lines are damaged (of a few lines: more than half).
+    """
+    if damaged > max(_DAMAGED_LINES, number // 10) or 2 * damaged > number:
+        raise MixMoEError(
+            f"{path} is not UTF-8 text: {damaged} of its first {number} lines are something else. Give a text file; "
+            "one in another encoding is converted by iconv -f LATIN1 -t UTF-8, with its encoding's name."
+        )
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read the named columns of a table: JSONL when the name ends in .jsonl or .jsonl.gz, else TSV with a header.
+    """Read the named columns of a table: JSONL when the name says so (.jsonl, .jsonl.xz ...), else TSV with a header.
 
     Args:
         path: The file.
@@ -76,10 +90,10 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, d
     Raises:
         MixMoEError: A column is missing (names the file and the line), or the file is unreadable, or Parquet.
     """
-    name = str(path).removesuffix(".gz")
-    if name.endswith(".parquet"):
+    kind = format_of(path)
+    if kind == ".parquet":
         raise MixMoEError(f"{path}: give TSV or JSONL; tools/prepare_data.py makes TSV of Parquet.")
-    if name.endswith(".jsonl"):
+    if kind == ".jsonl":
         return _read_jsonl(path, columns)
     return (
         (number, dict(zip(columns, row, strict=True))) for number, row in read_tsv(path, columns) if row is not None

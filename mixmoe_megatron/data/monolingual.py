@@ -71,7 +71,7 @@ def build_monolingual(
     """Write P.bin, P.idx and P.json from text files.
 
     Args:
-        inputs: Plain text, TSV with a header, or JSONL; gzip or not.
+        inputs: Plain text, TSV with a header, or JSONL; compressed or not.
         tokenizer: The model's tokenizer.
         prefix: P, the output path without suffix.
         options: None for the defaults.

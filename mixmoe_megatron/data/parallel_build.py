@@ -97,7 +97,7 @@ def build_parallel(
     """Write P.bin, P.idx and P.json from translation pairs.
 
     Args:
-        inputs: TSV with a header, or JSONL; gzip or not.
+        inputs: TSV with a header, or JSONL; compressed or not.
         tokenizer: The model's tokenizer.
         prefix: P, the output path without suffix.
         options: Languages, columns, filters and prompt.

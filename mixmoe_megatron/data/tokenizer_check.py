@@ -45,7 +45,7 @@ def language_figures(
     Args:
         tokenizer: The tokenizer.
         language: Language code of the text.
-        path: Plain text, a document a line; gzip, zstd or neither.
+        path: Plain text, a document a line; compressed or not.
         max_lines: Read so many lines at most.
         template: The prompt, for the boundary between it and a translation.
 

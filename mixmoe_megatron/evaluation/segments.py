@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def read_test(value: str, columns: Sequence[str | None], *, limit: int = 0, seed
     """Read a test set as the command line names it: PAIR[@NAME]=WHERE.
 
     Args:
-        value: PAIR is ``de-en``. WHERE is a table (TSV with a header, JSONL, Parquet; gzip, zstd or neither), or
+        value: PAIR is ``de-en``. WHERE is a table (TSV with a header, JSONL, Parquet; compressed or not), or
             ``sacrebleu:wmt17``, or ``flores:DIRECTORY`` (its devtest). NAME tells several sets of a pair apart.
         columns: Columns of source and target in tables; None: the language codes.
         limit: Segments to take (see `select_subset`); 0 takes all.
@@ -84,10 +85,10 @@ def read_test(value: str, columns: Sequence[str | None], *, limit: int = 0, seed
     languages = pair.split("-")
     if len(languages) != 2 or not where or (at and not re.fullmatch(r"[A-Za-z0-9_.]+", name)):
         raise MixMoEError(f"--test takes PAIR[@NAME]=FILE, such as de-en=test.tsv.gz, not {value!r}.")
-    kind, colon, rest = where.partition(":")
-    if colon and kind == "sacrebleu":
+    kind, _, rest = ("", "", "") if os.path.lexists(where) else where.partition(":")
+    if kind == "sacrebleu" and rest:
         source = Source(sacrebleu=rest, config=pair)
-    elif colon and kind == "flores":
+    elif kind == "flores" and rest:
         source = Source(flores=rest, split="devtest")
     else:
         named = {code: column or code for code, column in zip(languages, columns, strict=True)}
@@ -134,7 +135,7 @@ def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list
     """Read one text from each line that is not empty.
 
     Args:
-        path: A text file, gzip or not.
+        path: A text file, compressed or not.
         limit: Lines to take (see `select_subset`); 0 takes all.
         seed: Of the selection.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import tarfile
 import zipfile
 import zlib
@@ -22,10 +23,10 @@ from typing import Any
 
 from mixmoe_megatron.data.corpus import read_lines, read_tsv
 from mixmoe_megatron.data.languages import flores_code
+from mixmoe_megatron.data.text_files import format_of
 from mixmoe_megatron.errors import MixMoEError
 
 Row = tuple[str, ...] | None
-_COMPRESSIONS = (".gz", ".zst")
 _KINDS = ("files", "aligned", "hub", "flores", "sacrebleu")
 
 
@@ -36,7 +37,8 @@ class Source:
     Exactly one of the first five is set.
 
     Attributes:
-        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text; .gz and .zst are unpacked.
+        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text, compressed or not; a path that
+            exists is no pattern.
         aligned: Language code -> plain text file, line by line translations of each other (Moses).
         hub: Dataset on the Hugging Face hub, a local directory of one, or a builder such as "text".
         flores: Directory of FLORES-200 (it holds dev/ and devtest/).
@@ -106,15 +108,15 @@ class Source:
         return ", ".join(self.files) or str(self.hub or self.flores or self.sacrebleu)
 
     def paths(self) -> list[str]:
-        """Return the local files, patterns expanded and sorted.
+        """Return the local files: each path as it is, the files of each pattern sorted.
 
         Raises:
             MixMoEError: A path or pattern names no file.
         """
         found: list[str] = []
         for pattern in [*self.files, *(self.aligned or {}).values()]:
-            matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-            missing = [path for path in matches or [pattern] if not Path(path).is_file()]
+            matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern]
+            missing = [path for path in matches if not Path(path).is_file()]
             if missing:
                 raise MixMoEError(f"{missing[0]} does not exist or is not a file.")
             found += matches
@@ -166,7 +168,10 @@ class Source:
         from datasets import load_dataset
 
         assert self.hub is not None
-        data_files = list(self.data_files) if isinstance(self.data_files, tuple) else self.data_files
+        if os.path.isdir(self.hub) and glob.has_magic(self.hub):
+            raise MixMoEError(f"datasets takes *, ? and [ in {self.hub} for a pattern: rename that directory.")
+        names = (self.data_files,) if isinstance(self.data_files, str) else self.data_files
+        data_files = names and [glob.escape(os.path.abspath(name)) if os.path.lexists(name) else name for name in names]
         try:
             dataset = load_dataset(
                 self.hub, self.config, split=self.split, data_files=data_files, revision=self.revision, streaming=True
@@ -180,10 +185,7 @@ class Source:
 
 
 def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
-    name = path
-    for suffix in _COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    kind = Path(name).suffix
+    kind = format_of(path)
     if kind == ".parquet":
         return _read_parquet(path, columns)
     if kind == ".jsonl":
