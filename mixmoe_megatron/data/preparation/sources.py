@@ -23,6 +23,7 @@ from typing import Any
 
 from mixmoe_megatron.data.corpus import read_lines, read_tsv
 from mixmoe_megatron.data.languages import flores_code
+from mixmoe_megatron.data.preparation.words import typed_fields
 from mixmoe_megatron.data.text_files import format_of
 from mixmoe_megatron.errors import MixMoEError
 
@@ -37,8 +38,8 @@ class Source:
     Exactly one of the first five is set.
 
     Attributes:
-        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text, compressed or not; a path that
-            exists is no pattern.
+        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text, compressed or not; a path
+            that exists is no pattern.
         aligned: Language code -> plain text file, line by line translations of each other (Moses).
         hub: Dataset on the Hugging Face hub, a local directory of one, or a builder such as "text".
         flores: Directory of FLORES-200 (it holds dev/ and devtest/).
@@ -84,7 +85,7 @@ class Source:
             where: Its place in the protocol, for messages.
 
         Raises:
-            MixMoEError: It is none of these, or has an unknown key.
+            MixMoEError: It is none of these, or has an unknown key or a value of another kind.
         """
         if isinstance(value, str):
             return cls(files=(value,))
@@ -96,10 +97,15 @@ class Source:
             raise MixMoEError(
                 f"{where}: unknown key {sorted(unknown)[0]!r}; a source has {', '.join(cls.__dataclass_fields__)}."
             )
-        value = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
+        value = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items() if part}
+        for name, part in value.items():
+            words = part if isinstance(part, tuple) else part.values() if isinstance(part, dict) else (part,)
+            if isinstance(part, dict) != (name in ("aligned", "columns")) or not all(isinstance(w, str) for w in words):
+                form = "a mapping of language codes" if name in ("aligned", "columns") else "a word, or a list of files"
+                raise MixMoEError(f"{where}: {name} is {form}, not {part!r}.")
         if isinstance(value.get("files"), str):
             value["files"] = (value["files"],)
-        return cls(**value)
+        return cls(**typed_fields(value, {"max_rows": int}, where))
 
     def label(self) -> str:
         """Return what to call the source in a message."""
