@@ -1,6 +1,7 @@
 """Streaming readers of text corpora (plain, TSV with a header, JSONL; compressed or not) and the text filters.
 
-Text is NFC, without outer whitespace. Nothing is dropped in silence: every reader and filter counts into a `Counter`
+Text is NFC, without outer whitespace. A text that looks empty counts as empty, texts that look alike as equal (see
+`reading`). Nothing is dropped in silence: every reader and filter counts into a `Counter`
 whose keys are `read`, `kept` and one `dropped_<reason>` for each reason.
 """
 
@@ -10,6 +11,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
 import unicodedata
 import zlib
 from collections import Counter
@@ -22,6 +24,13 @@ from mixmoe_megatron.errors import MixMoEError
 
 CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 BLANKS = "\t\n"
+#: control characters, and what else str.splitlines breaks at
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+")
+#: Unicode's Default_Ignorable_Code_Point, interlinear annotation marks, and the blank pattern of Braille
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
 _DAMAGED_LINES = 10  # so many lines that are not UTF-8 are always borne with, if there are more others
 _LINES_TO_JUDGE = 1000  # from so many lines on a file is judged before its end
 
@@ -121,7 +130,8 @@ def read_tsv(
     number, header_line = next(lines, (0, ""))
     if not number:
         raise MixMoEError(f"{path} is empty: a TSV file begins with a line of column names.")
-    header = header_line.split("\t")
+    header = [clean(name) for name in header_line.split("\t")]
+    columns = [clean(name) for name in columns]
     for column in columns:
         if column not in header:
             names = ", ".join(header)
@@ -152,8 +162,26 @@ def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int,
 
 
 def clean(text: str) -> str:
-    """Return the text in NFC, without outer whitespace."""
-    return unicodedata.normalize("NFC", text).strip()
+    """Return the text in NFC, without outer whitespace and without byte order marks."""
+    return unicodedata.normalize("NFC", text).replace("\ufeff", "").strip()
+
+
+def one_line(text: str) -> str:
+    """Return a test text as one line of any file: clean, each run of tabs, line breaks and control characters a blank.
+
+    Nothing else of a test text is changed: its scores are compared with those of others.
+    """
+    return _CONTROLS.sub(" ", clean(text)).strip()
+
+
+def reading(text: str) -> str:
+    """Return what a reader sees of a text: NFC, without invisible characters, each run of white space one blank.
+
+    Filters compare this, so that texts which look alike count as equal, and one that looks empty as empty.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    return " ".join(_CONTROLS.sub(" ", text).split())
 
 
 def is_utf8(text: str) -> bool:
@@ -174,14 +202,15 @@ def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
 
 
 class Deduplicator:
-    """Remembers the texts it has seen by a 16-byte digest."""
+    """Remembers the texts it has seen, as a reader sees them, by a 16-byte digest."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
     def is_new(self, *texts: str) -> bool:
         """Tell whether this tuple of texts comes for the first time, and remember it."""
-        digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = "\0".join(map(reading, texts)).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(key, digest_size=16).digest()
         if digest in self._seen:
             return False
         self._seen.add(digest)

@@ -66,7 +66,7 @@ _REFUSED = (
 
 
 def format_of(path: str | Path) -> str:
-    """Return the last suffix of a file's name, in small letters, that of a compression left out: ``.tsv`` of A.TSV.GZ."""
+    """Return the suffix of a file's name, in small letters, compressions left out: ``.tsv`` of A.TSV.GZ."""
     name = Path(path).name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         name = name.removesuffix(suffix)

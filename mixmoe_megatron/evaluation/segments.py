@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmoe_megatron.data.corpus import clean, is_utf8, read_lines
+from mixmoe_megatron.data.corpus import is_utf8, one_line, read_lines, reading
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.preparation.sources import Source
 from mixmoe_megatron.errors import MixMoEError
@@ -119,12 +119,11 @@ def read_direction(
     for number, row in enumerate(source.rows(languages), start=1):
         if row is None:
             raise MixMoEError(f"{where}, segment {number}: the row is broken (another number of columns, or no text).")
-        texts = [clean(text) for text in row]
-        if not all(map(is_utf8, texts)):
+        if not all(map(is_utf8, row)):
             raise MixMoEError(f"{where}, segment {number}: not UTF-8.")
-        if not all(texts):
-            raise MixMoEError(f"{where}, segment {number}: the side '{languages[texts.index('')]}' is empty.")
-        pairs.append(texts)
+        if empty := [code for code, text in zip(languages, row, strict=True) if not reading(text)]:
+            raise MixMoEError(f"{where}, segment {number}: the side '{empty[0]}' is empty.")
+        pairs.append([one_line(text) for text in row])
     if not pairs:
         raise MixMoEError(f"{where} holds no test segment: give a test set with at least one.")
     chosen = select_subset(pairs, limit, seed)
@@ -132,7 +131,7 @@ def read_direction(
 
 
 def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list[str]:
-    """Read one text from each line that is not empty.
+    """Read one text from each line that does not look empty.
 
     Args:
         path: A text file, compressed or not.
@@ -142,7 +141,7 @@ def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list
     Raises:
         MixMoEError: The file is unreadable or holds no text.
     """
-    texts = [text for _, line in read_lines(path) if (text := clean(line))]
+    texts = [text for _, line in read_lines(path) if reading(line) and (text := one_line(line))]
     if not texts:
         raise MixMoEError(f"{path} holds no text: give a file with a text on each line.")
     return select_subset(texts, limit, seed)
