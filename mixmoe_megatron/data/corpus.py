@@ -31,7 +31,11 @@ _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-_DAMAGED_LINES = 10  # so many lines that are not UTF-8 are always borne with, if there are more others
+_NOT_TEXT = (
+    "are not UTF-8 text: give a text file; one in another encoding is converted by iconv -f LATIN1 -t UTF-8, with its "
+    "encoding's name"
+)
+_DAMAGED_LINES = 10  # so many damaged lines are always borne with, if there are more others
 _LINES_TO_JUDGE = 1000  # from so many lines on a file is judged before its end
 
 
@@ -49,18 +53,17 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
         MixMoEError: The file is missing, its compressed data is broken, it is no text file, or it is not UTF-8: a
             single line (errors "strict"), or so many lines that the file as a whole is not (otherwise).
     """
-    number, damaged, compression = 0, 0, ""
+    number, compression = 0, ""
+    ceiling = DamageCeiling(path, _NOT_TEXT)
     try:
         with open_packed(path) as (stream, compression):
             check_is_text(path, stream, compression)
             for number, raw in enumerate(stream, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
-                if errors != "strict" and ("\0" in line or not is_utf8(line)):
-                    damaged += 1
-                    if number >= _LINES_TO_JUDGE:
-                        _check_share(path, damaged, number)
+                if errors != "strict":
+                    ceiling.count("\0" in line or not is_utf8(line))
                 yield number, line
-        _check_share(path, damaged, number)
+        ceiling.check()
     except UnicodeDecodeError as error:
         raise MixMoEError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
@@ -73,17 +76,37 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
         raise MixMoEError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def _check_share(path: str | Path, damaged: int, number: int) -> None:
-    """Refuse a file of which too many lines are not UTF-8: then it is not a text with damage, but something else.
+class DamageCeiling:
+    """Counts the damaged lines of a file that is read leniently, and refuses one that is damaged as a whole.
 
-    Raises:
-        MixMoEError: More than a tenth of the lines are damaged (of a few lines: more than half).
+    Args:
+        path: The file.
+        damage: What is wrong with the lines, after "5 of its first 9 lines".
     """
-    if damaged > max(_DAMAGED_LINES, number // 10) or 2 * damaged > number:
-        raise MixMoEError(
-            f"{path} is not UTF-8 text: {damaged} of its first {number} lines are something else. Give a text file; "
-            "one in another encoding is converted by iconv -f LATIN1 -t UTF-8, with its encoding's name."
-        )
+
+    def __init__(self, path: str | Path, damage: str) -> None:
+        self._path, self._damage = path, damage
+        self._lines = self._damaged = 0
+
+    def count(self, damaged: bool) -> None:
+        """Count a line.
+
+        Raises:
+            MixMoEError: see `check`; long files are judged before their end.
+        """
+        self._lines += 1
+        self._damaged += damaged
+        if damaged and self._lines >= _LINES_TO_JUDGE:
+            self.check()
+
+    def check(self) -> None:
+        """Judge the lines so far.
+
+        Raises:
+            MixMoEError: More than a tenth of them are damaged (of a few lines: more than half).
+        """
+        if self._damaged > max(_DAMAGED_LINES, self._lines // 10) or 2 * self._damaged > self._lines:
+            raise MixMoEError(f"{self._path}: {self._damaged} of its first {self._lines} lines {self._damage}.")
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -137,14 +160,17 @@ def read_tsv(
             names = ", ".join(header)
             raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {names}: name one of these.")
     places = [header.index(column) for column in columns]
+    ceiling = DamageCeiling(path, f"have another number of columns than the header, which has {len(header)}")
     for number, line in lines:
         cells = line.split("\t")
+        ceiling.count(len(cells) != len(header))
         if len(cells) == len(header):
             yield number, tuple(cells[place] for place in places)
         elif lenient:
             yield number, None
         else:
             raise MixMoEError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}.")
+    ceiling.check()
 
 
 def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:

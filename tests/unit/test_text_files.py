@@ -122,7 +122,7 @@ BINARY = bytes(range(256)) * 40
 def test_mostly_undecodable_text_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "mono.txt").write_bytes(data)
     protocol = Protocol(monolingual={"de": {"train": Source(files=(str(tmp_path / "mono.txt"),))}})
-    with pytest.raises(MixMoEError, match=r"mono.txt is not UTF-8 text: \d+ of its first \d+ lines are something else"):
+    with pytest.raises(MixMoEError, match=r"mono.txt: \d+ of its first \d+ lines are not UTF-8 text: give a text file"):
         prepare(protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -136,6 +136,34 @@ def test_a_little_undecodable_text_is_counted(tmp_path: Path, good: int, bad: in
     protocol = Protocol(monolingual={"de": {"train": Source(files=(str(tmp_path / "mono.txt"),))}})
     counts = prepare(protocol, tmp_path / "out")["files"]["mono.de.train.txt.gz"]["counts"]
     assert counts == {"read": good + bad, "kept": good, "dropped_wrong_encoding": bad}
+
+
+BROKEN = {
+    "p.tsv": (
+        "de\ten\n" + "a\tb\n" * 9 + "a\tb\t0.5\n" * 11,
+        "11 of its first 20 lines have another number of columns",
+    ),
+    "p.jsonl": (
+        '[{"de": "a", "en": "b"},\n' * 20 + '{"de": "a", "en": "b"}\n' * 19,
+        "20 of its first 39 lines are not JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_mostly_broken_table_is_refused(tmp_path: Path, name: str) -> None:
+    text, message = BROKEN[name]
+    (tmp_path / name).write_text(text)
+    protocol = Protocol({"de-en": {"train": Source(files=(str(tmp_path / name),))}})
+    with pytest.raises(MixMoEError, match=f"{name}: {message}"):
+        prepare(protocol, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_blank_lines_of_jsonl_are_passed_over_by_both_readers(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"de": "a", "en": "b"}\n\n  \n{"de": "c", "en": "d"}\n\n')
+    assert list(Source(files=(str(tmp_path / "p.jsonl"),)).rows(("de", "en"))) == [("a", "b"), ("c", "d")]
+    assert [number for number, _ in read_rows(tmp_path / "p.jsonl", ["de"])] == [1, 4]
 
 
 def test_formats_by_name() -> None:

@@ -2,7 +2,8 @@
 
 A source yields rows, each a tuple with one text for each column asked for, or None for a row that cannot be read as
 such a tuple (broken JSON, a wrong number of columns, an empty cell of a Parquet file): the caller counts it. What is
-wrong with the source itself (no such file, no such column, sides of different length) is an error.
+wrong with the source itself (no such file, no such column, sides of different length, mostly damaged lines) is an
+error.
 
 Bytes that are not UTF-8 arrive as lone surrogates (Python's "surrogateescape"): the filters count and drop them.
 """
@@ -21,7 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.data.corpus import read_lines, read_tsv
+from mixmoe_megatron.data.corpus import DamageCeiling, read_lines, read_tsv
 from mixmoe_megatron.data.languages import flores_code
 from mixmoe_megatron.data.preparation.words import typed_fields
 from mixmoe_megatron.data.text_files import format_of
@@ -205,11 +206,17 @@ def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
 
 def _read_jsonl(path: str, columns: list[str]) -> Iterator[Row]:
     def records() -> Iterator[Any]:
+        ceiling = DamageCeiling(path, "are not JSON: JSONL has one object on each line")
         for _, line in read_lines(path, errors="surrogateescape"):
+            if not line.strip():
+                continue
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError:
-                yield None
+                record = None
+            ceiling.count(record is None)
+            yield record
+        ceiling.check()
 
     return _records(records(), columns, path)
 
