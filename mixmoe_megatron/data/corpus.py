@@ -26,10 +26,10 @@ CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 BLANKS = "\t\n"
 #: control characters, and what else str.splitlines breaks at
 _CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+")
-#: Unicode's Default_Ignorable_Code_Point, interlinear annotation marks, and the blank pattern of Braille
+#: Control characters, Unicode's Default_Ignorable_Code_Point, annotation marks, the blank pattern of Braille
 _INVISIBLE = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f"
-    "\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
 _NOT_TEXT = (
     "are not UTF-8 text: give a text file; one in another encoding is converted by iconv -f LATIN1 -t UTF-8, with its "
@@ -205,14 +205,18 @@ def reading(text: str) -> str:
 
     Filters compare this, so that texts which look alike count as equal, and one that looks empty as empty.
     """
-    if not text.isascii():
+    if not (text.isascii() and text.isprintable()):
         text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
-    return " ".join(_CONTROLS.sub(" ", text).split())
+    return " ".join(text.split())
 
 
 def is_utf8(text: str) -> bool:
     """Tell whether a text has no lone surrogate: the trace of bytes that were not UTF-8 ("surrogateescape")."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def has_control_characters(text: str, allowed: str = BLANKS) -> bool:

@@ -94,6 +94,8 @@ def own_processes(world: Path, out: Path) -> dict[str, list[str | Path]]:
         "train": list(training),
         "step": ["tools/benchmark_step.py", "--hf-dir", world / "base", "--batch-size", "1", "--seq-length", "16",
                  "--steps", "1", "--output", out / "bench [1].json"],
+        "layer": ["tools/benchmark_layer.py", "--hidden-size", "64", "--ffn-hidden-size", "256", "--tokens", "16",
+                  "--turns", "1", "--stages", "1", "--backends", "sequential", "--output", out / "läyer.json"],
     }  # fmt: skip
 
 
@@ -109,6 +111,14 @@ def environment(name: str, world: Path, tmp_path: Path) -> dict[str, str]:
     result = {**NOWHERE, "HOME": "" if home == errno.ENOENT else str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     result |= {"TMPDIR": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1", **variables}
     return result | refusing_environment(tmp_path / "site", ROOT, refused, [tmp_path / "oüt [1] x", tmp_path / "cwd"])
+
+
+def test_no_command_is_left_out() -> None:
+    place = Path()
+    swept = {str(words[0]) for words in (commands(place, place) | own_processes(place, place)).values()}
+    assert swept == {
+        str(path.relative_to(ROOT)) for folder in ("tools", CONVERSION) for path in (ROOT / folder).glob("*.py")
+    }
 
 
 @pytest.mark.timeout(600)
