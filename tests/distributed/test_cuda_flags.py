@@ -19,9 +19,8 @@ from tests.helpers.training import checkpoint_tensors, logged, make_tiny_world, 
 
 STEPS = 3
 CLUSTER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-#: name of a run -> what trains, and further flags
-RUNS = {"stage1": (1, ""), "stage2": (2, ""), "dense": (0, "")}
-FUSED_PERMUTATION = {"stage1_permute": (1, "--moe-permute-fusion"), "stage2_permute": (2, "--moe-permute-fusion")}
+#: whether Apex is there -> the stages that train; in stage 0 its kernel computes gradients
+RUNS = {False: (1, 2), True: (1, 2, 0)}
 PARENTS = {0: ("dense_parent", "mono"), 1: ("upcycled", "mono"), 2: ("stage1", "pairs")}
 STAGES = {1: "stage1", 2: "stage2", 0: "dense"}
 
@@ -59,24 +58,22 @@ def check(world: Path, stage: int, save: Path, output: str) -> None:
 
 @pytest.mark.parametrize("apex", [False, True], ids=["no_apex", "apex"])
 def test_without_transformer_engine(world: Path, tmp_path: Path, apex: bool) -> None:
-    for name, (stage, extra) in RUNS.items():
-        words = job_words(world, stage, extra, tmp_path / name)
-        job = run_job(words, 1, tmp_path / f"{name}_logs", prelude=partial(become, h100(False, apex)))
+    for stage in RUNS[apex]:
+        save = tmp_path / STAGES[stage]
+        words = job_words(world, stage, "", save)
+        job = run_job(words, 1, Path(f"{save}_logs"), prelude=partial(become, h100(False, apex)))
         assert ("--no-gradient-accumulation-fusion" in job.output()) != apex
-        check(world, stage, tmp_path / name, job.stdout(0))
+        check(world, stage, save, job.stdout(0))
 
 
 def test_with_transformer_engine(world: Path, tmp_path: Path) -> None:
-    """With and without Apex; and its fused permutation, whose router gradients hang on those of the tokens."""
-    runs = {(name, apex): run for apex in (False, True) for name, run in RUNS.items()}
-    runs |= {(name, False): run for name, run in FUSED_PERMUTATION.items()}
-    jobs, places = [], {}
-    for (name, apex), (stage, extra) in runs.items():
-        places[name, apex] = save = tmp_path / f"{name}_{apex}"
-        jobs.append([job_words(world, stage, extra, save), f"{save}_logs", apex])
+    """With and without Apex; there also its fused permutation, whose router gradients hang on those of the tokens."""
+    runs = [(stage, apex, tmp_path / f"{STAGES[stage]}_{apex}") for apex, stages in RUNS.items() for stage in stages]
+    extra = {False: "", True: "--moe-permute-fusion"}
+    jobs = [[job_words(world, stage, extra[apex], save), f"{save}_logs", apex] for stage, apex, save in runs]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     run_command("-m", "tests.helpers.cuda_machine", tmp_path / "jobs.json")
-    for run, (stage, _) in runs.items():
-        output = Path(f"{places[run]}_logs", "0.out").read_text() + Path(f"{places[run]}_logs", "0.err").read_text()
+    for stage, _, save in runs:
+        output = "".join(Path(f"{save}_logs", name).read_text("utf-8") for name in ("0.out", "0.err"))
         assert "backend te" in output or stage == 0
-        check(world, stage, places[run], output)
+        check(world, stage, save, output)

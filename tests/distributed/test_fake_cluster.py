@@ -266,3 +266,17 @@ def test_other_layouts_of_the_same_model_build(example: dict[str, Any], stage: i
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_same_model_builds_on_one_gpu(example: dict[str, Any], stage: int, tmp_path: Path) -> None:
     check_cluster(example, stage, tmp_path, every_rank=True, other=Layout())
+
+
+def test_under_slurm_each_launcher_has_its_nodes_cpus(tmp_path: Path) -> None:
+    """A job step does not inherit the CPUs of its job."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
+    scontrol.chmod(0o755)
+    variables = {"PRINT": "1", "BASE": "base", "DATA": "data", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "5"}
+    environment = {**os.environ, **variables, "SLURM_CPUS_ON_NODE": "96", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", f"examples/{LARGER[0]}/run.sh", "stage1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    nodes = GPUS[LARGER[0]] // 8
+    assert done.stdout.startswith(f"srun --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96 ")
+    assert "--rdzv-endpoint=node7:29500" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from mixmoe_megatron import machine
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import Machine
+from tests.helpers.forked import ROOT
 
 FULL = Machine("H100", (9, 0), "2.9.0", fused_wgrad=True, flash_attention=True, compiler=True)
 
@@ -164,3 +166,11 @@ def test_compiled_dataset_helpers_are_taken_as_they_are(
     assert (utils.compile_helpers is make) is not compiled
     if compiled:
         assert utils.compile_helpers() is None
+
+
+def test_one_version_of_transformer_engine_is_told_everywhere() -> None:
+    version = re.search(r"==([0-9.]+)'", machine.INSTALL_TRANSFORMER_ENGINE).group(1)
+    assert f'te = ["transformer-engine[pytorch]=={version}"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f"\nVERSION={version} " in (ROOT / "tools/setup_te_environment.sh").read_text("utf-8")
+    for told in (machine.INSTALL_TRANSFORMER_ENGINE, (ROOT / "README.md").read_text("utf-8")):
+        assert "pip install --no-build-isolation" in told
