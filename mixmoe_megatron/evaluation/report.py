@@ -70,6 +70,7 @@ class ReportInputs:
         seconds: Step of the run to its wall-clock seconds; may be empty.
         pair: Such as ``de-en``; the first direction if empty.
         toy: Whether to say on top that the figures are toy-sized.
+        training_dtype: In which the models were trained; empty where it is not known.
         hypotheses_dir: Where the evaluation left its hypotheses, for examples; None shows none.
 
     Raises:
@@ -81,6 +82,7 @@ class ReportInputs:
     seconds: Mapping[str, float] = field(default_factory=dict)
     pair: str = ""
     toy: bool = False
+    training_dtype: str = ""
     hypotheses_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +93,12 @@ class ReportInputs:
         """The language pair, or the languages where nothing was translated."""
         directions = self.evaluation["directions"]
         return self.pair or next(iter(directions), "") or ", ".join(self.evaluation["perplexity"])
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Of ``training``, where it is known, and of ``evaluation``."""
+        training = {"training": self.training_dtype} if self.training_dtype else {}
+        return {**training, "evaluation": self.evaluation["options"]["dtype"]}
 
 
 def build_summary(inputs: ReportInputs) -> dict[str, Any]:
@@ -107,6 +115,7 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
     }
     return {
         "pair": inputs.title,
+        "dtypes": inputs.dtypes,
         "directions": evaluation["directions"],
         "perplexity": {
             language: {system: value["perplexity"] for system, value in systems.items()}
@@ -254,6 +263,7 @@ def render_report(inputs: ReportInputs) -> str:
     parts = [f"# Mix-MoE report: {escape_markdown(inputs.title)}"]
     if inputs.toy:
         parts.append(TOY_NOTE)
+    parts.append("Computed in " + ", ".join(f"{dtype} ({what})" for what, dtype in inputs.dtypes.items()) + ".")
     parts.append("![Scores](scores.png)")
     if evaluation["directions"]:
         parts += _translation_section(inputs)

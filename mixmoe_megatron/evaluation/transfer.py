@@ -236,7 +236,7 @@ def markdown_transfer(matrix: dict[str, Any], *, toy: bool = False) -> str:
     parts = ["# Cross-lingual transfer", *([TOY_NOTE] if toy else [])]
     numbers = {"level": SIGNIFICANT, "segments": MIN_TESTED_SEGMENTS, "cells": cells, "chance": SIGNIFICANT * cells}
     parts.append(_NOTE.format(baseline=escape_markdown(references[0]), **numbers))
-    parts.append(f"Test segments: {counts}.")
+    parts.append(f"Test segments: {counts}. The models computed in {matrix['options']['dtype']}.")
     for reference in references:
         parts += [f"## Mean gain over {escape_markdown(reference)}", _means_table(matrix, reference)]
     for metric, block in matrix["metrics"].items():

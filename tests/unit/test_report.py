@@ -60,7 +60,7 @@ def evaluation() -> dict[str, Any]:
         "routing": {"mixmoe": {"de": routing([0.7, 0.1, 0.1, 0.1]), "en": routing([0.25] * 4)}},
         "routing_of_directions": {"mixmoe": {name: routing([0.4, 0.2, 0.2, 0.2]) for name in directions}},
         "seconds": {"base": {"translate de-en": 1.0}},
-        "options": {"decoding": "greedy", "systems": {"base": "abc"}},
+        "options": {"decoding": "greedy", "dtype": "bfloat16", "systems": {"base": "abc"}},
         "versions": {"python": "3.12"},
         "commit": "0123abc",
     }  # fmt: skip
