@@ -99,7 +99,7 @@ def _train(args: Any, config: Any, metadata: Metadata) -> None:
         with one_sentence(is_over=lambda: hasattr(args, "do_train")):
             pretrain(config, provide_datasets, ModelType.encoder_or_decoder, forward_step)
     except RuntimeError as error:
-        if sentence := not_finite(error, args.save):
+        if sentence := not_finite(error, args):
             raise sentence from error
         raise
     except KeyboardInterrupt:

@@ -94,9 +94,10 @@ CASES: dict[str, tuple[str, str]] = {
         STAGE_1 + " --data-path {world}/mono --expert-model-parallel-size 3",
         "num_experts_per_group=4 is not divisible by expert_model_parallel_size=3",
     ),
+    "train: no save interval": (STAGE_1 + " --data-path {world}/mono", "--save-interval is missing"),
     "train: too few processes": (
-        STAGE_1 + " --data-path {world}/mono --expert-model-parallel-size 2",
-        "Megatron refuses these arguments: it demands: assert",
+        STAGE_1 + " --data-path {world}/mono --save-interval 5 --pipeline-model-parallel-size 2",
+        "Megatron refuses these arguments: world size (1) is not divisible by",
     ),
 }
 
