@@ -83,7 +83,7 @@ def check_schedule(args: Any, saved: dict[str, Any] | None) -> None:
     Raises:
         MixMoEError: names the flags that differ, and those that say which schedule to take.
     """
-    if args.skip_train:
+    if args.skip_train or args.dry_run:
         return
     if args.lr is None:
         raise MixMoEError("--lr is missing: give the learning rate.")

@@ -99,7 +99,7 @@ def _train(args: Any, config: Any, metadata: Metadata) -> None:
         with one_sentence(is_over=lambda: hasattr(args, "do_train")):
             pretrain(config, provide_datasets, ModelType.encoder_or_decoder, forward_step)
     except RuntimeError as error:
-        if sentence := not_finite(error, args.save):
+        if sentence := not_finite(error, args):
             raise sentence from error
         raise
     except KeyboardInterrupt:
@@ -174,7 +174,12 @@ def add_hooks(model_config: Any, args: Any) -> None:
         args: Megatron's validated namespace, options applied.
     """
     from mixmoe_megatron.training.arguments import has_checkpoint
-    from mixmoe_megatron.training.startup import freeze_and_report, guard_first_gradient, load_parent
+    from mixmoe_megatron.training.startup import (
+        freeze_and_report,
+        guard_first_gradient,
+        leave_out_padding_rows,
+        load_parent,
+    )
 
     stage = args.mixmoe_stage
     model_config.transformer.finalize_model_grads_func = guard_first_gradient(stage)
@@ -183,4 +188,5 @@ def add_hooks(model_config: Any, args: Any) -> None:
     resumes = args.load is not None and has_checkpoint(Path(args.load))
     if not resumes:
         model_config.pre_wrap_hooks.append(load_parent(Path(args.init_from), stage))
+    model_config.pre_wrap_hooks.append(leave_out_padding_rows(args.vocab_size))
     model_config.pre_wrap_hooks.append(freeze_and_report(stage, dry_run=args.dry_run))

@@ -102,21 +102,21 @@ def where_to_go_on(save: str | None) -> str:
     return f"{newest} in {save} is saved, and the same command goes on from there"
 
 
-def not_finite(error: RuntimeError, save: str | None) -> MixMoEError | None:
+def not_finite(error: RuntimeError, args: Any) -> MixMoEError | None:
     """Return the sentence for a loss or gradient that is not a finite number; None for another error.
 
     Args:
         error: raised while training.
-        save: --save.
+        args: Megatron's namespace: save, and the steps done, curr_iteration.
     """
-    found = re.search(r"Rank (\d+), .*iteration (\d+): Unexpected result (\S+) \(message='(.*)'\)", str(error))
+    found = re.search(r"Rank (\d+), .*: Unexpected result (\S+) \(message='(.*)'\)", str(error))
     if found is None:
         return None
-    rank, iteration, value, what = found.groups()
+    rank, value, what = found.groups()
     return MixMoEError(
-        f"iteration {iteration} on rank {rank}: {what} ({value}). The learning rate may be too high (--lr, a longer "
-        "--lr-warmup-iters, --clip-grad), or the weights that the run began with may hold values that are not finite "
-        f"(hf_to_mixmoe.py --check-finite tells); {where_to_go_on(save)}."
+        f"iteration {args.curr_iteration + 1} on rank {rank}: {what} ({value}). The learning rate may be too high "
+        "(--lr, a longer --lr-warmup-iters, --clip-grad), or the weights that the run began with hold such values "
+        f"(hf_to_mixmoe.py --check-finite tells); {where_to_go_on(args.save)}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -77,6 +78,36 @@ def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChu
 
 def _is_mt(key: str) -> bool:
     return ".router.mt." in key or ".mt_experts." in key
+
+
+def leave_out_padding_rows(vocab_size: int) -> Callable[[ModelChunks], ModelChunks]:
+    """A pre-wrap hook that keeps rows which a layout or a flag adds to the vocabulary out of the softmax.
+
+    They are zero and frozen: each would count as a token of logit 0, and the loss would depend on their number.
+
+    Args:
+        vocab_size: rows of the model.
+
+    Returns:
+        A function of the model chunks, which it returns.
+    """
+
+    def hook(chunks: ModelChunks) -> ModelChunks:
+        for chunk in chunks:
+            if (layer := getattr(chunk, "output_layer", None)) is None:
+                continue  # another pipeline stage
+            width = layer.output_size_per_partition
+            rows = max(0, vocab_size - width * mpu.get_tensor_model_parallel_rank())
+            if rows < width:
+                layer.register_forward_hook(functools.partial(_lower_logits, rows))
+        return chunks
+
+    return hook
+
+
+def _lower_logits(rows: int, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+    logits = output[0]  # [S, B, vocabulary of this rank]
+    logits[..., rows:] = torch.finfo(logits.dtype).min
 
 
 def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], ModelChunks]:

@@ -3,8 +3,8 @@
 What is compared is each trained tensor's gradient: Adam's first moment after some steps, a mean of clipped gradients.
 Rounding to bfloat16 moves it by some percent (noise, measured against float32). Where N processes take sums in another
 order, they round otherwise, and both may be that far from float32: twice the noise, 6 to 8 %, is allowed between them.
-A sum that is forgotten moves a gradient by about its own size, as the planted errors show. Every token visits all experts
-of a group: else roundings change a token's expert here and there, and the noise is 10 to 30 %.
+A sum that is forgotten moves a gradient by about its own size, as the planted errors show. Every token visits all
+experts of a group: else roundings change a token's expert here and there, and the noise is 10 to 30 %.
 """
 
 from __future__ import annotations

@@ -11,8 +11,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from mixmoe_megatron.data.tokenizers import Prompt, TextTokenizer, check_tokenizer_fits_model, open_tokenizer
+from mixmoe_megatron.data.tokenizers import (
+    Prompt,
+    TextTokenizer,
+    check_tokenizer_fits_model,
+    count_ids,
+    open_tokenizer,
+)
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import Metadata, write_metadata
 from tests.helpers.tiny_tokenizers import KINDS, make_tokenizer
 
 
@@ -40,6 +47,52 @@ def test_ids_and_sizes(tokenizers: dict[str, TextTokenizer]) -> None:
     assert llama.adds_prefix_space and not bpe.adds_prefix_space
     assert {"<s>", "</s>"} <= set(llama.special_tokens)
     assert llama.spells_special_token("about </s> tags") and not llama.spells_special_token("about s tags")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["none", "added token", "named token", "sentencepiece alone"])
+def test_ids_are_counted_without_transformers(
+    tokenizers: dict[str, TextTokenizer], tmp_path: Path, kind: str, change: str
+) -> None:
+    """A token that is only named, and stands in no vocabulary, gets an id of its own."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tokenizers[kind].directory, folder)
+    expected = tokenizers[kind].vocab_size
+    if change == "added token":
+        hf = open_tokenizer(folder).hf
+        expected += hf.add_tokens(["<one>", "<two>"])
+        hf.save_pretrained(folder)
+    elif change == "named token":
+        shutil.rmtree(folder)
+        expected += 1
+        edit_config(tokenizers[kind].directory, folder, pad_token="<fill>")
+    elif change == "sentencepiece alone":
+        if kind != "sentencepiece":
+            (folder / "tokenizer.json").write_text("[]")
+            with pytest.raises(MixMoEError, match="does not hold a JSON object"):
+                count_ids(folder)
+            return
+        (folder / "tokenizer.json").unlink()
+    assert count_ids(folder) == expected
+    assert change == "sentencepiece alone" or open_tokenizer(folder).vocab_size == expected
+    assert count_ids(tmp_path) is None
+
+
+def test_a_tokenizer_beside_a_model_with_fewer_rows(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
+    """A Hugging Face directory, or the tokenizer directory of a checkpoint."""
+    ids = tokenizers["bpe"].vocab_size
+    folder = shutil.copytree(tokenizers["bpe"].directory, tmp_path / "run" / "tokenizer")
+    for rows in (ids, ids - 1):
+        metadata = Metadata("dense", None, {"vocab_size": rows}, {})
+        write_metadata(tmp_path / "run", metadata)
+        (folder / "config.json").unlink(missing_ok=True)
+        for _ in range(2):
+            if rows == ids:
+                open_tokenizer(folder)
+            else:
+                with pytest.raises(MixMoEError, match=f"has {ids} ids but the model's embedding has only {rows} rows"):
+                    open_tokenizer(folder)
+            (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
 
 
 def test_padding_id_falls_back_to_eos(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
