@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import json
 import logging
 import os
 import select
+import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,6 +52,7 @@ def run_command(command: Callable[[], None]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal lacks are spelled out
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _find_room_for_code()
         command()
         if sys.stdout is not None:  # closed by who started the command
             sys.stdout.flush()
@@ -75,6 +79,25 @@ def run_command(command: Callable[[], None]) -> int:
 def _show_traceback() -> None:
     if os.environ.get("MIXMOE_TRACEBACK") == "1":
         traceback.print_exc()
+
+
+def _find_room_for_code() -> None:
+    """Let transformers keep the code of models in a temporary folder where Hugging Face's cache cannot be written.
+
+    Few commands run such code: where there is no temporary folder either, the others do their work all the same.
+    """
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    try:
+        cache = Path(os.environ.get("HF_MODULES_CACHE") or Path(home, "modules")).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except (OSError, RuntimeError):  # the latter: nobody knows of a home
+        writable = False
+    if not writable:
+        with suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="mixmoe_modules_")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            os.environ["HF_MODULES_CACHE"] = folder
 
 
 def _reader_is_gone() -> bool:

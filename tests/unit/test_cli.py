@@ -63,6 +63,27 @@ def test_output_to_a_full_disk(lines: int, unbuffered: str) -> None:
     assert done.stderr == message
 
 
+CODE_CACHE = """
+import os, sys
+from mixmoe_megatron.cli import run_command
+sys.exit(run_command(lambda: print(os.environ.get("HF_MODULES_CACHE"))))
+"""
+
+
+def test_models_code_has_a_place_without_a_writable_home(tmp_path: Path) -> None:
+    """What a file stands in the way of cannot be written, by root neither."""
+    (tmp_path / "file").touch()
+    (tmp_path / "scratch").mkdir()
+    places = {"HF_HOME": "", "XDG_CACHE_HOME": "", "HF_MODULES_CACHE": ""}
+    done = run(CODE_CACHE, **places, HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path / "scratch"))
+    assert done.stdout.startswith(os.fsencode(tmp_path / "scratch" / "mixmoe_modules_")) and done.stderr == b""
+    assert list((tmp_path / "scratch").iterdir()) == [], "it goes with the process"
+    (tmp_path / "home").mkdir()
+    done = run(CODE_CACHE, **places, HOME=str(tmp_path / "home"))
+    assert done.stdout == b"\n"
+    assert (tmp_path / "home" / ".cache" / "huggingface" / "modules").is_dir()
+
+
 def test_closed_output() -> None:
     done = run(PRINTING.format(lines=1), ">&-")
     assert (done.returncode, done.stderr) == (0, b"")
