@@ -3,11 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup hooks quickstart protocol interference transfer test test-all test-distributed
-.PHONY: test-te test-bridge test-transformers5 lint format clean clean-venv
+.PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
 WORKERS ?= 2
+GPU_JOBS ?= 2
+N ?= 2
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -49,6 +51,15 @@ test-te: setup  ## structure tests of the Transformer Engine path, in .venv-te (
 test-bridge: setup  ## Megatron-Bridge on exported models, in .venv-bridge (made, with .venv-te, when missing); no GPU
 	@tools/setup_te_environment.sh
 	@tools/test_bridge.sh
+
+test-gpu: setup  ## one GPU, ten minutes: what needs CUDA, row by row, runs/gpu_report.json; DEVICE=cpu without one
+	@.venv/bin/python -m tests.gpu.run --jobs $(GPU_JOBS)
+
+test-gpus: setup  ## N processes equal one on NCCL: N=2 GPUs
+	@DEVICE=cuda .venv/bin/python -m pytest tests/distributed/test_n_equals_one.py -k "$(N)-processes" --durations 15
+
+gpu-packages:  ## what `python -m tests.gpu.run` needs on a machine that has only torch and transformers
+	@cat tests/gpu/packages.txt
 
 lint: setup  ## ruff, format check, mypy
 	@.venv/bin/ruff check .

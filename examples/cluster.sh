@@ -18,7 +18,7 @@ OUT="${OUT:-runs/$NAME}" PRESET="${PRESET:-recommended}"
 STAGE1_STEPS="${STAGE1_STEPS:-10000}" STAGE2_STEPS="${STAGE2_STEPS:-131250}"
 LANGUAGES="cs de ru tr zh fi et"  # each with English, both ways
 PYTHON="${PYTHON:-.venv/bin/python}" PER_NODE=8 NODES=$((GPUS / 8))
-export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" PYTHONPATH="$PWD"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" PYTHONPATH="$PWD"
 
 run() { if [ -n "${PRINT:-}" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 
@@ -30,7 +30,8 @@ make() {
 launch() { # one launcher on each node
   local slurm=() master="${MASTER:-localhost}"
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    slurm=(srun --ntasks="$NODES" --ntasks-per-node=1)
+    # A step does not inherit its job's CPUs: without the number each launcher and its eight ranks would share one.
+    slurm=(srun --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}")
     master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   fi
   run "${slurm[@]}" "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$PER_NODE" \

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
+import select
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,24 +36,35 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command; turn user mistakes into one sentence on stderr.
+    """Run a command; turn user mistakes into one sentence on stderr. What it prints is shown on any terminal.
 
     Args:
         command: The command's body.
 
     Returns:
-        The exit status: 0 done, 2 bad input or a full disk, 130 interrupted. Any other exception is a defect and
-        propagates.
+        The exit status: 0 done (also when a reader such as `head` wants no more of the output), 2 bad input or what the
+        system refuses (a full disk, a file that cannot be written), 130 interrupted. Any other exception is a defect
+        and propagates. With MIXMOE_TRACEBACK=1 in the environment, what gives status 2 shows its traceback too.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal lacks are spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
-    except (MixMoEError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if sys.stdout is not None:  # closed by who started the command
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        _drop_output()
+    except MixMoEError as error:
+        _show_traceback()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        sys.stderr.write(f"error: {error}: make room and start the same command again.\n")
+        _show_traceback()
+        remedy = ": make room and start the same command again." if error.errno in _NO_SPACE else ""
+        sys.stderr.write(f"error: {' '.join(str(error).split())}{remedy}\n")
+        _drop_output()
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"interrupted{interrupt}\n")
@@ -58,9 +72,34 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+def _show_traceback() -> None:
+    if os.environ.get("MIXMOE_TRACEBACK") == "1":
+        traceback.print_exc()
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether stdout is a pipe that nobody reads any more."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Let what was printed and cannot be written go; Python would complain of it at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[TextIO]:
     """Open a text file (UTF-8) to be written atomically: a reader, or a crash, sees the old file or the whole new one.
+
+    What UTF-8 cannot say, the odd bytes of a file's name, is spelled out as JSON does.
 
     Args:
         path: The file to write; its directory must exist.
@@ -71,7 +110,7 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import logging
 import os
 import time
 import types
@@ -22,26 +21,7 @@ from typing import Any
 
 import torch
 
-from mixmoe_megatron.errors import MixMoEError
-
-logger = logging.getLogger(__name__)
-
-SUPPORTED_MEGATRON = "0.19."
-
-#: Megatron flags that a machine without CUDA needs. They come before the user's, which therefore win.
-CPU_MODE_ARGUMENTS = (
-    "--distributed-backend gloo",
-    "--transformer-impl local",
-    "--attention-backend unfused",
-    "--no-gradient-accumulation-fusion",
-    "--no-masked-softmax-fusion",
-    "--no-bias-swiglu-fusion",
-    "--no-bias-dropout-fusion",
-    "--no-rope-fusion",
-    "--no-persist-layer-norm",
-    "--disable-jit-fuser",
-    "--use-cpu-initialization",
-)
+from mixmoe_megatron.machine import check_megatron_version
 
 _FACTORIES = (
     "tensor", "as_tensor", "zeros", "ones", "empty", "empty_like", "full", "rand", "randn", "randint", "arange", "eye",
@@ -89,11 +69,6 @@ def is_cpu_mode() -> bool:
     return bool(getattr(torch.cuda, "_mixmoe_cpu_mode", False))
 
 
-def cpu_mode_arguments() -> list[str]:
-    """Megatron command-line flags that a run without CUDA needs, to be put before the user's own."""
-    return [word for flag in CPU_MODE_ARGUMENTS for word in flag.split()]
-
-
 def enable_cpu_mode() -> bool:
     """Make stock Megatron run on this machine's CPU over gloo. Idempotent; inert when CUDA is available.
 
@@ -101,13 +76,13 @@ def enable_cpu_mode() -> bool:
         True when CPU mode is on after the call, False when CUDA is there and nothing was touched.
 
     Raises:
-        MixMoEError: the installed megatron-core is not the version that CPU mode was written for.
+        MixMoEError: the installed megatron-core is not the supported one.
     """
     if torch.cuda.is_available():
         return False
     if is_cpu_mode():
         return True
-    _check_megatron_version()
+    check_megatron_version()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron demands it for tensor parallelism
     # Transformer Engine's choice; Megatron refuses one that is not --attention-backend's.
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
@@ -118,8 +93,6 @@ def enable_cpu_mode() -> bool:
     _replace_tensor_methods()
     _replace_megatron_functions()
     torch.cuda._mixmoe_cpu_mode = True  # type: ignore[attr-defined]
-    if int(os.environ.get("RANK", "0")) == 0:
-        logger.info("no CUDA device: CPU mode is on (stock Megatron over gloo; %s)", " ".join(CPU_MODE_ARGUMENTS))
     return True
 
 
@@ -133,16 +106,6 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
-
-
-def _check_megatron_version() -> None:
-    from megatron.core import __version__
-
-    if not __version__.startswith(SUPPORTED_MEGATRON):
-        raise MixMoEError(
-            f"CPU mode supports megatron-core {SUPPORTED_MEGATRON}x, found {__version__}: "
-            "install megatron-core>=0.19.2,<0.20 or run on a machine with CUDA."
-        )
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -287,7 +250,6 @@ def _replace_megatron_functions() -> None:
         _reduce_scatter_along_first_dim=_reduce_scatter_uneven(mappings._reduce_scatter_along_first_dim),
     )
     replace("core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_numpy_if_asked)
-    replace("core.datasets.utils", compile_helpers=_always(None))  # the wheel holds the compiled helpers
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.async_utils").PersistentAsyncCaller
     writer.async_loop = staticmethod(_async_loop)
     with warnings.catch_warnings():

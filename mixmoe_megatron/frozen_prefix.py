@@ -18,8 +18,8 @@ Each pipeline stage (and virtual stage) decides by its own layers' global number
 the first MoE layer owes the stage before it a gradient: it is zero, and the hook after the block sends zeros without
 computing anything. Layers above the first MoE layer are untouched: gradients must pass through them.
 
-With fp8 or fp4, CPU offloading or CUDA graphs, whose contexts belong to the block, no layer is run ahead; there the
-hook only makes the input require grad.
+With fp8 or fp4 or CPU offloading, whose contexts belong to the block, no layer is run ahead; there the hook only makes
+the input require grad.
 """
 
 from __future__ import annotations
@@ -68,10 +68,7 @@ class MixMoETransformerLayer(TransformerLayer):
         if self.mode != "first" or not torch.is_grad_enabled():
             return super()._forward_attention(hidden_states, *args, **kwargs)
         with torch.no_grad():
-            hidden_states, context = super()._forward_attention(hidden_states.detach(), *args, **kwargs)
-        if self.config.recompute_granularity == "selective" and "moe" in (self.config.recompute_modules or []):
-            hidden_states = hidden_states.detach().requires_grad_()  # the checkpoint around the MoE layer needs it
-        return hidden_states, context
+            return super()._forward_attention(hidden_states.detach(), *args, **kwargs)
 
 
 def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None) -> None:
@@ -103,7 +100,7 @@ def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None
 
 
 def _can_run_ahead(config: TransformerConfig) -> bool:
-    return not (config.fp8 or config.fp4 or config.cpu_offloading or config.cuda_graph_impl != "none")
+    return not (config.fp8 or config.fp4 or config.cpu_offloading)
 
 
 def _before_block(decoder: TransformerBlock, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -40,7 +40,7 @@ class Metadata:
         parent: {"path", "stage", "weights_xxh128"} of what this was made from; None if it was made from nothing.
         versions: package name -> version at the time of writing.
         created_by: the command that wrote it.
-        data: what it was trained on so far, {"stage", "prefix", "kind", "tokens", "manifest_sha256"} of each file.
+        data: what it was trained on so far, {"stage", "prefix", "kind", "tokens", "manifest_sha256", "order"} a file.
         format_version: of this file.
     """
 

@@ -62,6 +62,15 @@ class MixMoELayer(MoELayer):
             name=name,
             **kwargs,
         )
+        self.needs_input_gradient = _needs_input_gradient(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the layer, [S, B, H] -> ([S, B, H], no bias). Further arguments are Megatron's."""
+        if self.needs_input_gradient and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        return super().forward(hidden_states, *args, **kwargs)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the 1-based number of the layer, which is told when it is known."""
@@ -84,3 +93,14 @@ class MixMoELayer(MoELayer):
             for (name, lm), (mt_name, mt) in zip(source.named_parameters(), target.named_parameters(), strict=True):
                 assert name == mt_name
                 mt.copy_(lm)
+
+
+def _needs_input_gradient(config: TransformerConfig) -> bool:
+    """Whether the layer's own gradients hang on that of its input, which the first MoE layer, above frozen ones, lacks.
+
+    Asking for it costs that layer the gradient of its input, which nothing below uses.
+    """
+    # A checkpoint runs its backward pass only when one of its inputs wants a gradient.
+    recomputes = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
+    # Transformer Engine up to 2.14 permutes the gradient of the probs only where it permutes that of the tokens.
+    return recomputes or config.moe_permute_fusion

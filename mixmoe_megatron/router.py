@@ -153,8 +153,9 @@ class MixMoERouter(TopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn logits, [S, B, E] float32 in logical order, into `forward`'s result. Attaches the aux losses."""
         k = self.options.topk_per_group
-        scores = logits.reshape(-1, self.stage, self.options.num_experts_per_group).softmax(dim=-1)  # [T, G, n]
-        chosen = scores.topk(k, dim=-1).indices
+        logits = logits.reshape(-1, self.stage, self.options.num_experts_per_group)  # [T, G, n]
+        scores = logits.softmax(dim=-1)
+        chosen = logits.topk(k, dim=-1).indices  # not of the probabilities: several of them underflow to the same 0
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
         valid = None if padding_mask is None else ~padding_mask.reshape(-1)
         probs = self._scale(scores, routing_map, valid)

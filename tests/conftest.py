@@ -15,6 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU from this process and all that it starts, unless tests/gpu alone is run: the rest is for the CPU."""
+    if not config.args or not all("tests/gpu" in str(argument) for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Give each test the same random numbers, in whatever order and on whatever worker it runs."""

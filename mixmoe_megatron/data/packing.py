@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixmoe_megatron.data.parallel import KEPT_EPOCHS, ParallelDataset
+from mixmoe_megatron.data.parallel import KEPT_EPOCHS, ParallelDataset, padded_width
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -122,7 +122,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
 
 
 def padding_shares(
-    lengths: np.ndarray, order: np.ndarray, micro_batch_size: int, seq_length: int
+    lengths: np.ndarray, order: np.ndarray, micro_batch_size: int, seq_length: int, pad_multiple: int = 1
 ) -> tuple[float, float, float]:
     """Return which share of the places in an epoch's micro-batches no token takes, 0 .. 1, in three ways.
 
@@ -131,39 +131,48 @@ def padding_shares(
         order: [N] integers, the documents as they come.
         micro_batch_size: Documents of one micro-batch.
         seq_length: The model's sequence length.
+        pad_multiple: As `parallel.collate`'s.
 
     Returns:
-        Every document padded to seq_length; each micro-batch padded to its longest document; packs padded to seq_length
-        (the most that they ever are).
+        Every document padded to seq_length; each micro-batch padded as `parallel.collate` does; packs padded to
+        seq_length (the most that they ever are).
     """
     tokens = int(lengths.sum())
     _, bounds = pack_lengths(lengths, seq_length)
     missing = -len(order) % micro_batch_size
     rows = np.append(lengths[order], [0] * missing).reshape(-1, micro_batch_size)
-    padded = int(rows.max(axis=1).sum()) * micro_batch_size - int(rows[-1].max()) * missing
+    widths = np.minimum(-(-rows.max(axis=1) // pad_multiple) * pad_multiple, seq_length)
+    padded = int(widths.sum()) * micro_batch_size - int(widths[-1]) * missing
     places = (len(lengths) * seq_length, padded, (len(bounds) - 1) * seq_length)
     full, grouped, packed = (1 - tokens / number for number in places)
     return full, grouped, packed
 
 
 def collate_packs(
-    packs: Sequence[dict[str, Any]], *, pad_id: int, pad_multiple: int = 1, length: int | None = None
+    packs: Sequence[dict[str, Any]],
+    *,
+    pad_id: int,
+    pad_multiple: int = 1,
+    max_length: int | None = None,
+    pad_to_max: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Lay packs end to end as one row; bind the options with functools.partial for a DataLoader.
 
     Args:
         packs: Samples of `PackedDataset`.
         pad_id: Fills tokens and labels behind the last pack, a document of its own with loss_mask 0.
-        pad_multiple: S is a multiple of this (tensor-parallel size for sequence parallelism).
-        length: None: as many tokens as there are; else S.
+        pad_multiple, max_length, pad_to_max: As `parallel.collate`'s, for the row.
 
     Returns:
         tokens, labels, position_ids: [1, S] int64. loss_mask: [1, S] float32. padding_mask: [1, S] bool, True where
         there is padding.
+
+    Raises:
+        MixMoEError: As `parallel.padded_width`.
     """
     row = {key: np.concatenate([pack[key] for pack in packs]) for key in packs[0]}
     tokens = len(row["tokens"])
-    missing = -tokens % pad_multiple if length is None else length - tokens
+    missing = padded_width(tokens, pad_multiple, max_length, pad_to_max) - tokens
     row["padding_mask"] = np.zeros(tokens, dtype=bool)
     fill = {"tokens": pad_id, "labels": pad_id, "loss_mask": 0, "padding_mask": True}
     tails = {key: np.full(missing, value, row[key].dtype) for key, value in fill.items()}

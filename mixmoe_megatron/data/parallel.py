@@ -7,15 +7,16 @@ A sample is a whole document x = prompt + target + EOS, never cut: tokens are x[
 the target's first, and EOS is predicted too. With `loss_on="all"` every position counts.
 
 The order is an endless stream of epochs, each a permutation of all documents. An epoch's permutation is cut into
-buckets of `GROUPS_PER_BUCKET * group_size` samples; a bucket is sorted by length and cut into groups of `group_size`
-samples; all groups of the epoch are shuffled. So `group_size` consecutive samples have similar lengths and little is
-padded (the one group on the border of two epochs is left as it comes). Each epoch holds each document once, and the
-order depends on the seed, the documents and `group_size` alone: not on the rank, the worker or the number of samples
-asked for (a longer run begins like a shorter one).
+buckets of `GROUPS_PER_BUCKET * GROUP_SIZE` samples; a bucket is sorted by length and cut into groups of `GROUP_SIZE`
+samples; all groups of the epoch are shuffled. So consecutive samples have similar lengths and little is padded (the one
+group on the border of two epochs is left as it comes). Each epoch holds each document once, and the order depends on
+the seed and the documents alone: not on the batch size, the rank, the worker or the number of samples asked for. A run
+that goes on with another batch size takes up where it stopped, and a longer run begins like a shorter one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from mixmoe_megatron.data.storage import read_manifest
 from mixmoe_megatron.errors import MixMoEError
 
+#: How many consecutive samples have similar lengths: those of a step, or of a few. Never the batch size of a run, which
+#: may go on with another one.
+GROUP_SIZE = 64
 GROUPS_PER_BUCKET = 64
 KEPT_EPOCHS = 2
 
@@ -39,8 +43,7 @@ class ParallelDataset(torch.utils.data.Dataset):
         num_samples: Length of the dataset: train_iters * global_batch_size, documents repeat epoch-wise. None: one
             epoch.
         seed: Seed of the order.
-        group_size: How many consecutive samples have similar lengths: micro_batch_size * data_parallel_size, or the
-            global batch size for an order that does not depend on the number of processes.
+        group_size: Deprecated and not read: the order no longer depends on the batch size.
         max_length: The model's sequence length; None: no limit.
         loss_on: "target": target and EOS count; "all": every label counts.
         shuffle: False: the documents in file order, again and again, not grouped by length.
@@ -59,18 +62,19 @@ class ParallelDataset(torch.utils.data.Dataset):
         num_samples: int | None = None,
         *,
         seed: int = 0,
-        group_size: int = 1,
+        group_size: int | None = None,
         max_length: int | None = None,
         loss_on: Literal["target", "all"] = "target",
         shuffle: bool = True,
     ) -> None:
-        if group_size < 1 or (num_samples is not None and num_samples < 1):
-            raise MixMoEError(f"num_samples ({num_samples}) and group_size ({group_size}) must be 1 or more.")
+        if group_size is not None:
+            warnings.warn("group_size is not read: the order does not depend on it", DeprecationWarning, stacklevel=2)
+        if num_samples is not None and num_samples < 1:
+            raise MixMoEError(f"num_samples must be 1 or more, not {num_samples}.")
         if loss_on not in ("target", "all"):
             raise MixMoEError(f"loss_on must be 'target' or 'all', not '{loss_on}'.")
         self.prefixes = [prefixes] if isinstance(prefixes, str | Path) else list(prefixes)
-        self.seed, self.group_size = seed, group_size
-        self.loss_on, self.shuffle = loss_on, shuffle
+        self.seed, self.loss_on, self.shuffle = seed, loss_on, shuffle
         self.manifests = _read_manifests(self.prefixes)
         self.directions = sorted({name for manifest in self.manifests for name in manifest["directions"]})
         self._files = [_open_documents(prefix) for prefix in self.prefixes]
@@ -138,15 +142,15 @@ class ParallelDataset(torch.utils.data.Dataset):
         if epoch not in self._orders:
             if len(self._orders) >= KEPT_EPOCHS:
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = epoch_order(self.lengths, epoch, self.seed, self.group_size)
+            self._orders[epoch] = epoch_order(self.lengths, epoch, self.seed)
         return self._orders[epoch]
 
 
-def epoch_order(lengths: np.ndarray, epoch: int, seed: int, group_size: int) -> np.ndarray:
+def epoch_order(lengths: np.ndarray, epoch: int, seed: int, group_size: int = GROUP_SIZE) -> np.ndarray:
     """Shuffle the documents of one epoch in groups of similar length.
 
-    Groups are counted through the whole stream of epochs, so that they stay aligned to steps when the number of
-    documents is no multiple of group_size.
+    Groups are counted through the whole stream of epochs, so that they stay aligned to the steps of a batch size that
+    divides group_size when the number of documents is no multiple of it.
 
     Args:
         lengths: [N] integers, the documents' lengths in tokens.
@@ -184,8 +188,7 @@ def collate(
     Args:
         samples: Samples of `ParallelDataset`.
         pad_id: Fills tokens and labels behind a sample; these positions have loss_mask 0 and padding_mask True.
-        pad_multiple: S is a multiple of this (tensor-parallel size for sequence parallelism), unless max_length cuts
-            the rounding short.
+        pad_multiple: S is a multiple of this, unless max_length cuts the rounding short.
         max_length: S is never more.
         pad_to_max: S is max_length, whatever the samples (fixed shapes, for pipeline parallelism).
 
@@ -197,13 +200,7 @@ def collate(
         MixMoEError: A sample is longer than max_length, or pad_to_max comes without max_length.
     """
     longest = max(len(sample["tokens"]) for sample in samples)
-    if max_length is not None and longest > max_length:
-        raise MixMoEError(f"A sample has {longest} tokens, more than the sequence length {max_length}.")
-    if pad_to_max and max_length is None:
-        raise MixMoEError("pad_to_max needs max_length.")
-    width = -(-longest // pad_multiple) * pad_multiple
-    if max_length is not None:
-        width = max_length if pad_to_max else min(width, max_length)
+    width = padded_width(longest, pad_multiple, max_length, pad_to_max)
     shape = (len(samples), width)
     batch = {
         "tokens": torch.full(shape, pad_id, dtype=torch.int64),
@@ -218,6 +215,22 @@ def collate(
             batch[key][row, :length] = torch.from_numpy(sample[key])
         batch["padding_mask"][row, :length] = False
     return batch
+
+
+def padded_width(tokens: int, pad_multiple: int, max_length: int | None, pad_to_max: bool) -> int:
+    """Return how wide a row of so many tokens is made; the arguments are `collate`'s.
+
+    Raises:
+        MixMoEError: There are more tokens than max_length, or pad_to_max comes without max_length.
+    """
+    if max_length is not None and tokens > max_length:
+        raise MixMoEError(f"A sample has {tokens} tokens, more than the sequence length {max_length}.")
+    if pad_to_max:
+        if max_length is None:
+            raise MixMoEError("pad_to_max needs max_length.")
+        return max_length
+    width = -(-tokens // pad_multiple) * pad_multiple
+    return width if max_length is None else min(width, max_length)
 
 
 def _read_manifests(prefixes: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,9 @@ from mixmoe_megatron.errors import MixMoEError
 
 FORMAT_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".json")
+#: Of P.idx: magic, version, code of the dtype, sequences, documents + 1. There follow each sequence's length (int32)
+#: and place in P.bin (int64), where documents end (int64), and each sequence's mode (int8) if it has one.
+_INDEX_HEADER, _INDEX_MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\x00\x00"
 
 
 class TokenFileWriter:
@@ -129,9 +133,36 @@ def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]
         raise MixMoEError(f"{prefix}.json has format version {version}, this program reads {FORMAT_VERSION}.")
     if (size := os.path.getsize(f"{prefix}.bin")) != expected:
         raise MixMoEError(f"{prefix}.bin has {size} bytes where its manifest says {expected}; copy or build it again.")
+    _check_index(f"{prefix}.idx", manifest)
     if kind is not None and found != kind:
         raise MixMoEError(f"{prefix} holds {found} data where {kind} data is needed.")
     return manifest
+
+
+def _check_index(path: str, manifest: dict[str, Any]) -> None:
+    """Check that P.idx is whole: Megatron would fail in its middle, or read what is not there.
+
+    Raises:
+        MixMoEError: Its size, or where the last document ends, is not what the manifest's documents and tokens give.
+    """
+    documents, tokens, itemsize = manifest["documents"], manifest["tokens"], np.dtype(manifest["dtype"]).itemsize
+    with open(path, "rb") as stream:
+        magic, version, _, sequences, ends = _INDEX_HEADER.unpack(
+            stream.read(_INDEX_HEADER.size).ljust(_INDEX_HEADER.size)
+        )
+        whole = (magic, version, ends) == (_INDEX_MAGIC, 1, documents + 1)
+        size = _INDEX_HEADER.size + 12 * sequences + 8 * ends
+        if whole and os.path.getsize(path) in (size, size + sequences):
+            last = []
+            for end, width in ((size - 8 * ends - 8 * sequences, 4), (size - 8 * ends, 8), (size, 8)):
+                stream.seek(end - width)
+                last.append(int.from_bytes(stream.read(width), "little"))
+            length, pointer, document_end = last
+            if (pointer + length * itemsize, document_end) == (tokens * itemsize, sequences):
+                return
+    raise MixMoEError(
+        f"{path} is not the whole index of the {documents} documents that its manifest tells; copy or build it again."
+    )
 
 
 def check_same_tokenizer(prefix: str | Path, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBE_TEXT = "Grüße, 世界! 123 \tČeština\nüks öö"
+
+
+class Prompt(str):
+    """A text of which some parts may spell special tokens and mean them; those in the other parts are plain text.
+
+    Attributes:
+        parts: Each part, and whether its special tokens are meant; joined they are the text.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+
+    def __new__(cls, *parts: tuple[str, bool]) -> Prompt:
+        """Join the parts."""
+        prompt = super().__new__(cls, "".join(text for text, _ in parts))
+        prompt.parts = parts
+        return prompt
+
+    def __add__(self, text: str) -> Prompt:
+        """Append plain text."""
+        return Prompt(*self.parts, (text, False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +50,9 @@ class TextTokenizer:
         bos_id: The id the tokenizer puts before every text, None when it adds none.
         pad_id: The padding id; eos_id when the tokenizer names none (padding is masked everywhere).
         adds_prefix_space: Whether a text's first word is encoded as if a space stood before it (sentencepiece).
-        special_tokens: Strings that the tokenizer turns into control ids wherever they stand in a text.
+        special_tokens: Every string with a control id.
+        inseparable_tokens: Those that become control ids even where they are plain text, for they are not marked as
+            special in the tokenizer's files; empty for a tokenizer that is in order.
     """
 
     hf: Any
@@ -38,9 +63,10 @@ class TextTokenizer:
     pad_id: int
     adds_prefix_space: bool
     special_tokens: tuple[str, ...]
+    inseparable_tokens: tuple[str, ...]
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Encode texts.
+        """Encode texts; a special token that is spelled out is plain text, save where a `Prompt` means it.
 
         Args:
             texts: Any number of texts.
@@ -49,17 +75,44 @@ class TextTokenizer:
         Returns:
             Token ids, one list a text.
         """
-        if not texts:
-            return []
-        return _encode(self.hf, list(texts), add_special_tokens)
+        plain: list[int] = []
+        control: list[int] = []
+        mixed: list[int] = []
+        for place, text in enumerate(texts):
+            spelled = {meant for part, meant in getattr(text, "parts", ()) if self.spells_special_token(part)}
+            (mixed if len(spelled) == 2 else control if spelled == {True} else plain).append(place)
+        ids = dict(zip(plain, _encode(self.hf, [texts[place] for place in plain], add_special_tokens), strict=True))
+        as_control = _encode(self.hf, [texts[place] for place in control], add_special_tokens, plain=False)
+        ids |= zip(control, as_control, strict=True)
+        ids |= {place: self._encode_parts(cast(Prompt, texts[place]), add_special_tokens) for place in mixed}
+        return [ids[place] for place in range(len(texts))]
+
+    def _encode_parts(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        """Encode a prompt that means some special tokens and quotes others, piece by piece between the former."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        ids = [self.bos_id] if add_special_tokens and self.bos_id is not None else []
+        text = ""
+        for part, meant in prompt.parts:
+            for piece in special.split(part) if meant else [part]:
+                if meant and piece in self.special_tokens:
+                    ids += [*_encode(self.hf, [text], False)[0], self.hf.convert_tokens_to_ids(piece)]
+                    text = ""
+                else:
+                    text += piece
+        return ids + _encode(self.hf, [text], False)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids to text, leaving special tokens out and spaces as they are."""
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def holds_special_token(self, text: str) -> bool:
-        """Tell whether a text spells out a special token, which would be encoded as that control id."""
+    def spells_special_token(self, text: str) -> bool:
+        """Tell whether a text spells out a special token."""
         return any(token in text for token in self.special_tokens)
+
+    def holds_control_token(self, text: str) -> bool:
+        """Tell whether a text would be encoded with a control id in it, see `inseparable_tokens`."""
+        return any(token in text for token in self.inseparable_tokens)
 
     def describe(self) -> dict[str, Any]:
         """Return what a data manifest records: sizes, ids and a fingerprint of the tokenizer's behaviour."""
@@ -91,7 +144,8 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         directory: A directory with Hugging Face tokenizer files; sentencepiece models (Llama) included.
 
     Raises:
-        MixMoEError: No tokenizer there, it cannot be read, it has no EOS, or it ends every text with a token.
+        MixMoEError: No tokenizer there, it cannot be read, it has no EOS, it ends every text with a token, or it has
+            more ids than the model that it lies beside has rows.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -109,7 +163,8 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         raise MixMoEError(
             f"The tokenizer in {directory} has no end-of-sequence token; set eos_token in tokenizer_config.json."
         )
-    return TextTokenizer(
+    special_tokens = _special_tokens(hf)
+    tokenizer = TextTokenizer(
         hf=hf,
         directory=directory,
         vocab_size=max(hf.get_vocab().values()) + 1,
@@ -117,8 +172,15 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         bos_id=_added_bos(hf, directory),
         pad_id=hf.eos_token_id if hf.pad_token_id is None else hf.pad_token_id,
         adds_prefix_space=_adds_prefix_space(hf),
-        special_tokens=_special_tokens(hf),
+        special_tokens=special_tokens,
+        inseparable_tokens=tuple(
+            token for token in special_tokens if hf.convert_tokens_to_ids(token) in _encode(hf, [token], False)[0]
+        ),
     )
+    rows = _rows_of_model(directory)
+    if rows is not None:
+        check_tokenizer_fits_model(tokenizer, rows)
+    return tokenizer
 
 
 def check_tokenizer_fits_model(
@@ -128,17 +190,14 @@ def check_tokenizer_fits_model(
 
     Args:
         tokenizer: The tokenizer.
-        vocab_size: Rows of the model's token embedding (a larger embedding is fine: it may be padded).
+        vocab_size: Rows of the model's token embedding, as trained: those that a layout adds do not count. A model with
+            more rows than ids is fine.
         eos_ids: The model's end-of-sequence ids (config.json or generation_config.json), None to skip the check.
 
     Raises:
         MixMoEError: Some ids have no embedding row, or the model does not stop at the tokenizer's EOS.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise MixMoEError(
-            f"The tokenizer in {tokenizer.directory} has {tokenizer.vocab_size} ids but the model's embedding has only "
-            f"{vocab_size} rows; use the tokenizer that belongs to this model."
-        )
+    check_number_of_ids(f"The tokenizer in {tokenizer.directory}", tokenizer.vocab_size, vocab_size)
     if eos_ids is not None and tokenizer.eos_id not in eos_ids:
         raise MixMoEError(
             f"The tokenizer in {tokenizer.directory} ends a text with id {tokenizer.eos_id} but the model's "
@@ -146,9 +205,88 @@ def check_tokenizer_fits_model(
         )
 
 
-def _encode(hf: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """Encode texts with a transformers tokenizer, without its length warning."""
-    return hf(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+def check_number_of_ids(name: str, ids: int, rows: int) -> None:
+    """Check that each id of a tokenizer has a row in the model's embedding.
+
+    Args:
+        name: What the message begins with: of the tokenizer.
+        ids: Its highest id plus one.
+        rows: Of the embedding, as trained.
+
+    Raises:
+        MixMoEError: There are more ids than rows.
+    """
+    if ids > rows:
+        raise MixMoEError(
+            f"{name} has {ids} ids but the model's embedding has only {rows} rows; use the tokenizer that belongs to "
+            "this model."
+        )
+
+
+def count_ids(directory: str | Path) -> int | None:
+    """Return the highest id plus one that a tokenizer's files give, as `open_tokenizer` does, without transformers.
+
+    Args:
+        directory: A directory that may hold tokenizer files.
+
+    Raises:
+        MixMoEError: A file cannot be read.
+    """
+    directory = Path(directory)
+    whole, slow, config = (
+        _read_object(directory / name) for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+    )
+    vocabulary = (whole.get("model") or {}).get("vocab") or slow
+    names = vocabulary if isinstance(vocabulary, dict) else {piece[0]: id for id, piece in enumerate(vocabulary)}
+    if not names and (directory / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        names = {pieces.IdToPiece(id): id for id in range(len(pieces))}
+    if not names:
+        return None
+    names = {**names, **{token["content"]: token["id"] for token in whole.get("added_tokens") or ()}}
+    names |= _read_object(directory / "added_tokens.json")
+    names |= {token["content"]: int(id) for id, token in (config.get("added_tokens_decoder") or {}).items()}
+    special = {**config, **_read_object(directory / "special_tokens_map.json")}
+    named = [special.get(name) for name in _NAMED_TOKENS]
+    texts = {token.get("content") if isinstance(token, dict) else token for token in named if token}
+    return max(names.values()) + 1 + len(texts - names.keys())  # a token that is only named gets an id of its own
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is no file.
+
+    Raises:
+        MixMoEError: It is not one.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MixMoEError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise MixMoEError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def _rows_of_model(directory: Path) -> int | None:
+    """Return the vocabulary of the model that a tokenizer lies beside: a Hugging Face one, or a checkpoint's."""
+    rows = _read_object(directory / "config.json").get("vocab_size")
+    if rows is None and (directory.parent / METADATA_FILE).is_file():
+        rows = read_metadata(directory.parent).megatron_args.get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def _encode(hf: Any, texts: Sequence[str], add_special_tokens: bool, plain: bool = True) -> list[list[int]]:
+    """Encode texts with a transformers tokenizer, without its length warning; plain: special tokens are text."""
+    if not texts:
+        return []
+    hf.split_special_tokens = plain
+    return hf(
+        [str(text) for text in texts], add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )["input_ids"]
 
 
 def _added_bos(hf: Any, directory: Path) -> int | None:

@@ -21,6 +21,7 @@ from mixmoe_megatron.evaluation.perplexity import (
     pad_right,
     split_windows,
 )
+from mixmoe_megatron.evaluation.progress import Progress
 
 GROUP_NAMES = ("lm", "mt")
 
@@ -77,10 +78,11 @@ def group_sums(logits: torch.Tensor, num_groups: int, top_k: int) -> tuple[torch
         counts: [G, n] float64, how often an expert was chosen. probs: [G, n] float64, summed probabilities.
         top_probs: [G] float64, summed highest probabilities.
     """
-    probs = logits.float().unflatten(-1, (num_groups, -1)).softmax(dim=-1).double()
-    top = probs.topk(top_k, dim=-1)
-    counts = torch.zeros_like(probs).scatter_(-1, top.indices, 1.0).sum(dim=0)
-    return counts, probs.sum(dim=0), top.values[..., 0].sum(dim=0)
+    logits = logits.float().unflatten(-1, (num_groups, -1))
+    probs = logits.softmax(dim=-1).double()
+    chosen = logits.topk(top_k, dim=-1).indices
+    counts = torch.zeros_like(probs).scatter_(-1, chosen, 1.0).sum(dim=0)
+    return counts, probs.sum(dim=0), probs.amax(dim=-1).sum(dim=0)
 
 
 def _group_routing(counts: torch.Tensor, probs: torch.Tensor, top_probs: torch.Tensor, tokens: int) -> GroupRouting:
@@ -115,14 +117,17 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
         raise MixMoEError("There is no text to route.")
     sequences = [piece for ids in encoded for piece in split_windows(ids, loaded.start_id, window)]
     sums: dict[int, tuple[torch.Tensor, ...]] = {}
-    for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
-        input_ids, mask = pad_right([sequences[index] for index in batch], loaded.tokenizer.pad_id, loaded.device)
-        output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
-        mask[:, 0] = 0  # context only: already counted, or no token of the text
-        kept = mask.flatten().bool()
-        for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
-            new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
-            sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
+    with Progress(f"{loaded.name} routing", len(sequences), work=tokens, unit="texts") as progress:
+        for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
+            input_ids, mask = pad_right([sequences[index] for index in batch], loaded.tokenizer.pad_id, loaded.device)
+            output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+            mask[:, 0] = 0  # context only: already counted, or no token of the text
+            kept = mask.flatten().bool()
+            for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
+                new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
+                sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
+            read = sum(len(sequences[index]) - 1 for index in batch)
+            progress.advance(len(batch), read, read)
     layers = {
         str(layer): {
             name: _group_routing(sums[layer][0][group], sums[layer][1][group], sums[layer][2][group], tokens)

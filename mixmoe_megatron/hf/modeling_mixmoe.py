@@ -72,10 +72,11 @@ class MixMoERouter(nn.Module):
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = functional.linear(hidden_states.float(), self.weight.float(), bias)
-        probs = logits.unflatten(-1, (self.num_groups, -1)).softmax(dim=-1)
-        top_k_probs, top_k_index = probs.topk(self.top_k, dim=-1)
+        groups = logits.unflatten(-1, (self.num_groups, -1))
+        top_k_index = groups.topk(self.top_k, dim=-1).indices  # not of probabilities: several underflow to the same 0
+        top_k_probs = groups.softmax(dim=-1).gather(-1, top_k_index)
         weights = self.factor * (top_k_probs if self.prob_scaling else torch.ones_like(top_k_probs))
-        first_expert = torch.arange(self.num_groups, device=logits.device)[:, None] * probs.shape[-1]
+        first_expert = torch.arange(self.num_groups, device=logits.device)[:, None] * groups.shape[-1]
         return logits, weights.flatten(-2), (top_k_index + first_expert).flatten(-2)
 
 
@@ -155,8 +156,7 @@ def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
 def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
     """Tell whether torch's grouped GEMM takes these tensors: bfloat16, compute capability 9 (H100), rows of 16 bytes.
 
-    Below 9 it raises (torch up to 2.8) or copies offsets to the host, which no graph can capture; above 9 experts
-    without tokens get wrong gradients (pytorch issue 172439). On a CPU it is no faster than one GEMM per expert.
+    Below, no graph captures it; above, experts without tokens get wrong gradients (pytorch issue 172439).
     """
     return (
         _grouped_mm is not None
@@ -202,14 +202,14 @@ def router_aux_loss(
         [G] float32.
     """
     logits = torch.stack([layer.float().to(router_logits[0].device) for layer in router_logits])
-    probs = logits.unflatten(-1, (num_groups, -1)).softmax(dim=-1)  # [layers, T, G, n]
-    num_experts = probs.shape[-1]
-    routed = functional.one_hot(probs.topk(top_k, dim=-1).indices, num_experts).sum(dim=-2).to(probs.dtype)
+    logits = logits.unflatten(-1, (num_groups, -1))  # [layers, T, G, n]
+    probs = logits.softmax(dim=-1)
+    routed = functional.one_hot(logits.topk(top_k, dim=-1).indices, probs.shape[-1]).sum(dim=-2).to(probs.dtype)
     counts = torch.ones_like(probs[0, :, 0, 0]) if attention_mask is None else attention_mask.flatten().to(probs)
     num_tokens = counts.sum().clamp(min=1)
     token_share = torch.einsum("t,ltgn->lgn", counts, routed) / (num_tokens * top_k)
     mean_prob = torch.einsum("t,ltgn->lgn", counts, probs) / num_tokens
-    return num_experts * (token_share * mean_prob).sum(dim=-1).mean(dim=0)
+    return probs.shape[-1] * (token_share * mean_prob).sum(dim=-1).mean(dim=0)
 
 
 _FAMILIES = {"llama": (llama, "Llama"), "qwen2": (qwen2, "Qwen2")}

@@ -13,7 +13,7 @@ groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per ele
 | attention | s H + 3 t (Q + K) / TP (one tensor of Q + 2 K, rotated Q + K, output Q); trained: + s H |
 | dense FFN | s H + 2 t F / TP; trained: + s H + t F / TP |
 | MoE FFN | 2 s H (first MoE layer: s H) + r (H + 2 f / ETP); trained group: + its rows x f / ETP |
-| output | s H; trained: + s H; logits t P / TP, and 8 bytes for each of them (float32 softmax, gradient) |
+| output | s H; trained: + s H; logits t P / TP, and 4 bytes for each of them (float32 softmax) |
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from mixmoe_megatron.conversion.mappings import Sizes
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 
-_LOGIT_COPIES_BYTES = 8  # float32 softmax, and its gradient
+_LOGIT_COPIES_BYTES = 4  # the float32 softmax, whose place its gradient takes (bfloat16's then takes the logits')
 
 
 def activation_bytes(model: Model, layout: Layout, batch: Batch, pp_rank: int) -> int:

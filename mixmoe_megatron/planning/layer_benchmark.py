@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,12 +221,12 @@ def measure_layer(case: LayerCase, turns: int) -> dict[str, float | None]:
         "flop_floor_seconds": flop_floor,
         "bytes_floor_seconds": bytes_floor,
         "floor_ratio": seconds["layer"] / max(flop_floor, bytes_floor),
-        "host_syncs": _host_syncs(subjects.calls["layer"]) if torch.cuda.is_available() else None,
+        "host_syncs": host_syncs(subjects.calls["layer"]).total() if torch.cuda.is_available() else None,
     }
 
 
-def _host_syncs(call: Callable[[], Any]) -> int:
-    """Count how often the host waits for the GPU in a call."""
+def host_syncs(call: Callable[[], Any]) -> Counter[str]:
+    """Count how often the host waits for the GPU in a call, by the place in the code ("file:line")."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -233,4 +234,5 @@ def _host_syncs(call: Callable[[], Any]) -> int:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    return Counter(f"{warning.filename}:{warning.lineno}" for warning in waits)

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
 from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.cpu_mode import cpu_mode_arguments, is_cpu_mode
+from mixmoe_megatron.conversion.model_sizes import padded_vocab_size
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.machine import this_machine
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
 from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
 
@@ -40,8 +41,18 @@ _DEFAULTS = {
     "moe_aux_loss_coeff": 0.01,
     "expert_tensor_parallel_size": 1,
     "eval_interval": 1000,
+    "rerun_mode": "disabled",  # a loss that is not finite ends the run at once; Megatron would look for a broken GPU
     "moe_token_dispatcher_type": "alltoall",  # exchanges different numbers of tokens; allgather cannot
 }
+#: arguments of the architecture that a run may change: regularisation, and sizes that no weight has
+_FREE = (
+    "attention_dropout",
+    "hidden_dropout",
+    "init_method_std",
+    "max_position_embeddings",
+    "make_vocab_size_divisible_by",
+)
+_MEGATRON_ROTARY_BASE = 10000  # its default
 #: argument that is switched off by a flag of another name
 _OFF_FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 
@@ -113,6 +124,22 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
         The completed command line, and the metadata of the checkpoint that the run starts from or goes on from.
 
     Raises:
+        MixMoEError: as `model_arguments`.
+    """
+    model, metadata = model_arguments(words)
+    return this_machine().flags() + model + words, metadata
+
+
+def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
+    """Return this project's defaults and what the checkpoint determines: sizes, router, vocabulary, tokenizer.
+
+    Args:
+        words: the command line, without the program's name.
+
+    Returns:
+        The flags, and the metadata of the checkpoint that the run starts from or goes on from.
+
+    Raises:
         MixMoEError: no checkpoint is named, it is of the wrong stage, or a number is not one.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -122,6 +149,7 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     early.add_argument("--upcycle-options")
     early.add_argument("--mixmoe-stage", type=int)
     early.add_argument("--padded-vocab-size")
+    early.add_argument("--make-vocab-size-divisible-by", type=int)
     early.add_argument("--tensor-model-parallel-size", type=int, default=1)
     known, _ = early.parse_known_args(words)
     stage = known.mixmoe_stage
@@ -133,13 +161,15 @@ def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     if stage > 0:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
-    divisor = model["make_vocab_size_divisible_by"] * known.tensor_model_parallel_size
-    model.setdefault("padded_vocab_size", -(-model["vocab_size"] // divisor) * divisor)
+    if not isinstance(model["rotary_base"], int):
+        del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
+    multiple = known.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]
+    multiple *= known.tensor_model_parallel_size
+    if multiple < 1:
+        raise MixMoEError("--make-vocab-size-divisible-by and --tensor-model-parallel-size must be 1 or more.")
+    model.setdefault("padded_vocab_size", padded_vocab_size(model["vocab_size"], multiple))
     tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
-    front = _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model})
-    if is_cpu_mode():
-        front = cpu_mode_arguments() + front
-    return front + words, metadata
+    return _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model}), metadata
 
 
 def source_checkpoint(
@@ -196,12 +226,31 @@ def _words(arguments: dict[str, Any]) -> list[str]:
 
 
 def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
-    """Put the recorded Mix-MoE options on Megatron's arguments, from where its config builder takes them by name.
+    """Put what no flag can say on Megatron's arguments, from where its config builder takes it by name.
+
+    That is the recorded Mix-MoE options, and a --rotary-base that is not whole (unless the user gave another).
 
     Raises:
-        MixMoEError: the experts cannot be spread evenly over the expert-parallel ranks.
+        MixMoEError: a flag makes another architecture of it than the recorded one, or the experts cannot be spread
+            evenly over the expert-parallel ranks.
     """
+    base = metadata.megatron_args["rotary_base"]
+    if not isinstance(base, int) and args.rotary_base == _MEGATRON_ROTARY_BASE:
+        args.rotary_base = base
+    _check_architecture_flags(args, metadata)
     if metadata.options is not None:
         for field in dataclasses.fields(MixMoEOptions):
             setattr(args, field.name, metadata.options[field.name])
         check_expert_parallel(args.num_experts_per_group, args.expert_model_parallel_size)
+
+
+def _check_architecture_flags(args: argparse.Namespace, metadata: Metadata) -> None:
+    """Refuse flags that would train another model than the checkpoint's: loading might let it pass, an export not."""
+    for name, recorded in metadata.megatron_args.items():
+        given = getattr(args, name, recorded)
+        if name not in _FREE and given is not None and given != recorded:
+            flag = "--" + name.replace("_", "-")
+            raise MixMoEError(f"{flag} is {recorded} in the checkpoint, not {given}: leave the flag out.")
+    rows, padded = metadata.megatron_args["vocab_size"], getattr(args, "padded_vocab_size", None)
+    if padded is not None and padded < rows:
+        raise MixMoEError(f"--padded-vocab-size {padded} is less than the model's {rows} rows: leave the flag out.")

@@ -1,9 +1,10 @@
-"""Datasets for Megatron: stock GPTDataset for monolingual token files, ParallelDataset for translation pairs."""
+"""Datasets for Megatron: TextDataset for monolingual token files, ParallelDataset for translation pairs."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.training import get_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -21,23 +21,34 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from mixmoe_megatron.data.packing import PackedDataset, collate_packs, padding_shares
 from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
-from mixmoe_megatron.data.tokenizers import check_tokenizer_fits_model, open_tokenizer
+from mixmoe_megatron.data.text import TextDataset, TextTokens, parts_of_split
+from mixmoe_megatron.data.tokenizers import check_number_of_ids, check_tokenizer_fits_model, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
 
 logger = logging.getLogger(__name__)
+_ORDER = 2  # of the documents; in order 1 it depended on the batch size and on the number of steps
+_DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 Splits = tuple[Any, Any, Any]
+
+#: Widths of batches on a GPU are multiples of this. Transformer Engine has cuDNN plan the attention of each width that
+#: it meets, forward and backward, once in a run, and keeps the plans by the exact width. Sentences of 68 tokens on
+#: average, of 8 to 512, in micro-batches of 4 have 323 widths and 0.2% padding; in multiples of 16, 32 widths and 10%;
+#: of 64, 8 widths and 30%, in every step. A CPU plans nothing.
+GPU_WIDTHS = 16
 
 
 def data_prefixes(args: Any) -> list[str]:
     """The path prefixes that the data flags name, blend weights left out.
 
     Raises:
-        MixMoEError: no data flag was given.
+        MixMoEError: no data flag was given, or a weight that is not positive.
     """
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [blend] if blend else [part for part in per_split or [] if part]
     if not blends:
         raise MixMoEError("no training data: give --data-path P (see tools/preprocess_data.py).")
+    if any(weights is not None and not min(weights) > 0 for _, weights in blends):
+        raise MixMoEError("the weights of --data-path must be greater than 0.")
     return [prefix for prefixes, _ in blends for prefix in prefixes]
 
 
@@ -56,8 +67,22 @@ def training_data(args: Any, stage: str) -> list[dict[str, Any]]:
         manifest = read_manifest(prefix)
         digest = hashlib.sha256(Path(f"{prefix}.json").read_bytes()).hexdigest()
         entry = {"stage": stage, "prefix": Path(prefix).name, "kind": manifest["kind"], "tokens": manifest["tokens"]}
-        found.append({**entry, "manifest_sha256": digest})
+        found.append({**entry, "manifest_sha256": digest, "order": _ORDER})
     return found
+
+
+def tell_of_another_order(data: Sequence[dict[str, Any]], stage: str) -> None:
+    """Warn that a run was begun in the order of documents of an earlier version.
+
+    Args:
+        data: of its checkpoint's metadata, see `training_data`.
+        stage: the stage's name.
+    """
+    if any(entry.get("stage") == stage and entry.get("order") != _ORDER for entry in data):
+        logger.warning(
+            "this run was begun by an earlier version, whose documents came in another order: of the epoch that it is "
+            "in some may come twice and some not at all; each later epoch holds each document once"
+        )
 
 
 def data_kind(args: Any) -> str:
@@ -71,25 +96,37 @@ def data_kind(args: Any) -> str:
     kinds = {manifest["kind"] for manifest in manifests}
     if len(kinds) > 1:
         raise MixMoEError(f"--data-path mixes {' and '.join(sorted(kinds))} data: {', '.join(prefixes)}.")
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        check_number_of_ids(f"The tokenizer that made {prefix}", manifest["tokenizer"]["vocab_size"], args.vocab_size)
     if args.tokenizer_type == "HuggingFaceTokenizer":
         tokenizer = open_tokenizer(args.tokenizer_model)
-        check_tokenizer_fits_model(tokenizer, args.padded_vocab_size)
+        check_tokenizer_fits_model(tokenizer, args.vocab_size)
         for prefix, manifest in zip(prefixes, manifests, strict=True):
             check_same_tokenizer(prefix, manifest, tokenizer)
     return kinds.pop()
 
 
 def configure_data(args: Any) -> None:
-    """Set what the kind of data demands of Megatron's arguments. Call before they are validated.
+    """Set what the data demand of Megatron's arguments. Call before they are validated.
 
-    Parallel samples have their own lengths: they come by an own loader ("external").
+    Parallel samples have their own lengths: they come by an own loader ("external"). Without a document for validation
+    there is none.
 
     Raises:
-        MixMoEError: --calculate-per-token-loss with a loss on the target only, or --pack with what it does not go with.
+        MixMoEError: the data are not what the flags ask for, no document is left for training,
+            --calculate-per-token-loss with a loss on the target only, or --pack with what it does not go with.
     """
-    if data_kind(args) != "parallel":
+    if args.dataloader_type == "cyclic":
+        raise MixMoEError(
+            "--dataloader-type cyclic is not supported: its order depends on the batch size; leave it out, documents "
+            "are shuffled anyway."
+        )
+    kind = data_kind(args)
+    _settle_validation(args, kind)
+    if kind != "parallel":
         if args.pack:
             raise MixMoEError("--pack is for parallel data; Megatron packs monolingual data by itself: leave it out.")
+        args.dataloader_type = "single"
         return
     args.dataloader_type = "external"
     if args.pack:
@@ -99,6 +136,34 @@ def configure_data(args: Any) -> None:
             "--calculate-per-token-loss divides the aux losses by the target tokens alone, while they are taken over "
             "all tokens: leave it out, or count the loss on all tokens (--loss-on all)."
         )
+
+
+def _settle_validation(args: Any, kind: str) -> None:
+    """Refuse training without a document; leave validation out without one."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if per_split:
+        if not per_split[0] and not args.skip_train:
+            raise MixMoEError("--train-data-path is missing.")
+        lacking = "" if per_split[1] else "there is no --valid-data-path"
+    elif kind == "parallel":
+        lacking = "--data-path of parallel data is all for training"
+    else:
+        args.split = (args.split or _DEFAULT_SPLIT).replace(" ", "")
+        without = _without_documents(args.split, blend[0])
+        lacking = f"--split {args.split} leaves no document of {', '.join(without[1])}" if without[1] else ""
+        if without[0] and not args.skip_train:
+            raise MixMoEError(f"--split {args.split} leaves no document of {', '.join(without[0])} for training.")
+    if args.eval_iters and lacking:
+        if args.skip_train:
+            raise MixMoEError(f"--skip-train leaves nothing to do: {lacking} for validation.")
+        logger.warning("no validation, and no test: %s (--eval-iters 0 leaves them out)", lacking)
+        args.eval_iters = 0
+
+
+def _without_documents(split: str, prefixes: Sequence[str]) -> list[list[str]]:
+    """For training, validation and test: the files of which --split gives no document to it."""
+    parts = {prefix: parts_of_split(split, read_manifest(prefix)["documents"]) for prefix in prefixes}
+    return [[prefix for prefix in prefixes if not parts[prefix][place]] for place in range(3)]
 
 
 def _check_packing(args: Any) -> None:
@@ -131,7 +196,7 @@ def _pads_to_max(args: Any) -> bool:
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Splits:
-    """Build (train, valid, test) for Megatron's `pretrain`.
+    """Build (train, valid, test) for Megatron's `pretrain`, on every rank (see step.py).
 
     Args:
         num_samples: samples wanted of each split.
@@ -141,6 +206,7 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
         Monolingual: map-style datasets. Parallel: iterators of micro-batches.
     """
     args = get_args()
+    num_samples = _samples_to_the_end(args, num_samples)
     if args.dataloader_type == "external":
         return _parallel_loaders(args, num_samples)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -153,17 +219,40 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=TextTokens(read_manifest(data_prefixes(args)[0])["tokenizer"]["eos_id"]),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), _is_built_here, config)
+    if blend:  # a split without a document is none: Megatron would count its epochs for ever
+        without = _without_documents(args.split, blend[0])
+        config.split_matrix = [
+            None if lacking else part for part, lacking in zip(config.split_matrix, without, strict=True)
+        ]
+    builder = BlendedMegatronDatasetBuilder(TextDataset, num_samples, lambda: True, config)
     train, valid, test = builder.build()
     return train, valid, test
+
+
+def _samples_to_the_end(args: Any, num_samples: Sequence[int]) -> list[int]:
+    """Samples of each split that the run has used or will use, whatever batch sizes it had before.
+
+    Megatron counts (`num_samples`) as if this batch size had been that of all steps. With --train-samples, the steps
+    are set to those that the samples left are enough for.
+    """
+    train, valid, test = num_samples
+    if args.skip_train or args.step_batch_size_schedule is not None:
+        return [train, valid, test]
+    if args.train_samples:
+        left = args.train_samples - args.consumed_train_samples
+        args.train_iters = args.iteration + left // args.global_batch_size
+    else:
+        train = args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size
+    evaluations = args.train_iters // args.eval_interval - args.iteration // args.eval_interval + 1
+    valid = args.consumed_valid_samples + evaluations * args.eval_iters * args.eval_global_batch_size
+    return [train, valid, test]
 
 
 def _weighted(blend: Any) -> Any:
@@ -173,29 +262,22 @@ def _weighted(blend: Any) -> Any:
     return blend[0], [float(read_manifest(prefix)["tokens"]) for prefix in blend[0]]
 
 
-datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: every rank calls the provider
-
-
-def _is_built_here() -> bool:
-    """Only tensor-parallel rank 0 reads data; it broadcasts to its group."""
-    return mpu.get_tensor_model_parallel_rank() == 0
-
-
 def _parallel_loaders(args: Any, num_samples: Sequence[int]) -> Splits:
     """Iterators over padded micro-batches; the training one goes on from the samples already consumed."""
-    if not _is_built_here():
-        return None, None, None
     blend, per_split = get_blend_and_blend_per_split(args)
     parts = list(per_split) if per_split else [blend, None, None]
     consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
+    sizes = [args.micro_batch_size, args.eval_micro_batch_size, args.eval_micro_batch_size]
     loaders: list[Iterator[Any] | None] = []
-    for part, wanted, used in zip(parts, num_samples, consumed, strict=True):
-        loaders.append(_parallel_loader(args, part, wanted, used) if part and wanted else None)
+    for part, wanted, used, size in zip(parts, num_samples, consumed, sizes, strict=True):
+        loaders.append(_parallel_loader(args, part, wanted, used, size) if part and wanted else None)
     train, valid, test = loaders
     return train, valid, test
 
 
-def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+def _parallel_loader(
+    args: Any, blend: Any, num_samples: int, consumed: int, micro_batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
     prefixes, weights = blend
     if weights is not None:
         raise MixMoEError("parallel data takes no blend weights: give the prefixes alone in --data-path.")
@@ -203,7 +285,6 @@ def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> 
         prefixes,
         num_samples,
         seed=args.seed,
-        group_size=args.global_batch_size,
         max_length=args.seq_length,
         loss_on=args.loss_on,
     )
@@ -212,7 +293,7 @@ def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> 
     sampler = MegatronPretrainingSampler(
         total_samples=num_samples,
         consumed_samples=consumed,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         data_parallel_rank=mpu.get_data_parallel_rank(),
         data_parallel_size=mpu.get_data_parallel_world_size(),
     )
@@ -222,26 +303,36 @@ def _parallel_loader(args: Any, blend: Any, num_samples: int, consumed: int) -> 
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=_collate_function(args),
+        collate_fn=_collate_function(args, micro_batch_size),
     )
     return iter(loader)
 
 
-def _collate_function(args: Any) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """What makes a micro-batch of samples, its width one that this layout can split."""
+def _collate_function(
+    args: Any, micro_batch_size: int
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """What makes a micro-batch of samples."""
+    function, samples_of_a_row = (collate_packs, micro_batch_size) if args.pack else (collate, 1)
+    return partial(
+        function,
+        pad_id=open_tokenizer(Path(args.tokenizer_model)).eos_id,
+        pad_multiple=_pad_multiple(args),
+        max_length=samples_of_a_row * args.seq_length,
+        pad_to_max=_pads_to_max(args),
+    )
+
+
+def _pad_multiple(args: Any) -> int:
+    """What the width of a micro-batch is a multiple of: this layout can split it, and a GPU sees few widths."""
     tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
-    multiple, to_max = tensor_parallel * context_parallel, _pads_to_max(args)
-    pad_id = open_tokenizer(Path(args.tokenizer_model)).eos_id
-    if args.pack:
-        length = args.micro_batch_size * args.seq_length if to_max else None
-        return partial(collate_packs, pad_id=pad_id, pad_multiple=multiple, length=length)
-    return partial(collate, pad_id=pad_id, pad_multiple=multiple, max_length=args.seq_length, pad_to_max=to_max)
+    return math.lcm(tensor_parallel * context_parallel, GPU_WIDTHS if torch.cuda.is_available() else 1)
 
 
 def _log_padding(args: Any, documents: ParallelDataset) -> None:
-    order = epoch_order(documents.lengths, 0, args.seed, args.global_batch_size)
-    full, grouped, packed = padding_shares(documents.lengths, order, args.micro_batch_size, args.seq_length)
+    order = epoch_order(documents.lengths, 0, args.seed)
+    sizes = (args.micro_batch_size, args.seq_length, _pad_multiple(args))
+    full, grouped, packed = padding_shares(documents.lengths, order, *sizes)
     logger.info(
         "%s: share of padding, %d documents of %.0f tokens: %.1f%% when all are padded to %d tokens, %.1f%% in "
         "micro-batches of %d of similar lengths, at most %.1f%% packed; this run: %s",

@@ -1,7 +1,7 @@
 """Training straight from a Hugging Face directory, and Hugging Face directories beside the checkpoints of a run.
 
 Both give what the commands of checkpoints_conversion give. On the way in nothing is written: each rank reads the bytes
-of its own parts of the tensors, a part at a time, and upcycles those.
+of its own parts of the tensors, a part at a time, and upcycles those; data-parallel replicas share the reading out.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.training import training
 from torch import Tensor
 
-from mixmoe_megatron.conversion.hf_config import read_hf_config
+from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 from mixmoe_megatron.conversion.hf_import import ImportRequest, PreparedImport, read_hf_model
 from mixmoe_megatron.conversion.megatron_checkpoint import LAYER, TRACKER_FILE
@@ -32,8 +33,9 @@ CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix
 
 
 def is_hf_directory(directory: str | Path) -> bool:
-    """Whether a directory is a Hugging Face model and not a Megatron checkpoint."""
-    return (Path(directory) / "config.json").is_file() and not (Path(directory) / TRACKER_FILE).is_file()
+    """Whether a directory is a Hugging Face model, or an adapter, and not a Megatron checkpoint."""
+    is_hf = any((Path(directory) / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE))
+    return is_hf and not (Path(directory) / TRACKER_FILE).is_file()
 
 
 def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None) -> PreparedImport:
@@ -67,34 +69,61 @@ def _parse_options(text: str | None) -> MixMoEOptions:
     return MixMoEOptions.from_preset(values.pop("preset", "recommended"), **values)
 
 
-def load_from_hf(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Tensor]:
-    """Return this rank's values of a sharded state dict, as `dist_checkpointing.load` does for a checkpoint.
+class HfLoadStrategy:
+    """Reads parts of tensors from a Hugging Face directory, as Megatron's load strategies do from a checkpoint.
 
     Args:
-        state: of a model chunk; objects (`_extra_state`) are left out.
         plan: the model's tensors by per-layer name, from `open_hf_start`.
-
-    Raises:
-        MixMoEError: the plan lacks a tensor, or a weight file is damaged.
     """
-    tensors = {tensor.name: tensor for tensor in plan}
 
-    def values(part: ShardedTensor) -> Tensor:
+    def __init__(self, plan: list[LazyTensor]):
+        self._tensors = {tensor.name: tensor for tensor in plan}
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = "") -> Any:
+        """Return the values of the ShardedTensors in a state dict.
+
+        Args:
+            sharded_state_dict: nested; ShardedTensors alone.
+            checkpoint_dir, async_strategy: Megatron's, not needed.
+
+        Raises:
+            MixMoEError: the plan lacks a tensor, or a weight file is damaged.
+        """
+        return dict_list_map_outplace(self._read, sharded_state_dict)
+
+    def _read(self, part: ShardedTensor) -> Tensor:
         name, region = part.key, part.global_slice()
         if name.startswith("decoder.layers.") and not LAYER.match(name):  # layers stacked along the first axis
             name, region = f"decoder.layers.{region[0]}.{name.removeprefix('decoder.layers.')}", region[1:]
-        if name not in tensors:
+        if name not in self._tensors:
             raise MixMoEError(f"the Hugging Face model lacks what makes {name}.")
-        found = tensors[name].part(region).to(part.dtype)
+        found = self._tensors[name].part(region).to(part.dtype)
         if found.shape == part.local_shape:
             return found.contiguous()
+        if not part.allow_shape_mismatch:
+            raise MixMoEError(
+                f"{name} has the shape {list(self._tensors[name].shape)} in the Hugging Face model, which is not what "
+                "this run asks for: leave flags that change the model's sizes out."
+            )
         padded = torch.zeros(part.local_shape, dtype=part.dtype)  # vocabulary rows that tensor parallelism adds
         padded[: found.shape[0]] = found
         return padded
 
+
+def load_from_hf(state: dict[str, Any], plan: list[LazyTensor], replicas: Any) -> dict[str, Tensor]:
+    """Return this rank's values of a sharded state dict, as `dist_checkpointing.load` does for a checkpoint.
+
+    Args:
+        state: of a model chunk; objects (`_extra_state`) are left out.
+        plan: as HfLoadStrategy's.
+        replicas: the process group whose ranks share out the reading of what several of them need.
+
+    Raises:
+        MixMoEError: the plan lacks a tensor, or a weight file is damaged.
+    """
     tensor_state = {key: value for key, value in state.items() if not isinstance(value, ShardedObject)}
     wanted, _, factories = load_preprocess(tensor_state)
-    loaded = dict_list_map_outplace(values, wanted)
+    loaded = FullyParallelLoadStrategyWrapper(HfLoadStrategy(plan), replicas).load(wanted, Path())
     return apply_factory_merges(loaded, factories)
 
 

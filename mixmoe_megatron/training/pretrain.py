@@ -6,13 +6,14 @@ import logging
 import os
 import socket
 import sys
-import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.machine import order_device_queues, prepare_megatron
+from mixmoe_megatron.metadata import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +25,20 @@ def main() -> None:
         MixMoEError: a wrong checkpoint, data file or option; one sentence.
     """
     stand_alone_environment()
+    order_device_queues(sys.argv[1:])
     enable_cpu_mode()
+    prepare_megatron()
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
-        from megatron.training import pretrain
         from megatron.training.arguments import parse_args
         from megatron.training.global_vars import set_global_variables
 
-    from megatron.core.enums import ModelType
-
     from mixmoe_megatron.training.arguments import STAGE_NAMES, add_mixmoe_args, apply_options, complete_arguments
-    from mixmoe_megatron.training.datasets import configure_data, datasets_provider, training_data
-    from mixmoe_megatron.training.hf_directories import export_after_saves, is_hf_directory
-    from mixmoe_megatron.training.resume import mend_optimizers
-    from mixmoe_megatron.training.saving import check_start, is_finished, secure_saving, where_to_go_on
-    from mixmoe_megatron.training.startup import prepare_save_directory
-    from mixmoe_megatron.training.step import forward_step
-    from mixmoe_megatron.training.throughput import install_metrics
+    from mixmoe_megatron.training.datasets import configure_data, tell_of_another_order
+    from mixmoe_megatron.training.going_on import check_schedule, is_finished, saved_run
+    from mixmoe_megatron.training.refusals import check_loggers, one_sentence
+    from mixmoe_megatron.training.saving import check_start
+    from mixmoe_megatron.training.startup import check_save_directory
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         parse_args(add_mixmoe_args)  # prints the flags and exits
@@ -50,24 +48,60 @@ def main() -> None:
     apply_options(args, metadata)
     if not args.dry_run:
         configure_data(args)
-    config = checked_config(args)  # only then is anything written
-    set_global_variables(args)
-    source = Path(args.tokenizer_model)
-    source = source if is_hf_directory(source) else source.parent
+    config = checked_config(args)
+    check_loggers(args)
+    check_save_directory(args.save, args.mixmoe_stage)
+    with one_sentence():
+        set_global_variables(args, build_tokenizer=False)
     if args.rank == 0:
         check_start(args)
-    if is_finished(args):
-        logger.info("--load %s holds iteration %d: nothing is left to train", args.load, args.train_iters)
+    saved = saved_run(args)
+    if saved is not None and is_finished(args, saved):
+        logger.info("--load %s holds iteration %d: nothing is left to train", args.load, saved["iteration"])
         return
-    if args.rank == 0 and not args.dry_run:
-        data = training_data(args, STAGE_NAMES[args.mixmoe_stage])
-        prepare_save_directory(args.save, source, metadata, args.mixmoe_stage, data)
+    check_schedule(args, saved)
+    if saved is not None and args.rank == 0:
+        tell_of_another_order(metadata.data, STAGE_NAMES[args.mixmoe_stage])
+    _train(args, config, metadata)
+
+
+def _train(args: Any, config: Any, metadata: Metadata) -> None:
+    """Hand over to Megatron, with what this project changes in it."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from mixmoe_megatron.training.arguments import STAGE_NAMES, has_checkpoint
+    from mixmoe_megatron.training.datasets import datasets_provider, training_data
+    from mixmoe_megatron.training.hf_directories import export_after_saves
+    from mixmoe_megatron.training.refusals import one_sentence
+    from mixmoe_megatron.training.resume import mend_optimizers
+    from mixmoe_megatron.training.saving import not_finite, secure_saving, where_to_go_on
+    from mixmoe_megatron.training.startup import prepare_save_directory
+    from mixmoe_megatron.training.step import forward_step
+    from mixmoe_megatron.training.throughput import install_metrics
+
+    source = Path(args.load if args.load and has_checkpoint(Path(args.load)) else args.init_from)
+    data = [] if args.dry_run else training_data(args, STAGE_NAMES[args.mixmoe_stage])
+
+    def provide_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
+        """Build the data, which is the last that may be refused; only then is anything written."""
+        splits = datasets_provider(num_samples, vp_stage)
+        if args.rank == 0:
+            prepare_save_directory(args.save, source, metadata, args.mixmoe_stage, data)
+        return splits
+
+    provide_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it
     install_metrics(args)
     mend_optimizers()
     secure_saving(args)
     export_after_saves(args)
     try:
-        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+        with one_sentence(is_over=lambda: hasattr(args, "do_train")):
+            pretrain(config, provide_datasets, ModelType.encoder_or_decoder, forward_step)
+    except RuntimeError as error:
+        if sentence := not_finite(error, args):
+            raise sentence from error
+        raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f": {where_to_go_on(args.save)}." if args.rank == 0 else "") from None
 
@@ -98,17 +132,13 @@ def checked_config(args: Any) -> Any:
 
     from mixmoe_megatron.training.datasets import has_variable_lengths
     from mixmoe_megatron.training.layouts import check_layout
+    from mixmoe_megatron.training.refusals import one_sentence
 
     check_layout(args)
-    try:
+    with one_sentence():
         validate_args(args, {})
         args.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and has_variable_lengths(args)
         return build_config(args)
-    except MixMoEError:
-        raise
-    except (AssertionError, ValueError) as error:
-        reason = str(error) or f"it demands: {traceback.extract_tb(error.__traceback__)[-1].line}"
-        raise MixMoEError(f"Megatron refuses these arguments: {' '.join(reason.split())}") from error
 
 
 def build_config(args: Any) -> Any:
@@ -144,12 +174,19 @@ def add_hooks(model_config: Any, args: Any) -> None:
         args: Megatron's validated namespace, options applied.
     """
     from mixmoe_megatron.training.arguments import has_checkpoint
-    from mixmoe_megatron.training.startup import freeze_and_report, guard_first_gradient, load_parent
+    from mixmoe_megatron.training.startup import (
+        freeze_and_report,
+        guard_first_gradient,
+        leave_out_padding_rows,
+        load_parent,
+    )
 
     stage = args.mixmoe_stage
     model_config.transformer.finalize_model_grads_func = guard_first_gradient(stage)
     model_config.rope_scaling_factor = args.rope_scaling_factor
+    model_config.rotary_base = args.rotary_base
     resumes = args.load is not None and has_checkpoint(Path(args.load))
     if not resumes:
         model_config.pre_wrap_hooks.append(load_parent(Path(args.init_from), stage))
+    model_config.pre_wrap_hooks.append(leave_out_padding_rows(args.vocab_size))
     model_config.pre_wrap_hooks.append(freeze_and_report(stage, dry_run=args.dry_run))

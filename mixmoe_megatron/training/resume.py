@@ -1,4 +1,4 @@
-"""The optimizer's step in checkpoints: right for torch's Adam, and right on ranks that train nothing.
+"""The optimizer's step and rates in checkpoints: right for torch's Adam, without parameters, with another --lr.
 
 Megatron's fused Adams (Transformer Engine, Apex) keep the step in their parameter groups; torch's keeps it in the state
 of each parameter, as a tensor. megatron-core 0.19.2 takes the step that it saves from rank 0, and is not at home with
@@ -9,6 +9,9 @@ of each parameter, as a tensor. megatron-core 0.19.2 takes the step that it save
   optimizer has none; `_set_main_param_and_optimizer_states` looks for "step" among the loaded tensors, which do not
   hold it; `load_state_dict` gives all parameters the very same step tensor, which then counts every parameter as a
   step and spoils Adam's bias correction without a word.
+
+It also tells parameter groups by their learning rates: a run that goes on with another --lr (which
+--override-opt-param-scheduler is for) finds no group of its own in the checkpoint, and stops.
 
 Source: none in the paper; found by resuming runs with megatron-core 0.19.2. A Megatron that counts, fills or copies by
 itself is not disturbed: what is there is kept.
@@ -21,8 +24,12 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import distrib_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mixmoe_megatron.training.optimizer_kernels import use_torch_kernels
+
+_RATES = ("max_lr", "min_lr")
 
 
 @functools.cache
@@ -31,10 +38,50 @@ def mend_optimizers() -> None:
 
     Works once in a process. Where Megatron uses a fused Adam, only ranks without parameters are touched.
     """
+    use_torch_kernels()
     register_optimizer_step_post_hook(_count_step)
+    _mend_changed_rates()
     if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", True):
         _tell_common_step()
         _mend_distributed_optimizer()
+
+
+def _mend_changed_rates() -> None:
+    filter_groups, optimizer_class = (
+        MegatronOptimizer._filter_and_reorder_param_groups,
+        distrib_optimizer.DistributedOptimizer,
+    )
+    load_state_dict = optimizer_class.load_state_dict
+
+    def filter_groups_by_the_rest(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return filter_groups(current, _with_rates_of(current, saved))
+
+    @functools.wraps(load_state_dict)
+    def load_by_the_rest(self: Any, loaded: dict[str, Any]) -> None:
+        groups = loaded["optimizer"]["param_groups"]
+        loaded["optimizer"]["param_groups"] = _with_rates_of(self.optimizer.param_groups, groups)
+        load_state_dict(self, loaded)
+
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(filter_groups_by_the_rest)
+    optimizer_class.load_state_dict = load_by_the_rest
+
+
+def _with_rates_of(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give saved parameter groups the learning rates of the current ones that are like them in all else, in order."""
+    like: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for group in current:
+        like.setdefault(_identity(group), []).append(group)
+    result = []
+    for group in saved:
+        twins = like.get(_identity(group))
+        twin = twins.pop(0) if twins else group
+        result.append({**group, **{rate: twin[rate] for rate in _RATES if rate in twin}})
+    return result
+
+
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What Megatron tells a group by, its rates left out."""
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys if key not in _RATES)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

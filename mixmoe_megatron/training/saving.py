@@ -4,7 +4,6 @@ What Megatron 0.19.2 does and what is changed here:
 
 - It writes over an iteration that is there already: files of two saves would lie side by side under one `.metadata`.
   The old one is removed first, and the tracker never names it meanwhile.
-- A run that has nothing left to train fails, or saves the iteration that it loaded over itself: it ends in peace.
 - It truncates the tracker file, then writes it: here it is replaced in one step.
 - It starts a helper process for the results even of synchronous saves; a killed rank leaves it running for ever.
   A queue inside the process serves as well, and a run starts seconds sooner.
@@ -20,6 +19,7 @@ import functools
 import logging
 import os
 import queue
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,6 @@ from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.megatron_checkpoint import RELEASE, TRACKER_FILE, iteration_directory
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.training.arguments import has_checkpoint
 from mixmoe_megatron.training.hf_directories import is_hf_directory
 
 logger = logging.getLogger(__name__)
@@ -72,20 +71,6 @@ def _check_optimizer_state(args: Any, iteration: Path) -> None:
         )
 
 
-def is_finished(args: Any) -> bool:
-    """Whether --load holds the last iteration of this run already, so that nothing is left to train.
-
-    Args:
-        args: Megatron's validated namespace.
-    """
-    if args.skip_train or args.ckpt_step or not args.train_iters:
-        return False
-    if args.load is None or not has_checkpoint(Path(args.load)):
-        return False
-    name = iteration_directory(args.load).name
-    return name != RELEASE and int(name.removeprefix("iter_")) >= args.train_iters
-
-
 def secure_saving(args: Any) -> None:
     """Change Megatron's saving as told at the top of this module. Call once, before `pretrain`.
 
@@ -115,6 +100,24 @@ def where_to_go_on(save: str | None) -> str:
     except MixMoEError:
         return "nothing has been saved"
     return f"{newest} in {save} is saved, and the same command goes on from there"
+
+
+def not_finite(error: RuntimeError, args: Any) -> MixMoEError | None:
+    """Return the sentence for a loss or gradient that is not a finite number; None for another error.
+
+    Args:
+        error: raised while training.
+        args: Megatron's namespace: save, and the steps done, curr_iteration.
+    """
+    found = re.search(r"Rank (\d+), .*: Unexpected result (\S+) \(message='(.*)'\)", str(error))
+    if found is None:
+        return None
+    rank, value, what = found.groups()
+    return MixMoEError(
+        f"iteration {args.curr_iteration + 1} on rank {rank}: {what} ({value}). The learning rate may be too high "
+        "(--lr, a longer --lr-warmup-iters, --clip-grad), or the weights that the run began with hold such values "
+        f"(hf_to_mixmoe.py --check-finite tells); {where_to_go_on(args.save)}."
+    )
 
 
 class _Files:

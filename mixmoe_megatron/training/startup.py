@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.training import get_args
 
@@ -17,6 +21,7 @@ from mixmoe_megatron.conversion.fingerprint import weights_xxh128
 from mixmoe_megatron.conversion.hf_files import copy_side_files
 from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
@@ -32,7 +37,8 @@ ModelChunks = list[Any]
 def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChunks]:
     """A pre-wrap hook that fills a fresh model from its parent, under whatever parallel layout this run has.
 
-    Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`).
+    Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`). What several
+    data-parallel ranks need is read by one of them, which sends it to the others.
 
     Args:
         directory: the parent, see `arguments.PARENT_STAGES`; or a Hugging Face directory, see `hf_directories`.
@@ -47,11 +53,16 @@ def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChu
         path = directory if from_hf else iteration_directory(directory)
         plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
         stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
+        replicas = mpu.get_data_parallel_group(with_context_parallel=True)
         for chunk in chunks:
             state = chunk.sharded_state_dict(metadata=stored_as)
             if stage == 2:
                 state = {key: value for key, value in state.items() if not _is_mt(key)}
-            loaded = load_from_hf(state, plan) if from_hf else dist_checkpointing.load(state, str(path))
+            if from_hf:
+                loaded = load_from_hf(state, plan, replicas)
+            else:
+                strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas)
+                loaded = dist_checkpointing.load(state, str(path), strategy)
             missing = [key for key in chunk.load_state_dict(loaded, strict=False).missing_keys if not _is_mt(key)]
             if missing := [key for key in missing if not key.endswith("_extra_state")]:
                 raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
@@ -69,6 +80,36 @@ def _is_mt(key: str) -> bool:
     return ".router.mt." in key or ".mt_experts." in key
 
 
+def leave_out_padding_rows(vocab_size: int) -> Callable[[ModelChunks], ModelChunks]:
+    """A pre-wrap hook that keeps rows which a layout or a flag adds to the vocabulary out of the softmax.
+
+    They are zero and frozen: each would count as a token of logit 0, and the loss would depend on their number.
+
+    Args:
+        vocab_size: rows of the model.
+
+    Returns:
+        A function of the model chunks, which it returns.
+    """
+
+    def hook(chunks: ModelChunks) -> ModelChunks:
+        for chunk in chunks:
+            if (layer := getattr(chunk, "output_layer", None)) is None:
+                continue  # another pipeline stage
+            width = layer.output_size_per_partition
+            rows = max(0, vocab_size - width * mpu.get_tensor_model_parallel_rank())
+            if rows < width:
+                layer.register_forward_hook(functools.partial(_lower_logits, rows))
+        return chunks
+
+    return hook
+
+
+def _lower_logits(rows: int, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+    logits = output[0]  # [S, B, vocabulary of this rank]
+    logits[..., rows:] = torch.finfo(logits.dtype).min
+
+
 def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], ModelChunks]:
     """A pre-wrap hook that freezes what the stage does not train (Table I) and logs what trains.
 
@@ -82,6 +123,8 @@ def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], M
 
     def hook(chunks: ModelChunks) -> ModelChunks:
         freeze_for_stage(chunks, stage)
+        dtype = str(get_args().params_dtype).removeprefix("torch.")
+        _log(training_note(dtype, choose_dtype(AUTO, choose_device())))
         _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
         if stage and get_args().spectral_transform != "none":
             _log(f"routers: {get_args().spectral_transform} folded into their weights; no activation is transformed")
@@ -139,6 +182,26 @@ def _demand_gradient(model: ModelChunks, stage: int) -> None:
         )
 
 
+def check_save_directory(save: str | None, stage: int) -> None:
+    """Check that checkpoints of this run may be written to a directory; writes nothing.
+
+    Args:
+        save: --save, None when nothing is saved.
+        stage: the stage that this run trains.
+
+    Raises:
+        MixMoEError: `save` holds a checkpoint of another stage, or cannot be written to.
+    """
+    if save is None:
+        return
+    directory = Path(save)
+    if (directory / METADATA_FILE).is_file() and (found := read_metadata(directory).stage) != STAGE_NAMES[stage]:
+        raise MixMoEError(f"--save {save} holds a checkpoint of stage {found!r}: choose another directory.")
+    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise MixMoEError(f"--save {save}: {existing} is not a directory that can be written to.")
+
+
 def prepare_save_directory(
     save: str | None, source: Path, metadata: Metadata, stage: int, data: Sequence[dict[str, Any]] = ()
 ) -> None:
@@ -152,15 +215,13 @@ def prepare_save_directory(
         data: the token files of this run (datasets.training_data).
 
     Raises:
-        MixMoEError: `save` holds a checkpoint of another stage.
+        MixMoEError: as `check_save_directory`.
     """
     if save is None:
         return
+    check_save_directory(save, stage)
     directory = Path(save)
     if (directory / METADATA_FILE).is_file():
-        found = read_metadata(directory).stage
-        if found != STAGE_NAMES[stage]:
-            raise MixMoEError(f"--save {save} holds a checkpoint of stage {found!r}: choose another directory.")
         return
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "tokenizer").is_dir():

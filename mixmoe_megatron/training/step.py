@@ -1,4 +1,9 @@
-"""One forward step: fetch and distribute a batch, run the model, sum the masked loss.
+"""One forward step: fetch a batch, run the model, sum the masked loss.
+
+The host never waits for the device here: an answer asked of a tensor on the device comes when all work queued before
+it is done, and the device then idles until new work arrives. So every rank reads its batch itself (the receivers of a
+broadcast would have to learn its shape), what the host must know is read from the copy in the host's memory, and copies
+to the device are asynchronous. tests/unit/test_host_syncs.py holds to it.
 
 Shape legend: B samples of a micro-batch, S sequence length (padded; the local part of it under context parallelism).
 With --pack a micro-batch is one row (B is 1) of whole documents, end to end.
@@ -22,45 +27,62 @@ from mixmoe_megatron.training.throughput import count_lengths
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
-    """Fetch one micro-batch on tensor-parallel rank 0 and give every rank of the group its part.
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Fetch one micro-batch, the same on every rank of a tensor-parallel group, and copy this rank's part of it.
 
     Args:
-        data_iterator: yields dicts of [B, S] tensors; None on ranks that build no dataset.
+        data_iterator: yields dicts of [B, S] tensors in pinned host memory: tokens, labels, position_ids int64,
+            loss_mask float32 and, if there may be padding, padding_mask bool, True where there is.
 
     Returns:
-        tokens, labels, position_ids: [B, S] int64. loss_mask: [B, S] float32. padding_mask: [B, S] bool, True where
-        there is padding. lengths: [B] int64, tokens of each whole sample without padding.
+        The whole batch on the host, and this rank's part on the device. padding_mask is left out of the latter where
+        nothing is padded, so that the aux losses count all tokens without a masked copy.
     """
-    batch = None
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        assert data_iterator is not None
-        batch = next(data_iterator)
-        if "padding_mask" not in batch:
-            batch["padding_mask"] = torch.zeros_like(batch["tokens"])
-        batch = {key: batch[key].to(torch.int64) for key in BATCH_KEYS}
-    batch = tensor_parallel.broadcast_data(BATCH_KEYS, batch, torch.int64)
-    lengths = (batch["padding_mask"] == 0).sum(dim=1)
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    batch["loss_mask"] = batch["loss_mask"].float()
-    batch["padding_mask"] = batch["padding_mask"].bool()
-    batch["lengths"] = lengths
-    return batch
+    host = next(data_iterator)
+    padded = "padding_mask" in host and bool(host["padding_mask"].any())
+    keys = BATCH_KEYS if padded else BATCH_KEYS[:-1]
+    batch = {key: host[key].cuda(non_blocking=True) for key in keys}
+    return host, get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
 
 
-def packed_documents(position_ids: torch.Tensor) -> PackedSeqParams:
+def document_bounds(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return where the documents of a packed row begin, and its length: [documents + 1] int32, on the host.
+
+    Args:
+        position_ids: [1, S] int64 on the host; 0 where a document, or the padding at the end, begins.
+    """
+    starts = (position_ids.flatten() == 0).nonzero().flatten()
+    return torch.cat([starts, torch.tensor([position_ids.numel()])]).to(torch.int32)
+
+
+def packed_documents(bounds: torch.Tensor, on_device: bool) -> PackedSeqParams:
     """Tell Megatron where documents begin in a packed row: attention and rotary positions keep to each.
 
     Args:
-        position_ids: [1, S] int64; 0 where a document, or the padding at the end, begins.
+        bounds: [documents + 1] int32, `document_bounds`.
+        on_device: copy them there, where Transformer Engine's kernels want them. The local modules split by them on
+            the host, in each layer.
     """
-    ends = torch.tensor([position_ids.numel()], device=position_ids.device)
-    bounds = torch.cat([(position_ids.flatten() == 0).nonzero().flatten(), ends]).to(torch.int32)
     # The longest document, no more: with a rotary table as long as the row Megatron would not restart the positions.
     longest = int(bounds.diff().max())
+    if on_device:
+        bounds = bounds.cuda(non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
+
+
+def document_lengths(host: dict[str, torch.Tensor], bounds: torch.Tensor | None) -> torch.Tensor:
+    """Return the lengths of a parallel micro-batch's documents without padding, [documents] integers, on the host.
+
+    Args:
+        host: the batch, `get_batch`.
+        bounds: of its documents if it is packed: the padding behind them counts as one, here of length 0.
+    """
+    lengths = (~host["padding_mask"]).sum(dim=1)
+    return lengths if bounds is None else bounds.clamp(max=lengths).diff()
 
 
 def loss_func(
@@ -83,7 +105,7 @@ def loss_func(
     if args.check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             result=loss,
-            rejection_func=lambda x: not torch.isfinite(x),
+            rejection_func=lambda x: ~torch.isfinite(x),
             message="the loss of a micro-batch is not a finite number",
             tolerance=0.0,
             fatal=True,
@@ -106,17 +128,16 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     Returns:
         The model's output, per-token losses [B, S] on the last pipeline stage, and the loss function.
     """
-    timers = get_timers()
+    args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
+    host, batch = get_batch(data_iterator)
     timers("batch-generator").stop()
-    packed = packed_documents(batch["position_ids"]) if get_args().pack else None
-    if get_args().dataloader_type == "external":
-        lengths = batch["lengths"]  # of a packed row: all its tokens; the padding behind them is a document too
-        count_lengths(lengths if packed is None else packed.cu_seqlens_q.clamp(max=lengths).diff(), model)
-    # Without padding no mask is passed, so that the aux losses count all tokens without a masked copy.
-    padding_mask = batch["padding_mask"] if bool(batch["padding_mask"].any()) else None
-    if padding_mask is not None and get_args().sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+    bounds = document_bounds(host["position_ids"]) if args.pack else None
+    packed = None if bounds is None else packed_documents(bounds, on_device=args.transformer_impl != "local")
+    if args.dataloader_type == "external":
+        count_lengths(document_lengths(host, bounds), model)
+    padding_mask = batch.get("padding_mask")
+    if padding_mask is not None and args.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
         # Megatron cuts the mask beside the embedding only: on later pipeline stages the routers would get all of it.
         padding_mask = tensor_parallel.scatter_to_sequence_parallel_region(padding_mask.t().contiguous()).t()
     output = model(

@@ -24,6 +24,7 @@ from mixmoe_megatron.conversion.model_sizes import model_sizes
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.flops import step_flops
+from mixmoe_megatron.machine import prepare_megatron
 from mixmoe_megatron.training.arguments import STAGE_NAMES
 from mixmoe_megatron.training.engine_step import engine_step, random_batch
 
@@ -143,6 +144,7 @@ def _serve(connection: Connection, system: System, task: Task) -> None:
     try:
         os.dup2(2, 1)  # what Megatron and gloo print is no result
         enable_cpu_mode()
+        prepare_megatron()
         before = _memory()[0]
         step = _make_step(system, task)
         connection.send(_memory()[0] - before)

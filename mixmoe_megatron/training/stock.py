@@ -8,7 +8,7 @@ run: the options come from the checkpoint's metadata, and the hooks that load th
   group). Loaded under any parallel layout.
 - `--load DIR`: a run of the same stage to go on with; Megatron loads it. While it holds none, the parent is loaded.
 
-`stock_flags` gives the flags of the model; data, loss and logging intervals remain the script's own.
+`stock_flags` gives the flags of the model and the machine; data, loss and logging intervals remain the script's own.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig, check_transformer_config
+from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
-from mixmoe_megatron.training.arguments import apply_options, complete_arguments, has_checkpoint, source_checkpoint
+from mixmoe_megatron.machine import check_megatron_version, this_machine
+from mixmoe_megatron.training.arguments import apply_options, has_checkpoint, model_arguments, source_checkpoint
 from mixmoe_megatron.training.pretrain import add_hooks
 from mixmoe_megatron.training.resume import mend_optimizers
 from mixmoe_megatron.training.startup import prepare_save_directory
@@ -49,7 +51,7 @@ def stage2(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSu
 
 
 def stock_flags(stage: int, words: list[str]) -> list[str]:
-    """Return the flags of the model and its tokenizer that a stock script needs beside the user's own.
+    """Return the flags of the model, its tokenizer and this machine's GPU, which a stock script needs beside its own.
 
     Args:
         stage: 1 or 2.
@@ -61,7 +63,8 @@ def stock_flags(stage: int, words: list[str]) -> list[str]:
     own = ["--mixmoe-stage", str(stage), *words]
     names = {"--pretrained-checkpoint": "--init-from"}
     own = [names.get(word, word) for word in own]
-    return complete_arguments(own)[0][: -len(own)]
+    machine = this_machine()
+    return (machine.flags() if machine.gpu is not None else []) + model_arguments(own)[0]
 
 
 def _decoder(model_config: Any, stage: int, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -71,6 +74,7 @@ def _decoder(model_config: Any, stage: int, vp_stage: int | None) -> Transformer
 
 
 def _become_mixmoe_run(model_config: Any, stage: int) -> None:
+    check_megatron_version()
     args = get_args()
     parent = args.pretrained_checkpoint
     if parent is None and not (args.load and has_checkpoint(Path(args.load))):
@@ -83,7 +87,11 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     source, metadata = source_checkpoint(args.load, parent, stage)
     # What `arguments.add_mixmoe_args` would have parsed.
     vars(args).update(mixmoe_stage=stage, init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None)
+    args.vocab_size = metadata.megatron_args["vocab_size"] if args.vocab_size is None else args.vocab_size
     apply_options(args, metadata)
+    ids = count_ids(args.tokenizer_model) if args.tokenizer_model else None
+    if ids is not None:
+        check_number_of_ids(f"The tokenizer in {args.tokenizer_model}", ids, metadata.megatron_args["vocab_size"])
     _become_mixmoe_config(model_config.transformer, MixMoEOptions.from_dict(metadata.options or {}), stage)
     add_hooks(model_config, args)
     args.pretrained_checkpoint = None  # a hook loads it; Megatron knows neither MT := LM nor other stages' keys

@@ -83,9 +83,10 @@ class Throughput:
 
 
 def count_lengths(lengths: torch.Tensor, model: torch.nn.Module) -> None:
-    """Tell Megatron the lengths of a micro-batch's samples, [B] integers, if they differ; it sums them over ranks."""
+    """Tell Megatron the lengths of a micro-batch's documents, [documents] integers on the host; it sums over ranks."""
     if model.training and not get_attr_wrapped_model(model, "vp_stage"):  # each virtual stage reads the batch again
-        training.update_seqlen_stats_from_cu_seqlens(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        training.update_seqlen_stats_from_cu_seqlens(bounds.cuda(non_blocking=True))
 
 
 def install_metrics(args: Any) -> None:

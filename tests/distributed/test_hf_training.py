@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from functools import partial
@@ -11,17 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixmoe_megatron.conversion.fingerprint import weights_xxh128
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.metadata import read_metadata
+from mixmoe_megatron.training.hf_directories import HfLoadStrategy
 from tests.helpers.conversion import load_weights_of, run_conversion
 from tests.helpers.forked import run_job
-from tests.helpers.training import checkpoint_tensors, train, train_words
+from tests.helpers.training import bytes_read, checkpoint_tensors, train, train_words
 
 LAYOUTS = {
     "one process": ("", 1),
@@ -75,12 +77,12 @@ def test_stage_0_keeps_a_dense_model_dense(world: Path, tmp_path: Path) -> None:
 
 
 _DENSE = r"self_attn|embed_tokens|lm_head|layers\.[02]\.mlp"
-#: layout -> the tensors that its ranks share out; each has the others whole
+#: layout -> the tensors whose reading its ranks share out; each reads the others
 SHARED_OUT = {
     "one process": ".",
     "TP2": _DENSE,
     "TP2xETP2": f"{_DENSE}|mlp",
-    "EP2": r"layers\.[13]\.mlp",
+    "EP2": ".",
     "PP2": ".",
     "TP2xEP2": f"{_DENSE}|mlp",
 }
@@ -98,39 +100,36 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def bytes_read() -> int:
-    """What this process has read so far, by any system call."""
-    return int(Path("/proc/self/io").read_text().split()[1])
-
-
 def measure_loading(directory: Path) -> None:
-    """Let each rank write what it read, what it got from it, and its largest tensors, expected and found."""
-    from mixmoe_megatron.training import startup
+    """Let each rank write what it read, the bytes of its tensors in it, and its largest tensors, expected and found."""
+    load = HfLoadStrategy.load
 
-    load_from_hf = startup.load_from_hf
-
-    def measured(state: dict[str, Any], plan: list[LazyTensor]) -> dict[str, Tensor]:
+    def measured(self: HfLoadStrategy, state: dict[str, Any], *args: Any) -> Any:
+        parts = [math.prod(part.local_shape) * part.dtype.itemsize for part in nested_values(state) if _is_read(part)]
         before = bytes_read()
         with _Largest() as largest:
-            loaded = load_from_hf(state, plan)
-        read = bytes_read() - before
-        sizes = [value.nbytes for name, value in loaded.items() if torch.is_tensor(value) and ".router." not in name]
-        told = {"read": read, "share": sum(sizes), "largest": largest.found, "parameter": max(sizes)}
-        (directory / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+            loaded = load(self, state, *args)
+        if parts:
+            told = {"read": bytes_read() - before, "share": sum(parts), "largest": largest.found, "part": max(parts)}
+            (directory / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
         return loaded
 
-    startup.load_from_hf = measured
+    HfLoadStrategy.load = measured  # type: ignore[method-assign]
+
+
+def _is_read(part: ShardedTensor) -> bool:
+    return ".router." not in part.key  # routers are drawn
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_reads_its_share_only(world: Path, tmp_path: Path, layout: str) -> None:
-    """Routers are drawn, all else is read; no tensor on the way is larger than the rank's largest parameter."""
+    """Replicas read different tensors; no tensor on the way is larger than the rank's largest part of one."""
     flags, processes = LAYOUTS[layout]
     words = train_words(1, world / "base", world / "mono", None, 1, f"{flags} --dry-run {UPCYCLE}")
     run_job(words, processes, tmp_path / "logs", prelude=partial(measure_loading, tmp_path))
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
     for rank in told:
-        assert rank["share"] <= rank["read"] < 1.01 * rank["share"] and rank["largest"] <= rank["parameter"]
+        assert rank["share"] <= rank["read"] < 1.01 * rank["share"] and rank["largest"] <= rank["part"]
     weights = load_weights_of(world / "base")
     copies = {name: 1 if re.search(SHARED_OUT[layout], name) else processes for name in weights}
     assert sum(rank["share"] for rank in told) == sum(copies[name] * weights[name].nbytes for name in weights)

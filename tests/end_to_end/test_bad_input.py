@@ -35,6 +35,24 @@ CASES: dict[str, tuple[str, str]] = {
         IMPORT.replace("{hf}", "{world}/base") + " --spectral-transform wavelet",
         "spectral_transform must be one of fft, dct, random, none, got 'wavelet'",
     ),
+    "import: more ids than rows": (
+        IMPORT.replace("{hf}", "{bad}/many_ids"),
+        "The tokenizer in {bad}/many_ids has 520 ids but the model's embedding has only 512 rows",
+    ),
+    "train: more ids than rows": (
+        TRAIN + " --mixmoe-stage 1 --init-from {bad}/many_ids --data-path {world}/mono --padded-vocab-size 1024 "
+        "--make-vocab-size-divisible-by 1024",
+        "{bad}/many_ids has 520 ids but the model's embedding has only 512 rows",
+    ),
+    "mono: more ids than rows": (
+        MONO.replace("{tokenizer}", "{bad}/many_ids") + "{world}/text.txt",
+        "has 520 ids but",
+    ),
+    "evaluate: more ids than rows": (
+        "tools/evaluate_translation.py --system a={bad}/many_ids --test de-en={world}/pairs.tsv "
+        "--output-dir {bad}/report",
+        "has 520 ids but the model's embedding has only 512 rows",
+    ),
     "export: not ours": (
         "checkpoints_conversion/mixmoe_to_hf.py --checkpoint-dir {world}/base --output-dir {bad}/out",
         "no mixmoe_metadata.json",
@@ -76,9 +94,10 @@ CASES: dict[str, tuple[str, str]] = {
         STAGE_1 + " --data-path {world}/mono --expert-model-parallel-size 3",
         "num_experts_per_group=4 is not divisible by expert_model_parallel_size=3",
     ),
+    "train: no save interval": (STAGE_1 + " --data-path {world}/mono", "--save-interval is missing"),
     "train: too few processes": (
-        STAGE_1 + " --data-path {world}/mono --expert-model-parallel-size 2",
-        "Megatron refuses these arguments: it demands: assert",
+        STAGE_1 + " --data-path {world}/mono --save-interval 5 --pipeline-model-parallel-size 2",
+        "Megatron refuses these arguments: world size (1) is not divisible by",
     ),
 }
 
@@ -94,6 +113,13 @@ def bad(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.write_bytes(weights.read_bytes()[:-100])
     config = directory / "gpt2" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["GPT2LMHeadModel"]}))
+    shutil.copytree(tiny_world / "base", directory / "many_ids")
+    path = directory / "many_ids" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    known = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    more = range(max(known.values()) + 1, 520)
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": id, "content": f"<extra_{id}>"} for id in more]
+    path.write_text(json.dumps(content))
     texts = {"empty.txt": "", "header.tsv": "de\ten\n", "cell.tsv": "de\ten\na\tb\nc\n", "column.tsv": "de\tfr\na\tb\n"}
     for name, text in texts.items():
         (directory / name).write_text(text, "utf-8")

@@ -34,6 +34,7 @@ def start(directory: Path, **variables: str) -> subprocess.Popen[str]:
         ({"PAIR": "xx-en"}, "PAIR=xx-en has no data"),
         ({"BASE": "/nowhere"}, "BASE=/nowhere is not a Hugging Face model directory"),
         ({"MINUTES": "soon"}, "MINUTES=soon must be a whole number"),
+        ({"DTYPE": "half"}, "The dtype must be one of auto, float32, bfloat16, float16, not 'half'."),
     ],
 )
 def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tmp_path: Path) -> None:

@@ -78,3 +78,13 @@ def test_training_stops_when_the_first_gradient_is_zero(tiny_world: Path, tmp_pa
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: the gradient of the first step is zero on every rank")
+
+
+@pytest.mark.parametrize("extra", ["--padded-vocab-size 2048", "--make-vocab-size-divisible-by 1024"])
+@pytest.mark.parametrize("base", [False, True], ids=["checkpoint", "Hugging Face"])
+def test_rows_that_a_flag_adds_change_nothing(tiny_world: Path, extra: str, base: bool) -> None:
+    """They are no tokens: the loss is that of the vocabulary."""
+    parent = tiny_world / ("base" if base else "upcycled")
+    expected = train(1, parent, tiny_world / "mono", None, 2)
+    found = train(1, parent, tiny_world / "mono", None, 2, extra)
+    assert found[0] == pytest.approx(expected[0], abs=2e-6) and found[1] == pytest.approx(expected[1], abs=2e-3)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmoe_megatron.cpu_mode import cpu_mode_arguments
 from mixmoe_megatron.freezing import is_trained
+from mixmoe_megatron.machine import Machine
 from mixmoe_megatron.metadata import read_metadata
 from mixmoe_megatron.training.stock import stock_flags
 from tests.end_to_end.conftest import Run
+from tests.helpers.conversion import run_conversion
 from tests.helpers.forked import Job, run_job
-from tests.helpers.training import TINY_RUN, checkpoint_tensors, logged, make_tiny_world, train
+from tests.helpers.tiny_hf import save_tiny_dense
+from tests.helpers.training import TINY_RUN, checkpoint_tensors, logged, make_tiny_data, make_tiny_world, train
 
 STEPS = 6
 
@@ -22,7 +24,7 @@ STEPS = 6
 def stock_words(stage: int, parent: Path, data: Path, save: Path, extra: str = "") -> list[str]:
     own = f"--pretrained-checkpoint {parent} --load {save} --save {save} --save-interval 1000 --train-iters {STEPS} "
     own += f"--data-path 1 {data} --data-cache-path {save.parent}/cache {TINY_RUN} {extra}"
-    flags = [*cpu_mode_arguments(), *stock_flags(stage, own.split()), *own.split()]
+    flags = [*Machine().flags(), *stock_flags(stage, own.split()), *own.split()]
     return ["tests/helpers/stock_entry.py", "--spec", "mixmoe_megatron.training.stock", f"stage{stage}", *flags]
 
 
@@ -107,3 +109,14 @@ def test_refusals(tiny_world: Path, tmp_path: Path, stage: int, change: str, mes
     assert job.wait() != [0]
     assert "MixMoEError: " in job.output() and message in job.output()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rope_base_that_is_not_whole(tmp_path: Path) -> None:
+    """Stock parsers take whole ones only: the flag is left out, and the value comes from the checkpoint."""
+    save_tiny_dense(tmp_path / "base", "qwen2", rope_theta=3.5)
+    words = ["--hf-dir", tmp_path / "base", "--output-dir", tmp_path / "upcycled", "--moe-every", "2"]
+    assert run_conversion("hf_to_mixmoe", *words) == 0
+    make_tiny_data(tmp_path, tmp_path / "upcycled" / "tokenizer")
+    losses, _ = train(1, tmp_path / "upcycled", tmp_path / "mono", None, 2)
+    job = run_stock(1, tmp_path / "upcycled", tmp_path / "mono", tmp_path / "run", "--train-iters 2")
+    assert logged(job.stdout(0))[0] == pytest.approx(losses, abs=2e-6)

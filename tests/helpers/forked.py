@@ -3,6 +3,8 @@
 An import of torch and Megatron costs a processor ten seconds, a tiny training run two. Each process is what torchrun
 would start: the real script with its command line, RANK, WORLD_SIZE and so on in its environment. Like torchrun, a job
 ends as soon as one of its processes fails.
+
+With DEVICE=cuda each process starts afresh: CUDA does not outlive a fork.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,11 @@ class Job:
         return (self.logs / f"{rank}.out").read_text("utf-8")
 
     def output(self) -> str:
-        """What all ranks have written to stdout and stderr so far."""
-        return "\n".join(f"--- {path.name}\n{path.read_text('utf-8')}" for path in sorted(self.logs.iterdir()))
+        """What all ranks have written so far, errors last: a message keeps the end of it."""
+        return "\n".join(f"--- {path.name}\n{path.read_text('utf-8')}" for path in self._files())
+
+    def _files(self) -> list[Path]:
+        return sorted(self.logs.iterdir(), key=lambda path: (path.suffix != ".out", path.name))
 
 
 def run_job(
@@ -113,11 +118,13 @@ def run_job(
 
 
 @cache
-def _context() -> ForkServerContext:
+def _context() -> BaseContext:
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if os.environ.get("DEVICE") == "cuda":
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.preload"])
     return context

@@ -1,6 +1,7 @@
 """The path of a stock training script through Megatron 0.19 in short: flags, --spec, model config, pretrain.
 
-It calls what `pretrain_gpt.py` calls, in its order, and knows nothing of Mix-MoE (`enable_cpu_mode` stands for a GPU).
+It calls what `pretrain_gpt.py` calls, in its order, and knows nothing of Mix-MoE (`enable_cpu_mode` stands for a GPU,
+`prepare_megatron` for a checkout whose dataset helpers are built).
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 from functools import partial
 
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.machine import prepare_megatron
 
 enable_cpu_mode()
+prepare_megatron()
 
 import torch  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402

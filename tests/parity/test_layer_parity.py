@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from mixmoe_megatron.hf.configuration_mixmoe import MixMoEConfig
-from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock, router_aux_loss
+from mixmoe_megatron.hf.modeling_mixmoe import router_aux_loss
 from mixmoe_megatron.moe_layer import MixMoELayer
 from tests.helpers.megatron import initialize_megatron, make_config, make_layer, make_options
+from tests.helpers.reference import reference_block
 
 TOLERANCE = 1e-5  # of the largest value
 AUX_LOSS_COEFF = 0.3
@@ -21,25 +21,6 @@ LENGTH, BATCH = 9, 3
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> None:
     initialize_megatron()
-
-
-def reference_block(layer: MixMoELayer, hidden_size: int) -> MixMoEBlock:
-    options = layer.config.options()
-    config = MixMoEConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=2,
-        moe_layers=[1],
-        stage=layer.stage,
-        num_experts_per_group=options.num_experts_per_group,
-        topk_per_group=options.topk_per_group,
-        intermediate_size=layer.config.ffn_hidden_size,
-        moe_intermediate_size=layer.config.moe_ffn_hidden_size,
-        group_combine=options.group_combine,
-        router_prob_scaling=options.router_prob_scaling,
-        expert_scale=options.resolved_expert_scale,
-        router_bias=options.router_bias,
-    )
-    return MixMoEBlock(config)
 
 
 def reference_parameters(layer: MixMoELayer) -> dict[str, torch.Tensor]:

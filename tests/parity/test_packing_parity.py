@@ -16,7 +16,7 @@ from mixmoe_megatron.attention import TorchCoreAttention
 from mixmoe_megatron.data.packing import collate_packs
 from mixmoe_megatron.data.parallel import collate
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.training.step import packed_documents
+from mixmoe_megatron.training.step import document_bounds, packed_documents
 from tests.helpers.megatron import VOCAB_SIZE, gradients, initialize_megatron, make_config, make_model, make_options
 
 LENGTHS = (5, 11, 1, 8)
@@ -42,7 +42,7 @@ def documents(lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def token_losses(model: GPTModel, batch: dict[str, torch.Tensor], packed: bool) -> torch.Tensor:
     """Return the losses that count, one after the other."""
-    params = packed_documents(batch["position_ids"]) if packed else None
+    params = packed_documents(document_bounds(batch["position_ids"]), on_device=False) if packed else None
     losses = model(
         batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=batch["padding_mask"],
         packed_seq_params=params,
@@ -92,7 +92,8 @@ def test_attention_over_documents_is_a_block_diagonal_mask() -> None:
     expected = functional.scaled_dot_product_attention(
         *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), attn_mask=allowed, enable_gqa=True
     )
-    packed = packed_documents(torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0))
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
+    packed = packed_documents(document_bounds(position_ids), on_device=False)
     actual = attention(query, key, value, None, packed_seq_params=packed)
     torch.testing.assert_close(actual.squeeze(1), expected[0].transpose(0, 1).flatten(1), rtol=0, atol=1e-5)
 
@@ -105,6 +106,6 @@ def test_packed_attention_that_is_not_causal_is_refused() -> None:
 
 
 def test_where_documents_begin() -> None:
-    packed = packed_documents(torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    packed = packed_documents(document_bounds(torch.tensor([[0, 1, 2, 0, 0, 1]])), on_device=False)
     assert packed.cu_seqlens_q.tolist() == [0, 3, 4, 6] and packed.cu_seqlens_q.dtype == torch.int32
     assert packed.max_seqlen_q == 3 and packed.qkv_format == "thd"

@@ -62,6 +62,12 @@ def test_constraints_pin_every_dependency() -> None:
     assert not names - pinned
 
 
+def test_gpu_machines_get_the_pinned_versions() -> None:
+    lines = [line for line in (text_of("tests/gpu/packages.txt") or "").splitlines() if not line.startswith("#")]
+    assert lines
+    assert not set(lines) - set((text_of("constraints.txt") or "").splitlines())
+
+
 def test_changelog_names_the_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert re.search(rf"^## \[?{re.escape(version)}\]?", text_of("CHANGELOG.md") or "", re.MULTILINE)

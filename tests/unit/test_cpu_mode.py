@@ -15,6 +15,7 @@ from tests.helpers.training import ROOT
 SNAPSHOT = """
 import torch
 from mixmoe_megatron import cpu_mode
+from mixmoe_megatron.errors import MixMoEError
 
 def snapshot():
     places = [torch, torch.cuda, torch.cuda.nvtx, torch.Tensor, torch.nn.Module]
@@ -43,8 +44,8 @@ def test_inert_with_cuda_and_a_sentence_for_another_megatron() -> None:
         try:
             cpu_mode.enable_cpu_mode()
             raise SystemExit("0.20.1 was accepted")
-        except cpu_mode.MixMoEError as error:
-            assert str(error).startswith("CPU mode supports megatron-core 0.19.x, found 0.20.1: install"), error
+        except MixMoEError as error:
+            assert str(error).startswith("Mix-MoE supports megatron-core 0.19.x, found 0.20.1: install"), error
         assert snapshot() == before and not cpu_mode.is_cpu_mode(), "another Megatron: nothing is touched"
     """)
 

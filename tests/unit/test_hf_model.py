@@ -12,7 +12,7 @@ from mixmoe_megatron.hf import (
     MixMoEConfig,
     MixMoEForCausalLM,
 )
-from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock
+from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock, router_aux_loss
 from tests.helpers.tiny_hf import randomize, tiny_dense, tiny_mixmoe, tiny_mixmoe_config
 
 FAMILIES = ("llama", "qwen2")
@@ -70,6 +70,24 @@ def test_block_is_the_equations(fields: dict) -> None:
     hidden_states = torch.randn(2, 5, 32)
     expected = block_token_by_token(block, tiny_mixmoe_config(**fields), hidden_states)
     torch.testing.assert_close(block(hidden_states), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "k"), [(4, 2), (8, 4)])
+def test_saturated_routers_choose_by_their_logits(n: int, k: int) -> None:
+    """All probabilities but one may underflow to 0, as with the unnormalised FFT of the paper at H 5120."""
+    fields = {"stage": 2, "num_experts_per_group": n, "moe_intermediate_size": 8, "topk_per_group": k}
+    block = tiny_block(**fields)
+    hidden_states = 3000 * torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    logits, _, chosen = block.router(hidden_states)
+    oracle = hidden_states.double() @ block.router.weight.double().T + block.router.bias.double()
+    expected = oracle.view(500, 2, n).topk(k).indices + torch.tensor([[0], [n]])
+    assert (logits.view(500, 2, n).softmax(-1) == 0).float().mean() > 0.1, "the case that is meant"
+    assert torch.equal(chosen.view(500, 2, k), expected)
+    routed = functional.one_hot(expected, 2 * n).sum((0, 1, 2)).view(2, n) / (500 * k)
+    mean_prob = oracle.view(500, 2, n).softmax(-1).mean(0)
+    torch.testing.assert_close(
+        router_aux_loss((logits,), 2, k), n * (routed * mean_prob).sum(-1).float(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gradients_reach_router_and_chosen_experts_only() -> None:

@@ -113,7 +113,9 @@ def test_a_micro_batch_is_one_row(prefix: Path) -> None:
     assert batch["loss_mask"][0, tokens:].sum() == 0
     assert batch["position_ids"][0, tokens:].tolist() == list(range(width - tokens))
     assert collate_packs(packs, pad_id=9)["tokens"].shape == (1, tokens)
-    assert collate_packs(packs, pad_id=9, length=2 * CAPACITY)["tokens"].shape == (1, 2 * CAPACITY)
+    full = collate_packs(packs, pad_id=9, max_length=2 * CAPACITY, pad_to_max=True)
+    assert full["tokens"].shape == (1, 2 * CAPACITY)
+    assert collate_packs(packs, pad_id=9, pad_multiple=512, max_length=tokens + 1)["tokens"].shape == (1, tokens + 1)
 
 
 def test_shares_of_padding() -> None:
@@ -121,3 +123,5 @@ def test_shares_of_padding() -> None:
     # padded to 10: 20 of 50; pairs (2, 4), (8, 10), (6): 4 of 34; packs (10), (8, 2), (6, 4): none
     shares = padding_shares(lengths, np.array([0, 2, 1, 4, 3]), 2, 10)
     assert shares == pytest.approx((20 / 50, 4 / 34, 0.0))
+    # to multiples of 4, at most 10: (2, 4), (8, 10), (6) take 4 + 4, 10 + 10, 8
+    assert padding_shares(lengths, np.array([0, 2, 1, 4, 3]), 2, 10, 4)[1] == pytest.approx(6 / 36)

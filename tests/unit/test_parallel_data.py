@@ -14,8 +14,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
-from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
+from mixmoe_megatron.data.parallel import GROUP_SIZE, ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel
+from mixmoe_megatron.data.prompts import PromptTemplate, encode_prompts
 from mixmoe_megatron.data.storage import TokenFileWriter, read_manifest
 from mixmoe_megatron.data.tokenizers import TextTokenizer, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
@@ -84,9 +85,31 @@ def test_filters_are_counted(bpe: TextTokenizer, tmp_path: Path) -> None:
     ]  # fmt: skip
     manifest = build_parallel([write_pairs(tmp_path / "pairs.tsv", rows)], bpe, tmp_path / "pairs", BOTH)
     assert manifest["counts"] == {
-        "read": 10, "kept": 8, "dropped_duplicate": 1, "dropped_empty": 1, "dropped_control_character": 2,
-        "dropped_special_token": 1, "dropped_too_many_words": 1,
+        "read": 10, "kept": 10, "dropped_duplicate": 1, "dropped_empty": 1, "dropped_control_character": 2,
+        "dropped_too_many_words": 1,
     }  # fmt: skip
+
+
+def test_texts_that_look_empty_or_alike_count_as_such(bpe: TextTokenizer, tmp_path: Path) -> None:
+    german, english = ROWS[0]
+    rows = [ROWS[0], (f"\u200b{german}", english.replace(" ", "\u00a0")), ("\u200b", "x"), ("x", "\u00ad\u3164")]
+    counts = build_parallel([write_pairs(tmp_path / "pairs.tsv", rows)], bpe, tmp_path / "pairs", OPTIONS)["counts"]
+    assert counts == {"read": 4, "kept": 1, "dropped_duplicate": 1, "dropped_empty": 2}
+
+
+def test_special_tokens_in_a_pair_are_text_and_those_of_the_template_are_meant(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    source = write_pairs(tmp_path / "pairs.tsv", [("the <s>old</s> house", "das <s>alte</s> Haus")])
+    template = PromptTemplate("</s>{source_language}: {source}</s>")
+    options = ParallelOptions("de", "en", source_column="xx", target_column="en", template=template)
+    build_parallel([source], tokenizer, tmp_path / "pairs", options)
+    file = IndexedDataset(str(tmp_path / "pairs"), multimodal=True)
+    (prompt, _), (target, _) = file[0], file[1]
+    assert list(prompt) == encode_prompts(tokenizer, [template.render("das <s>alte</s> Haus", "de", "en")])[0]
+    assert [token for token in prompt if token in (1, 2)] == [*([1] if tokenizer.bos_id else []), 2, 2]
+    assert [token for token in target if token in (1, 2)] == [2] and target[-1] == tokenizer.eos_id
+    assert tokenizer.decode(target).strip() == "the <s>old</s> house"
 
 
 def test_word_limits_count_characters_of_chinese(bpe: TextTokenizer, tmp_path: Path) -> None:
@@ -141,7 +164,7 @@ def test_loss_counts_where_the_label_is_target_or_eos(bpe: TextTokenizer, number
 
 
 def test_each_epoch_holds_each_document_once(numbered: Path) -> None:
-    dataset = ParallelDataset(numbered, 350, seed=3, group_size=8)
+    dataset = ParallelDataset(numbered, 350, seed=3)
     order = [dataset.document_index(index) for index in range(350)]
     for epoch in range(3):
         assert sorted(order[100 * epoch : 100 * (epoch + 1)]) == list(range(100))
@@ -150,14 +173,15 @@ def test_each_epoch_holds_each_document_once(numbered: Path) -> None:
         dataset[350]
 
 
-def test_groups_hold_similar_lengths_and_stay_aligned_over_epochs(numbered: Path) -> None:
-    group_size = 8  # 100 documents are no multiple of it: every second epoch begins inside a group
-    dataset = ParallelDataset(numbered, 400, seed=1, group_size=group_size)
-    lengths = np.array([len(dataset[index]["tokens"]) for index in range(400)]).reshape(-1, group_size)
-    spread = np.ptp(lengths, axis=1)
-    inside = [step for step in range(len(lengths)) if step * group_size // 100 == ((step + 1) * group_size - 1) // 100]
-    assert np.median(spread[inside]) < np.ptp(lengths) / 5
-    means = lengths[inside].mean(axis=1)
+def test_groups_hold_similar_lengths_and_stay_aligned_over_epochs() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 5000)  # no multiple of a group: epochs begin inside one
+    order = np.concatenate([epoch_order(lengths, epoch, 1) for epoch in range(4)])
+    groups = lengths[order[: len(order) // GROUP_SIZE * GROUP_SIZE]].reshape(-1, GROUP_SIZE)
+    starts = np.arange(len(groups)) * GROUP_SIZE
+    inside = starts // 5000 == (starts + GROUP_SIZE - 1) // 5000
+    spread = np.ptp(groups, axis=1)
+    assert np.median(spread[inside]) < 50 and inside.sum() > 300
+    means = groups[inside].mean(axis=1)
     assert np.any(np.diff(means) > 0) and np.any(np.diff(means) < 0)  # the groups themselves come in random order
 
 
@@ -169,8 +193,8 @@ def test_order_is_a_permutation_whatever_the_sizes(documents: int, group_size: i
 
 
 def test_order_depends_on_seed_alone(numbered: Path) -> None:
-    def order(num_samples: int, **options: int) -> list[int]:
-        dataset = ParallelDataset(numbered, num_samples, **{"seed": 5, "group_size": 4} | options)
+    def order(num_samples: int, seed: int = 5) -> list[int]:
+        dataset = ParallelDataset(numbered, num_samples, seed=seed)
         return [dataset.document_index(index) for index in reversed(range(num_samples))][::-1]
 
     assert order(250) == order(250)
@@ -178,8 +202,19 @@ def test_order_depends_on_seed_alone(numbered: Path) -> None:
     assert order(150) != order(150, seed=6)
 
 
+@pytest.mark.parametrize("batches", [(8, 16), (16, 8), (64, 3), (5, 128)])
+def test_going_on_with_another_batch_size_takes_each_document_once(numbered: Path, batches: tuple[int, int]) -> None:
+    """The two halves of an epoch, as the callers of before gave the batch size."""
+    seen = []
+    with pytest.warns(DeprecationWarning, match="does not depend on it"):
+        for batch, half in zip(batches, (range(40), range(40, 100)), strict=True):
+            dataset = ParallelDataset(numbered, 100, seed=1, group_size=batch)
+            seen += [dataset.document_index(index) for index in half]
+    assert sorted(seen) == list(range(100))
+
+
 def test_workers_and_processes_see_the_same(bpe: TextTokenizer, numbered: Path) -> None:
-    dataset = ParallelDataset(numbered, 40, seed=2, group_size=4)
+    dataset = ParallelDataset(numbered, 40, seed=2)
     copied = pickle.loads(pickle.dumps(dataset))
     loaders = [
         torch.utils.data.DataLoader(part, batch_size=4, num_workers=workers, collate_fn=partial(collate, pad_id=0))

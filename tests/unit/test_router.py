@@ -140,6 +140,24 @@ def test_the_flex_dispatcher_finds_the_chosen_experts(
     assert torch.equal(torch.zeros_like(probs).scatter_(1, manager.token_indices, manager.token_probs), probs)
 
 
+@pytest.mark.parametrize(("hidden_size", "n", "k"), [(5120, 4, 2), (5120, 8, 4), (896, 3, 2)])
+def test_saturated_routers_choose_by_their_logits(hidden_size: int, n: int, k: int) -> None:
+    """An unnormalised FFT spreads the logits so far that all probabilities but one may underflow to 0."""
+    router = make_router(2, hidden_size, preset="paper", num_experts_per_group=n, topk_per_group=k)
+    hidden = torch.randn(1000, 1, hidden_size, generator=torch.Generator().manual_seed(0))
+    probs, routing_map = router(hidden)
+    oracle = torch.cat([
+        functional.linear(hidden[:, 0].double(), group.weight.double())
+        + functional.linear(torch.fft.fft(hidden[:, 0].double()).real, group.spectral_weight.double())
+        for group in (router.lm, router.mt)
+    ], dim=1).view(1000, 2, n)  # fmt: skip
+    assert (oracle.float().softmax(-1) == 0).float().mean() > 0.1, "the case that is meant"
+    expected = torch.zeros_like(oracle, dtype=torch.bool).scatter_(-1, oracle.topk(k).indices, True)
+    wrong = (routing_map.view(1000, 2, n) != expected).any(-1).float().mean()
+    assert wrong < 2e-3, "nothing but float32's rounding of two logits that are next to equal"
+    assert torch.equal(probs > 0, routing_map)
+
+
 def test_probs_are_constant_without_prob_scaling() -> None:
     router = make_router(2, router_prob_scaling=False)
     probs, routing_map = router(torch.randn(4, 1, 24))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training import datasets
@@ -16,7 +19,8 @@ def write_manifest(prefix: Path, kind: str, tokens: int) -> str:
     """Write a token file of no content with a manifest that says `kind` and `tokens`."""
     prefix.with_suffix(".idx").write_bytes(b"")
     prefix.with_suffix(".bin").write_bytes(b"")
-    manifest = {"format_version": 1, "kind": kind, "tokens": tokens, "dtype": "uint16", "tokenizer": {"sha256": "x"}}
+    manifest = {"format_version": 1, "kind": kind, "tokens": tokens, "dtype": "uint16", "documents": 10}
+    manifest["tokenizer"] = {"sha256": "x", "vocab_size": 500}
     prefix.with_suffix(".json").write_text(json.dumps(manifest))
     return str(prefix)
 
@@ -32,7 +36,8 @@ def arguments(*prefixes: str, **fields: object) -> SimpleNamespace:
     more = {"per_split_data_args_path": None, "tokenizer_type": "NullTokenizer", "pipeline_model_parallel_size": 1}
     more |= {"calculate_per_token_loss": False, "loss_on": "target", "dataloader_type": "single"}
     more |= {"pack": False, "context_parallel_size": 1, "micro_batch_size": 2, "expert_model_parallel_size": 1}
-    more |= {"moe_token_dispatcher_type": "alltoall"}
+    more |= {"moe_token_dispatcher_type": "alltoall", "vocab_size": 500, "split": None, "eval_iters": 100}
+    more |= {"skip_train": False}
     return SimpleNamespace(data_path=list(prefixes) or None, **empty, **{**more, **fields})
 
 
@@ -84,3 +89,74 @@ def test_layouts_that_packing_does_not_go_with(tmp_path: Path, fields: dict[str,
     datasets.configure_data(
         arguments(prefix, pack=True, **{**fields, "context_parallel_size": 1, "micro_batch_size": 1})
     )
+
+
+@pytest.mark.parametrize("padding", [{"padded_vocab_size": 512}, {"padded_vocab_size": 4096, "tokenizer_type": "x"}])
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path: Path, padding: dict[str, object]) -> None:
+    """Rows that a layout or a flag adds were never trained: they count for nothing."""
+    prefix = write_manifest(tmp_path / "a", "monolingual", 100)
+    datasets.data_kind(arguments(prefix, **padding))
+    with pytest.raises(MixMoEError, match=r"made .*a has 500 ids but the model's embedding has only 499 rows"):
+        datasets.data_kind(arguments(prefix, vocab_size=499, **padding))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "why"),
+    [("monolingual", {}, "--split 969,30,1 leaves no document of .*a .--eval"), ("parallel", {}, "is all for training"),
+     ("monolingual", {"split": "100,0,0"}, "--split 100,0,0 leaves no document of .*a .--eval")],
+)  # fmt: skip
+def test_validation_is_left_out_where_there_is_no_document_for_it(
+    tmp_path: Path, kind: str, fields: dict[str, object], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(write_manifest(tmp_path / "a", kind, 100), **fields)
+    datasets.configure_data(args)
+    assert args.eval_iters == 0
+    assert re.search(f"no validation, and no test: .*{why}", caplog.text)
+    with pytest.raises(MixMoEError, match="--skip-train leaves nothing to do"):
+        datasets.configure_data(arguments(*args.data_path, skip_train=True, **fields))
+
+
+def test_validation_stays_where_there_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = arguments(write_manifest(tmp_path / "a", "monolingual", 100), split="80,10,10")
+    datasets.configure_data(args)
+    assert args.eval_iters == 100 and not caplog.text
+    with pytest.raises(MixMoEError, match=r"--split 0,1,0 leaves no document of .*a for training\."):
+        datasets.configure_data(arguments(*args.data_path, split="0,1,0"))
+    with pytest.raises(MixMoEError, match="--dataloader-type cyclic is not supported"):
+        datasets.configure_data(arguments(*args.data_path, dataloader_type="cyclic"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [({}, [1600, 44, 16]), ({"global_batch_size": 32, "eval_global_batch_size": 32}, [2400, 84, 16]),
+     ({"train_samples": 1000, "global_batch_size": 32}, [1000, 32, 16])],
+)  # fmt: skip
+def test_samples_that_a_run_still_needs(fields: dict[str, object], wanted: list[int]) -> None:
+    """Half of 100 steps are done, with batches of 16; validation took 20 samples."""
+    values = {"skip_train": False, "step_batch_size_schedule": None, "train_samples": None, "train_iters": 100}
+    values |= {"iteration": 50, "consumed_train_samples": 800, "consumed_valid_samples": 20, "global_batch_size": 16}
+    values |= {"eval_interval": 50, "eval_iters": 1, "eval_global_batch_size": 12}
+    args = SimpleNamespace(**{**values, **fields})
+    assert datasets._samples_to_the_end(args, [1000, 1, 16]) == wanted
+    assert args.train_iters == (56 if "train_samples" in fields else 100)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("gpu", "layout", "widths"),
+    [(False, (1, 1), [*range(1, 161)]), (False, (2, 2), [*range(8, 161, 8)]),
+     (True, (1, 1), [*range(16, 161, 16)]), (True, (4, 4), [*range(32, 161, 32)]), (True, (5, 1), [80, 160])],
+)  # fmt: skip
+def test_a_gpu_sees_few_widths(
+    monkeypatch: pytest.MonkeyPatch, pack: bool, gpu: bool, layout: tuple[int, int], widths: list[int]
+) -> None:
+    """Transformer Engine plans attention anew for each. All can be split by TP (with SP) and CP, none is too long."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(datasets, "open_tokenizer", lambda path: SimpleNamespace(eos_id=9))
+    fields = {"tensor_model_parallel_size": layout[0], "context_parallel_size": layout[1], "micro_batch_size": 1}
+    args = arguments(sequence_parallel=True, seq_length=160, tokenizer_model="", pack=pack, **fields)
+    collate = datasets._collate_function(args, 1)
+    row = np.zeros(160, dtype=np.int64)
+    samples = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), row[:n]) for n in range(1, 161)]
+    batches = [collate([sample])["tokens"] for sample in samples]
+    assert sorted({batch.shape[1] for batch in batches}) == widths
