@@ -32,7 +32,6 @@ def build_models(hf_dir: str | Path, dtype: torch.dtype) -> dict[str, Any]:
             moe_layers=resolve_moe_layers(options, base.num_hidden_layers),
             num_experts_per_group=options.num_experts_per_group,
             topk_per_group=options.topk_per_group,
-            moe_intermediate_size=base.intermediate_size // options.num_experts_per_group,
             stage=stage,
             group_combine=options.group_combine,
             router_prob_scaling=options.router_prob_scaling,

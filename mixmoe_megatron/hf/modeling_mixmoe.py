@@ -156,8 +156,7 @@ def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
 def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
     """Tell whether torch's grouped GEMM takes these tensors: bfloat16, compute capability 9 (H100), rows of 16 bytes.
 
-    Below 9 it raises (torch up to 2.8) or copies offsets to the host, which no graph can capture; above 9 experts
-    without tokens get wrong gradients (pytorch issue 172439). On a CPU it is no faster than one GEMM per expert.
+    Below, no graph captures it; above, experts without tokens get wrong gradients (pytorch issue 172439).
     """
     return (
         _grouped_mm is not None
