@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mixmoe_megatron.freezing import is_trained
+from mixmoe_megatron.hf import register_auto_classes
 from tests.distributed.conftest import COMMON
 from tests.distributed.test_hf_training import contents
 from tests.distributed.test_n_equals_one import (
@@ -242,8 +244,18 @@ def test_goes_on_under_any_layout(runs: Runs, stage: int, source: str, target: s
     assert_state(runs.parent(stage), tmp_path / "run", stage)
 
 
+def logit_noise(export: Path) -> float:
+    """How far an exported model's logits in bfloat16 are from those in float32, relative to the largest."""
+    register_auto_classes()
+    float32, bfloat16 = (
+        AutoModelForCausalLM.from_pretrained(export, dtype=dtype).eval()(torch.arange(64)[None]).logits.detach().float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return float((bfloat16 - float32).abs().max() / float32.abs().max())
+
+
 def test_from_and_to_hugging_face(runs: Runs, tmp_path: Path) -> None:
-    """A float32 base is rounded at load, the export is the conversion's, and its logits are the checkpoint's."""
+    """A float32 base is rounded at load, the export is the conversion's, its logits as near as roundings allow."""
     run, hf, export = tmp_path / "run", tmp_path / "hf", tmp_path / "export"
     options = json.dumps(ALL_EXPERTS, separators=(",", ":"))
     flags = f"{BF16}--hf-save {hf} --upcycle-options {options}"
@@ -260,7 +272,7 @@ def test_from_and_to_hugging_face(runs: Runs, tmp_path: Path) -> None:
     assert {value.dtype for name, value in weights.items() if ".router." not in name} == {torch.bfloat16}
     assert {value.dtype for name, value in weights.items() if ".router." in name} == {torch.float32}
     convert("check_parity", "--hf-dir", export)  # of the same weights, computed in float32: 1e-4
-    convert("check_parity", "--hf-dir", export, "--dtype", "bf16")
+    convert("check_parity", "--hf-dir", export, "--dtype", "bf16", "--tolerance", str(2 * logit_noise(export)))
     from_export = runs.train(
         2, tmp_path / "stage2", BF16, parent=export
     )  # the routers are folded, so rounded otherwise

@@ -46,6 +46,16 @@ def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_of_another_dtype_is_not_gone_on_with(tmp_path: Path) -> None:
+    settings = tmp_path / "out" / "settings"
+    settings.parent.mkdir()
+    settings.write_text(f"DTYPE=float32 PAIR=et-en MINUTES=1 BASE={ROOT}/examples/quickstart/base\n", "utf-8")
+    output, _ = (run := start(tmp_path, DTYPE="bfloat16")).communicate(timeout=60)
+    assert run.returncode == 2
+    assert output.startswith("error: ") and "holds a run with DTYPE=float32" in output
+    assert not list((tmp_path / "out" / "steps").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_and_ends_with_a_report(tmp_path: Path) -> None:
