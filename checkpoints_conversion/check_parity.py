@@ -10,7 +10,6 @@ import argparse
 import sys
 
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.conversion.parity import check_parity
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -34,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
 
     def run() -> None:
+        from mixmoe_megatron.conversion.parity import check_parity
+
         nonlocal status
         differences, first = check_parity(
             args.hf_dir, args.checkpoint_dir, args.text, tolerance, args.dtype, args.iteration

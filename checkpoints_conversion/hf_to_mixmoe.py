@@ -12,24 +12,14 @@ same to the byte.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-from typing import Any
 
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, run_import
 from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.options import MixMoEOptions
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,18 +29,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", required=True, help="checkpoint directory to make")
     parser.add_argument("--dense", action="store_true", help="keep a dense model dense")
     parser.add_argument("--seed", type=int, default=1234, help="of the router weights (default 1234)")
-    parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers are never cast")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "fp32", "bf16"),
+        default="keep",
+        help="of weights other than routers (default keep)",
+    )
     parser.add_argument("--make-vocab-size-divisible-by", type=int, help="pad the vocabulary with zero rows")
     parser.add_argument("--check-finite", action="store_true", help="refuse weights with NaN or infinite values")
     parser.add_argument("--force", action="store_true", help="replace DIR if it has content")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
-    parser.add_argument("--preset", choices=("recommended", "paper"), help="of Mix-MoE options (default recommended)")
-    group = parser.add_argument_group("Mix-MoE options, over the preset (values: JSON or text; see config.py)")
-    for field in dataclasses.fields(MixMoEOptions):
-        if field.name != "preset":
-            group.add_argument(
-                "--" + field.name.replace("_", "-"), type=_parse_value, default=argparse.SUPPRESS, metavar="X"
-            )
+    parser.add_argument(
+        "--preset", choices=("recommended", "paper"), help="the Mix-MoE options to start from (default recommended)"
+    )
+    add_option_arguments(parser.add_argument_group("Mix-MoE options, over those of the preset"))
     return parser
 
 
@@ -60,10 +52,7 @@ def options_from_arguments(args: argparse.Namespace, is_mixmoe: bool) -> MixMoEO
     Raises:
         MixMoEError: option flags together with --dense or with a Mix-MoE model, or a bad value.
     """
-    names = {field.name for field in dataclasses.fields(MixMoEOptions)} - {"preset"}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    if "moe_layer_placement" in given:
-        given["moe_layer_placement"] = str(given["moe_layer_placement"])
+    given = {name: value for name, value in vars(args).items() if name in OPTION_NAMES and name != "preset"}
     if (args.dense or is_mixmoe) and (given or args.preset):
         what = "--dense makes no experts" if args.dense else "the model is a Mix-MoE model already"
         flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["preset"] if args.preset else [])])

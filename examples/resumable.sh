@@ -1,15 +1,18 @@
 # Sourced by the examples' run.sh: steps that run once, tell how far they are, and go on after a kill.
 # Needs: set -euo pipefail, the repository as the current folder; OUT, BASE, PYTHON, SEQUENCE and `fail` of the script.
+#   DTYPE=auto         or float32, bfloat16, float16: all training and evaluation; auto: bfloat16 where it is fast here
 
-# begin_run SETTINGS: one run at a time in OUT, and never a run of other settings. A step that outlived a killed run is
-# stopped and done again.
+# begin_run SETTINGS: one run at a time in OUT, and never a run of other settings or another dtype. A step that outlived
+# a killed run is stopped and done again.
 begin_run() {
-  local settings=$1 orphan
+  local settings orphan reason
+  choose_dtype
+  settings="DTYPE=$DTYPE $1"
   export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
   mkdir -p "$OUT/logs" "$OUT/steps"
   [ ! -f "$OUT/settings" ] || [ "$(cat "$OUT/settings")" = "$settings" ] \
-    || fail "OUT=$OUT holds a run with $(cat "$OUT/settings"); remove it or choose another OUT."
+    || fail "OUT=$OUT holds a run with $(cat "$OUT/settings"), not $settings; remove it or choose another OUT."
   echo "$settings" > "$OUT/settings"
   exec 9> "$OUT/lock"
   flock -w 5 9 || fail "OUT=$OUT is in use by another run."  # a killed one needs a moment to let go
@@ -19,6 +22,20 @@ begin_run() {
     '$1 == group && index($0, out) { found = 1 } END { exit !found }'; then
     echo "stopping what a killed run left behind (process group $orphan)"; kill -KILL -- "-$orphan"; sleep 1
   fi
+  echo "training and evaluation in $DTYPE: $reason"
+}
+
+# Turn DTYPE into a dtype, and `reason` of the caller into why: the commands' own rule, asked once for the whole run.
+choose_dtype() {
+  local choice
+  choice=$("$PYTHON" - "${DTYPE:-auto}" <<'PY'
+import sys
+from mixmoe_megatron.cli import run_command
+from mixmoe_megatron.dtypes import choose_device, choose_dtype
+sys.exit(run_command(lambda: print(*choose_dtype(sys.argv[1], choose_device()))))
+PY
+  )
+  read -r DTYPE reason <<< "$choice"
 }
 
 # The newest sign of life in a log: Megatron's iteration and loss, or the last line that is no warning or memory table.
@@ -59,6 +76,7 @@ fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 # One training stage in OUT/stage1, OUT/stage2 or $stage_dir: number, steps, parent, then the stage's own flags.
 train() {
   local stage=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/stage$1}"; shift 3
+  case $DTYPE in bfloat16) set -- --bf16 "$@" ;; float16) set -- --fp16 "$@" ;; esac
   "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
     --load "$directory" --save "$directory" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
@@ -90,7 +108,7 @@ seconds = {path.name: int(path.read_text()) for path in steps}
 PY
   "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
     --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
-    --seconds "$OUT/seconds.json" --pair "$1" --toy --output-dir "$OUT"
+    --seconds "$OUT/seconds.json" --training-dtype "$DTYPE" --pair "$1" --toy --output-dir "$OUT"
 }
 
 LANGUAGES="cs de et fi ru tr zh"  # examples/data has a pair of each with English
@@ -112,7 +130,7 @@ evaluate_pair() {
   local pair=$1 segments=$2 words=(--system base="$BASE") system; shift 2
   for system in "$@"; do words+=(--system "$system"); done
   for language in "${pair%-en}" en; do words+=(--mono "$language=examples/data/mono.$language.test.txt.gz"); done
-  "$PYTHON" tools/evaluate_translation.py --baseline base "${words[@]}" \
+  "$PYTHON" tools/evaluate_translation.py --baseline base --dtype "$DTYPE" "${words[@]}" \
     --test "$pair=examples/data/$pair.test.tsv.gz" --source-column xx --target-column en --both-directions \
     --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 --batch-size 64 \
     --output-dir "$OUT/evaluation"
@@ -165,7 +183,7 @@ evaluate_multilingual() {
   for system in base="$BASE" "$@"; do words+=(--system "$system"); done
   for language in $LANGUAGES; do words+=(--test "$language-en=$OUT/text/$language-en.test.tsv.gz"); done
   for language in en $LANGUAGES; do words+=(--mono "$language=$OUT/text/mono.$language.test.txt.gz"); done
-  "$PYTHON" tools/evaluate_translation.py --baseline base "${words[@]}" --both-directions \
+  "$PYTHON" tools/evaluate_translation.py --baseline base --dtype "$DTYPE" "${words[@]}" --both-directions \
     --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 --batch-size 64 \
     --output-dir "$OUT/evaluation"
 }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import io
 import json
 import logging
 import os
+import select
+import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,26 +39,36 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command; turn user mistakes into one sentence on stderr.
+    """Run a command; turn user mistakes into one sentence on stderr. What it prints is shown on any terminal.
 
     Args:
         command: The command's body.
 
     Returns:
-        The exit status: 0 done, 2 bad input or a full disk, 130 interrupted. Any other exception is a defect and
-        propagates. With MIXMOE_TRACEBACK=1 in the environment, bad input shows its traceback too.
+        The exit status: 0 done (also when a reader such as `head` wants no more of the output), 2 bad input or what the
+        system refuses (a full disk, a file that cannot be written), 130 interrupted. Any other exception is a defect
+        and propagates. With MIXMOE_TRACEBACK=1 in the environment, what gives status 2 shows its traceback too.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal lacks are spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _find_room_for_code()
         command()
-    except (MixMoEError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        if os.environ.get("MIXMOE_TRACEBACK") == "1":
-            traceback.print_exc()
+        if sys.stdout is not None:  # closed by who started the command
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        _drop_output()
+    except MixMoEError as error:
+        _show_traceback()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        sys.stderr.write(f"error: {error}: make room and start the same command again.\n")
+        _show_traceback()
+        remedy = ": make room and start the same command again." if error.errno in _NO_SPACE else ""
+        sys.stderr.write(f"error: {' '.join(str(error).split())}{remedy}\n")
+        _drop_output()
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"interrupted{interrupt}\n")
@@ -61,9 +76,53 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+def _show_traceback() -> None:
+    if os.environ.get("MIXMOE_TRACEBACK") == "1":
+        traceback.print_exc()
+
+
+def _find_room_for_code() -> None:
+    """Let transformers keep the code of models in a temporary folder where Hugging Face's cache cannot be written.
+
+    Few commands run such code: where there is no temporary folder either, the others do their work all the same.
+    """
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    try:
+        cache = Path(os.environ.get("HF_MODULES_CACHE") or Path(home, "modules")).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except (OSError, RuntimeError):  # the latter: nobody knows of a home
+        writable = False
+    if not writable:
+        with suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="mixmoe_modules_")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            os.environ["HF_MODULES_CACHE"] = folder
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether stdout is a pipe that nobody reads any more."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Let what was printed and cannot be written go; Python would complain of it at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[TextIO]:
     """Open a text file (UTF-8) to be written atomically: a reader, or a crash, sees the old file or the whole new one.
+
+    What UTF-8 cannot say, the odd bytes of a file's name, is spelled out as JSON does.
 
     Args:
         path: The file to write; its directory must exist.
@@ -74,7 +133,7 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

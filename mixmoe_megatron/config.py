@@ -136,6 +136,8 @@ _REQUIRED_SETTINGS: Requirements = {
     "moe_single_grouped_weight": ((False,), _OWN_EXPERTS),
     "moe_paged_stash": ((False,), _OWN_EXPERTS),
     "overlap_moe_expert_parallel_comm": ((False,), "its schedule runs layers in pieces, past what freezes them"),
+    "overlap_dispatch_backward_with_experts_wgrad": ((False,), "Megatron-FSDP alone adds its delayed gradients up"),
+    "cuda_graph_impl": (("none",), "the frozen layers run ahead of what a graph would capture"),
     "mtp_num_layers": ((None, 0), "multi-token prediction is not part of Mix-MoE"),
     "experimental_attention_variant": ((None,), _BASE),
     "is_hybrid_model": ((False,), _BASE),

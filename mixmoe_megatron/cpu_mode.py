@@ -9,6 +9,7 @@ Source: none in the paper; what had to be bridged was found by running megatron-
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -26,6 +27,7 @@ _FACTORIES = (
     "tensor", "as_tensor", "zeros", "ones", "empty", "empty_like", "full", "rand", "randn", "randint", "arange", "eye",
 )  # fmt: skip
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class _Stream:
@@ -85,12 +87,25 @@ def enable_cpu_mode() -> bool:
     # Transformer Engine's choice; Megatron refuses one that is not --attention-backend's.
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
+    _keep_freed_memory()
     _replace_cuda_functions()
     _replace_factories()
     _replace_tensor_methods()
     _replace_megatron_functions()
     torch.cuda._mixmoe_cpu_mode = True  # type: ignore[attr-defined]
     return True
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensors.
+
+    By default it hands every tensor beyond 32 MiB back to the system, and each new one then costs a page fault for 4
+    KiB: a third of the time of experts with few tokens, whose gradients are as large as their weights.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def _always(value: Any) -> Callable[..., Any]:

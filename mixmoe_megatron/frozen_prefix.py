@@ -18,8 +18,8 @@ Each pipeline stage (and virtual stage) decides by its own layers' global number
 the first MoE layer owes the stage before it a gradient: it is zero, and the hook after the block sends zeros without
 computing anything. Layers above the first MoE layer are untouched: gradients must pass through them.
 
-With fp8 or fp4, CPU offloading or CUDA graphs, whose contexts belong to the block, no layer is run ahead; there the
-hook only makes the input require grad.
+With fp8 or fp4 or CPU offloading, whose contexts belong to the block, no layer is run ahead; there the hook only makes
+the input require grad.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None
 
 
 def _can_run_ahead(config: TransformerConfig) -> bool:
-    return not (config.fp8 or config.fp4 or config.cpu_offloading or config.cuda_graph_impl != "none")
+    return not (config.fp8 or config.fp4 or config.cpu_offloading)
 
 
 def _before_block(decoder: TransformerBlock, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

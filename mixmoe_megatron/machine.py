@@ -90,19 +90,23 @@ def this_machine() -> Machine:
     Raises:
         MixMoEError: Transformer Engine is installed and cannot be used.
     """
-    machine = Machine()
-    if torch.cuda.is_available():
-        machine = Machine(
-            gpu=torch.cuda.get_device_name(),
-            capability=torch.cuda.get_device_capability(),
-            transformer_engine=_transformer_engine(),
-            fused_wgrad=_imports("fused_weight_gradient_mlp_cuda"),
-            flash_attention=_imports("flash_attn"),
-            compiler=_has_compiler(),
-        )
+    machine = _read_machine()
     if int(os.environ.get("RANK", "0")) == 0:
         logger.info("machine: %s", machine)
     return machine
+
+
+def _read_machine() -> Machine:
+    if not torch.cuda.is_available():
+        return Machine()
+    return Machine(
+        gpu=torch.cuda.get_device_name(),
+        capability=torch.cuda.get_device_capability(),
+        transformer_engine=_transformer_engine(),
+        fused_wgrad=_imports("fused_weight_gradient_mlp_cuda"),
+        flash_attention=_imports("flash_attn"),
+        compiler=_has_compiler(),
+    )
 
 
 def _transformer_engine() -> str | None:

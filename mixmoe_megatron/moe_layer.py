@@ -100,11 +100,7 @@ def _needs_input_gradient(config: TransformerConfig) -> bool:
 
     Asking for it costs that layer the gradient of its input, which nothing below uses.
     """
+    # A checkpoint runs its backward pass only when one of its inputs wants a gradient.
     recomputes = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
-    return (
-        recomputes  # a checkpoint runs backward only when one of its inputs wants a gradient
-        # Transformer Engine up to 2.14 computes the probs' gradient of a permutation beside that of the tokens.
-        or config.moe_permute_fusion
-        # The experts' weight gradients are computed in the backward pass of the dispatch.
-        or config.overlap_dispatch_backward_with_experts_wgrad
-    )
+    # Transformer Engine up to 2.14 permutes the gradient of the probs only where it permutes that of the tokens.
+    return recomputes or config.moe_permute_fusion

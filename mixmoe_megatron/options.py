@@ -6,23 +6,29 @@ experts), 1 (LM experts) or 2 (LM and MT experts); the number of active groups e
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import typing
 from dataclasses import dataclass
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "preset": ("recommended", "paper"),
-    "spectral_transform": ("fft", "dct", "random", "none"),
-    "spectral_norm": ("ortho", "backward"),
-    "group_combine": ("mean", "sum"),
-    "expert_init": ("slice", "copy"),
-    "mt_router_init": ("copy", "random"),
-    "lb_reduction": ("mean", "sum"),
-}
 _PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom")
 _PAPER = {"preset": "paper", "spectral_norm": "backward", "group_combine": "sum", "expert_scale": 1.0}
+
+
+def _option(default: Any, meaning: str, choices: tuple[str, ...] = (), shown: str = "") -> Any:
+    """Make a field that knows what `--help` and the checks need.
+
+    Args:
+        default: its value in the preset `recommended`.
+        meaning: of the option.
+        choices: the only values.
+        shown: what stands for the value in `--help`, where neither choices nor type say it.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices, "shown": shown})
 
 
 @dataclass
@@ -31,44 +37,40 @@ class MixMoEOptions:
 
     Source: Mix-MoE (arXiv:2605.24681) section III. Deviates: README, table of decisions.
 
-    Args:
-        preset: name of the preset these options started from (a record; it changes nothing by itself).
-        num_experts_per_group: experts in the LM group, and as many in the MT group.
-        topk_per_group: experts chosen per token in each group.
-        spectral_transform: linear map of the router's second input: "fft", "dct", "random" or "none" (Table V).
-        spectral_norm: "ortho" keeps the length of h; "backward" is the unnormalised transform.
-        spectral_scale: factor of the spectral features.
-        spectral_seed: seed of the transform "random".
-        group_combine: how the outputs of the two groups combine: "mean" or "sum".
-        router_prob_scaling: scale an expert's output by s * p; False: leave it as it is.
-        expert_scale: s. None: num_experts_per_group, so that s * p = 1 at uniform p.
-        expert_init: "slice" cuts the dense FFN into n experts of width F / n; "copy" gives each the full width.
-        mt_router_init: the MT router starts as a "copy" of the LM router, or "random".
-        router_bias: give the routers a bias (zero at the start).
-        lb_reduction: the aux losses of the MoE layers are averaged ("mean") or added ("sum").
-        moe_layer_placement: "last", "uniform-first", "bottom", "top", "dense_bottom" or 0-based indices as "3,7".
-        moe_every: one layer of so many is an MoE layer (sets their number, for every placement but a list).
+    Args: each is explained where it stands below, and in `hf_to_mixmoe.py --help`.
 
     Raises:
         MixMoEError: a value is outside its range; the message names the option.
     """
 
-    preset: str = "recommended"
-    num_experts_per_group: int = 4
-    topk_per_group: int = 1
-    spectral_transform: str = "fft"
-    spectral_norm: str = "ortho"
-    spectral_scale: float = 1.0
-    spectral_seed: int = 0
-    group_combine: str = "mean"
-    router_prob_scaling: bool = True
-    expert_scale: float | None = None
-    expert_init: str = "slice"
-    mt_router_init: str = "copy"
-    router_bias: bool = True
-    lb_reduction: str = "mean"
-    moe_layer_placement: str = "last"
-    moe_every: int = 4
+    preset: str = _option("recommended", "name of the preset that these options started from", ("recommended", "paper"))
+    num_experts_per_group: int = _option(4, "n, the experts of the LM group, and as many in the MT group")
+    topk_per_group: int = _option(1, "k, the experts that each group chooses for a token")
+    spectral_transform: str = _option(
+        "fft", "linear map of the router's second input (Table V)", ("fft", "dct", "random", "none")
+    )
+    spectral_norm: str = _option(
+        "ortho", "ortho keeps the length of h; backward is the unnormalised transform", ("ortho", "backward")
+    )
+    spectral_scale: float = _option(1.0, "factor of the spectral features")
+    spectral_seed: int = _option(0, "seed of the transform random")
+    group_combine: str = _option("mean", "how the outputs of the two groups combine", ("mean", "sum"))
+    router_prob_scaling: bool = _option(True, "scale an expert's output by s times its probability p")
+    expert_scale: float | None = _option(None, "s; left out it is n, so that s * p = 1 at uniform p")
+    expert_init: str = _option(
+        "slice", "slice cuts the dense FFN into n experts of width F / n; copy gives each all of it", ("slice", "copy")
+    )
+    mt_router_init: str = _option(
+        "copy", "how the MT router starts: as a copy of the LM router, or random", ("copy", "random")
+    )
+    router_bias: bool = _option(True, "give the routers a bias, zero at the start")
+    lb_reduction: str = _option("mean", "average or add the aux losses of the MoE layers", ("mean", "sum"))
+    moe_layer_placement: str = _option(
+        "last",
+        "which layers are MoE layers; last: the last of each moe_every; or 0-based indices such as 3,7",
+        shown=",".join([*_PLACEMENTS, "INDICES"]),
+    )
+    moe_every: int = _option(4, "one layer of so many is an MoE layer (their number, for all placements but indices)")
 
     def __post_init__(self) -> None:
         self.validate()
@@ -80,8 +82,8 @@ class MixMoEOptions:
         Raises:
             MixMoEError: the preset or an option is unknown, or a value is outside its range.
         """
-        if name not in _CHOICES["preset"]:
-            raise MixMoEError(f"preset must be one of {', '.join(_CHOICES['preset'])}, got {name!r}.")
+        if name not in (presets := _FIELDS["preset"].metadata["choices"]):
+            raise MixMoEError(f"preset must be one of {', '.join(presets)}, got {name!r}.")
         return cls.from_dict({**(_PAPER if name == "paper" else {}), **overrides})
 
     @staticmethod
@@ -106,26 +108,67 @@ class MixMoEOptions:
 
     def validate(self) -> None:
         """Raise MixMoEError at the first option whose value is outside its range."""
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise MixMoEError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         for name in ("num_experts_per_group", "topk_per_group", "moe_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise MixMoEError(f"{name} must be a positive integer, got {value!r}.")
+        for name, field in _FIELDS.items():
+            value, choices = getattr(self, name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise MixMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+            if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
+                raise MixMoEError(f"{name} must be {_KIND_NAMES[_KINDS[name][0]][1]}, got {value!r}.")
         if self.topk_per_group > self.num_experts_per_group:
             raise MixMoEError(
                 f"topk_per_group={self.topk_per_group} exceeds num_experts_per_group={self.num_experts_per_group}."
             )
-        if self.expert_scale is not None and not self.expert_scale > 0:
-            raise MixMoEError(f"expert_scale must be positive (or left out), got {self.expert_scale!r}.")
+        if self.expert_scale is not None and not 0 < self.expert_scale < float("inf"):
+            raise MixMoEError(f"expert_scale must be positive and finite (or left out), got {self.expert_scale!r}.")
         if not 0 <= self.spectral_scale < float("inf"):
             raise MixMoEError(f"spectral_scale must be finite and not negative, got {self.spectral_scale!r}.")
         if self.moe_layer_placement not in _PLACEMENTS:
             _parse_layer_list(self.moe_layer_placement)
 
 
-OPTION_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(MixMoEOptions))
+_FIELDS = {field.name: field for field in dataclasses.fields(MixMoEOptions)}
+OPTION_NAMES: tuple[str, ...] = tuple(_FIELDS)
+#: option -> types that a value may have; a whole number may stand for a float
+_KINDS: dict[str, tuple[type, ...]] = {
+    name: (*(typing.get_args(kind) or (kind,)), *((int,) if kind in (float, float | None) else ()))
+    for name, kind in typing.get_type_hints(MixMoEOptions).items()
+}
+#: type -> what stands for a value in `--help`, and in a sentence
+_KIND_NAMES = {int: ("N", "an integer"), float: ("X", "a number"), bool: ("true,false", "true or false"),
+               str: ("TEXT", "text")}  # fmt: skip
+
+
+def add_option_arguments(parser: argparse._ActionsContainer, names: tuple[str, ...] = OPTION_NAMES[1:]) -> None:
+    """Add one flag for each option: values and default come from its field. Flags that are not given leave nothing.
+
+    Args:
+        parser: an argparse parser or a group of one.
+        names: of the options; the preset is not among them, as the others go over it.
+    """
+    for name in names:
+        field = _FIELDS[name]
+        shown = field.metadata["shown"] or ",".join(field.metadata["choices"]) or _KIND_NAMES[_KINDS[name][0]][0]
+        default = "left out" if field.default is None else str(field.default).lower()
+        paper = f"; preset paper: {_PAPER[name]}" if name in _PAPER else ""
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=str if _KINDS[name] == (str,) else _json_or_text,
+            default=argparse.SUPPRESS,
+            metavar=f"{{{shown}}}" if "," in shown else shown,
+            help=f"{field.metadata['meaning']} (default: {default}{paper})",
+        )
+
+
+def _json_or_text(text: str) -> Any:
+    """Read a value; what is no JSON is refused by `MixMoEOptions.validate`, which says what it must be."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _parse_layer_list(text: str) -> list[int]:
@@ -161,7 +204,9 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
             raise MixMoEError(f"moe_layer_placement names layer {layers[-1]}, the model has layers 0..{last}.")
         return layers
     if count == 0:
-        raise MixMoEError(f"moe_every={every} gives no MoE layer in a model of {num_layers} layers.")
+        raise MixMoEError(
+            f"moe_every={every} gives no MoE layer in a model of {num_layers} layers: at most {num_layers} goes."
+        )
     if placement == "last":
         return [every * i + every - 1 for i in range(count)]
     if placement == "uniform-first":

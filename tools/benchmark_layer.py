@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="default: both")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all there are")
+    parser.add_argument("--no-bias-swiglu-fusion", action="store_true", help="SwiGLU not compiled on a GPU either")
     parser.add_argument("--turns", type=int, default=5, help="turns, of which the fastest counts (default: 5)")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
     return parser
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
     for experts, stage, backend in itertools.product(args.experts, args.stages, backends):
         width = args.moe_ffn_hidden_size or (args.ffn_hidden_size or SHAPES[args.shape][1]) // experts
         tokens = args.tokens or (8192 if cuda else 2048)
-        case = LayerCase(stage, backend, hidden_size, width, experts, args.topk, tokens, getattr(torch, args.dtype))
+        dtype, fused = getattr(torch, args.dtype), cuda and not args.no_bias_swiglu_fusion
+        case = LayerCase(stage, backend, hidden_size, width, experts, args.topk, tokens, dtype, fused)
         row = measure_layer(case, args.turns)
         rows.append({**dataclasses.asdict(case), **row, "dtype": args.dtype})
         print(f"{experts:>7}{stage:>6}  {backend:<10}" + "".join(f"{text:>10}" for text in texts(row)), flush=True)

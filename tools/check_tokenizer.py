@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer directory")
     parser.add_argument(
-        "--mono", nargs="+", default=[], metavar="XX=FILE", help="a language's plain text, gzip, zstd or neither"
+        "--mono", nargs="+", default=[], metavar="XX=FILE", help="a language's plain text, compressed or not"
     )
     parser.add_argument(
         "--max-lines", type=int, default=10_000, metavar="N", help="lines of each text (default: 10000)"

@@ -24,8 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
     models = parser.add_argument_group("models")
     models.add_argument("--system", action="append", default=[], metavar="NAME=DIR", help="a model; repeatable")
     models.add_argument("--baseline", metavar="NAME", help="test the other systems against this one")
-    models.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    models.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
+    models.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16, or auto (default): the fast one here"
+    )
+    models.add_argument(
+        "--device", default="auto", help="a torch device; auto (default): the GPU if there is one, else cpu"
+    )
     data = parser.add_argument_group("test data")
     data.add_argument(
         "--test",
@@ -66,6 +70,7 @@ def read_directions(args: argparse.Namespace) -> list:
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the tables."""
     from mixmoe_megatron.data.prompts import load_template
+    from mixmoe_megatron.dtypes import choose
     from mixmoe_megatron.evaluation.comet_scores import choose_comet
     from mixmoe_megatron.evaluation.generation import GenerationOptions
     from mixmoe_megatron.evaluation.runner import EvaluationPlan, evaluate
@@ -73,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from mixmoe_megatron.evaluation.tables import format_tables
 
     mono = named_paths(args.mono, "--mono")
+    dtype, device = choose(args.dtype, args.device)
     plan = EvaluationPlan(
         systems=named_paths(args.system, "--system"),
         directions=read_directions(args),
@@ -84,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
         ),
         template=load_template(args.prompt_template),
         baseline=args.baseline,
-        dtype=args.dtype,
-        device=args.device,
+        dtype=dtype,
+        device=device,
         comet=choose_comet(args.comet) if args.test else None,
         selection={
             "test": args.test,

@@ -29,8 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, default=0, help="lines of each file, a seeded choice (default: 0, all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of lines (default: 0)")
-    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    parser.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16, or auto (default): the fast one here"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="a torch device; auto (default): the GPU if there is one, else cpu"
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     return parser
 
@@ -47,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and draw."""
     from itertools import combinations
 
+    from mixmoe_megatron.dtypes import choose
     from mixmoe_megatron.evaluation.figures import draw_routing
     from mixmoe_megatron.evaluation.models import load_model
     from mixmoe_megatron.evaluation.routing import language_distance, measure_routing, specialisation
@@ -55,9 +60,10 @@ def run(args: argparse.Namespace) -> None:
 
     paths = named_paths(args.mono, "--mono")
     texts = {language: read_monolingual(path, limit=args.limit, seed=args.seed) for language, path in paths.items()}
+    dtype, device = choose(args.dtype, args.device)
     with TemporaryDirectory() as scratch:
         model = args.model or export(args.checkpoint_dir, Path(scratch) / "model")
-        loaded = load_model(model.name, model, dtype=args.dtype, device=args.device)
+        loaded = load_model(model.name, model, dtype=dtype, device=device)
     measured = {language: measure_routing(loaded, lines) for language, lines in texts.items()}
     routing = {language: value.to_dict() for language, value in measured.items()}
     distances = {f"{a} {b}": language_distance(measured[a], measured[b]) for a, b in combinations(measured, 2)}
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     measures = specialisation(measured)
     write_json(
         args.output_dir / "routing.json",
-        {"languages": routing, "specialisation": measures, "distances": distances},
+        {"dtype": dtype, "languages": routing, "specialisation": measures, "distances": distances},
     )
     draw_routing(routing, args.output_dir / "routing.png")
     print(routing_table(routing))

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.options import add_option_arguments
 
 GPU_TYPES = ("A100-40G", "A100-80G", "H100")
-OPTIONS = {"num_experts_per_group": int, "topk_per_group": int, "moe_every": int, "moe_layer_placement": str}
+OPTIONS = ("num_experts_per_group", "topk_per_group", "moe_every", "moe_layer_placement")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,8 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grad-reduce-in-bf16", action="store_true", help="Megatron's flag; default: float32")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="joined by NVLink (default: 8)")
     parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak assumed (default: 0.4)")
-    for name, kind in OPTIONS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help="Mix-MoE option, as in hf_to_mixmoe.py")
+    add_option_arguments(parser, OPTIONS)
     parser.add_argument("--show", type=int, default=10, metavar="N", help="layouts in the table (default: 10)")
     parser.add_argument("--json", action="store_true", help="print every layout that fits as JSON instead")
     return parser
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         raise MixMoEError(f"--utilization must be above 0 and at most 1, got {args.utilization}.")
     path = args.hf_config
     config = read_hf_config(path.parent if path.name == "config.json" else path)
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
     model = Model(megatron_args_from_hf(config), MixMoEOptions.from_dict(given), args.stage)
     batch = Batch(
         args.micro_batch_size,

@@ -15,7 +15,9 @@ from mixmoe_megatron.cli import run_command, setup_logging
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of both kinds of data."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, gzip or not")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="text files: plain, gzip, xz, bzip2 or zstd"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer directory")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep documents or pairs that came before")

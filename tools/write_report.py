@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage1-log", type=Path, metavar="LOG", help=log_help)
     parser.add_argument("--stage2-log", type=Path, metavar="LOG", help=log_help)
     parser.add_argument("--seconds", type=Path, metavar="FILE", help='JSON {"step": seconds}')
+    parser.add_argument("--training-dtype", default="", metavar="DTYPE", help="to be told beside the evaluation's")
     parser.add_argument("--pair", default="", metavar="XX-YY", help="default: the first direction")
     parser.add_argument("--toy", action="store_true", help="say on top that the figures are toy-sized")
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         seconds=read_json(args.seconds) if args.seconds else {},
         pair=args.pair,
         toy=args.toy,
+        training_dtype=args.training_dtype,
         hypotheses_dir=hypotheses_dir if hypotheses_dir.is_dir() else None,
     )
     write_report(inputs, args.output_dir)

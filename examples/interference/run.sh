@@ -6,6 +6,7 @@
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: examples/quickstart/base)
 #   MINUTES=12         training steps and test segments grow with it; the whole run takes about three times as long
 #   FULL_LR=5e-4       highest learning rate of full fine-tuning on parallel text; at stage 2's 2e-3 its loss rises
+#   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/interference  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
 BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands

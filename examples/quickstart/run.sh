@@ -3,6 +3,7 @@
 #   PAIR=de-en         language pair, one of examples/data/*-en.train.tsv.gz
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: examples/quickstart/base)
 #   MINUTES=12         training steps and test segments grow with it; the real time depends on the machine
+#   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/quickstart  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
 BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print, one word a line, the flags of the model that a stock `pretrain_gpt.py` needs to train a stage of Mix-MoE.
+"""Print, one word a line, the flags of model and GPU that a stock `pretrain_gpt.py` needs to train a stage of Mix-MoE.
 
 flags.py STAGE FLAGS...     FLAGS: the run's own (--pretrained-checkpoint, --load, --tensor-model-parallel-size ...)
 """

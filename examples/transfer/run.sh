@@ -5,6 +5,7 @@
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: examples/quickstart/base)
 #   MINUTES=40         training steps and test segments grow with it; the real time depends on the machine
 #   FROM=DIR           OUT of a run of examples/protocol: its base, text and stage 1 are used, not made again
+#   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/transfer  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
 BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}" FROM="${FROM:+$(realpath -m "$FROM")}"
@@ -19,8 +20,11 @@ if [ -n "$FROM" ]; then
   for name in prepare upcycle data stage1; do
     [ -f "$FROM/steps/$name" ] || fail "FROM=$FROM is no protocol run with a finished stage 1: no steps/$name."
   done
-  made_from=$(sed 's/.*BASE=//' "$FROM/settings")
+  made_from=$(sed 's/.*BASE=//' "$FROM/settings") made_in=$(sed -n 's/^DTYPE=\([^ ]*\).*/\1/p' "$FROM/settings")
   [ "${BASE:=$made_from}" = "$made_from" ] || fail "FROM=$FROM was made from BASE=$made_from, not from BASE=$BASE."
+  made_in="${made_in:-float32}"  # of a run that was made when there was no other
+  [ "${DTYPE:=auto}" != auto ] || DTYPE=$made_in
+  [ "$DTYPE" = "$made_in" ] || fail "FROM=$FROM was made with DTYPE=$made_in, not with DTYPE=$DTYPE."
 fi
 BASE="${BASE:-$PWD/examples/quickstart/base}"
 [ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."

@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.conversion.hf_files import own_file
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata
 
+CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
 _DEFAULT_ROPE_THETA = 10000.0
@@ -37,20 +39,26 @@ _READ = {
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act",
     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "initializer_range", "attention_bias",
     "attention_dropout", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "quantization_config", "partial_rotary_factor",
+    "quantization_config", "partial_rotary_factor", "transformers_weights",
+}  # fmt: skip
+# Fields of an exported Mix-MoE model that say how it differs from its dense base.
+_MIXMOE = {
+    "auto_map", "base_model_type", "expert_scale", "group_combine", "mixmoe", "moe_intermediate_size", "moe_layers",
+    "num_experts", "num_experts_per_group", "num_experts_per_tok", "router_bias", "router_prob_scaling", "stage",
+    "topk_per_group",
 }  # fmt: skip
 # Fields that say how to generate, store or label, not what the model computes.
 _HARMLESS = {
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
     "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-    "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
-    "unsloth_version", "use_bfloat16", "use_cache",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "mixmoe_aux_loss_coef",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 
 
@@ -58,11 +66,22 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
     """Read config.json of a Hugging Face directory.
 
     Raises:
-        MixMoEError: the directory or the file is missing, or the file is not a JSON object.
+        MixMoEError: the directory or the file is missing, the file is not a JSON object, or an adapter lies there,
+            which transformers would add to the weights.
     """
-    path = Path(hf_dir) / "config.json"
+    path = Path(hf_dir) / CONFIG_FILE
+    if (Path(hf_dir) / ADAPTER_FILE).is_file():
+        raise MixMoEError(
+            f"{hf_dir} holds a PEFT adapter ({ADAPTER_FILE}), not all of a model: merge it into its base with peft "
+            "(merge_and_unload, save_pretrained) and convert what that saves; if it is merged already, remove "
+            f"{ADAPTER_FILE}."
+        )
+    if path.is_symlink():
+        own_file(hf_dir, CONFIG_FILE)
     if not path.is_file():
-        raise MixMoEError(f"{hf_dir} has no config.json: it is not a Hugging Face model directory.")
+        cached = sorted(Path(hf_dir).glob("snapshots/*/" + CONFIG_FILE))
+        hint = f"; {cached[-1].parent} is one" if cached else ""
+        raise MixMoEError(f"{hf_dir} has no {CONFIG_FILE}: it is not a Hugging Face model directory{hint}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -83,8 +102,11 @@ def model_family(config: dict[str, Any]) -> str:
     else:
         names = config.get("architectures") or []
         family = ARCHITECTURES.get(str(names[0])) if len(names) == 1 else None
-        if family is None and not names and config.get("model_type") in FAMILY_ARCHITECTURE:
-            family = config["model_type"]
+        model_type = config.get("model_type") or family
+        if family is None and not names and model_type in FAMILY_ARCHITECTURE:
+            family = model_type
+        if family is not None and model_type != family:  # transformers goes by model_type
+            raise MixMoEError(f"config.json: architectures {names[0]} and model_type {model_type} disagree.")
     if family not in FAMILY_ARCHITECTURE:
         given = ", ".join(map(str, config.get("architectures") or [])) or config.get("model_type")
         raise MixMoEError(f"architecture {given} is not supported; supported: {', '.join(ARCHITECTURES)}.")
@@ -117,7 +139,7 @@ def _num_layers(config: dict[str, Any]) -> int:
 
 def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
     """Raise on fields whose value Megatron's model cannot express."""
-    if (activation := config.get("hidden_act", "silu")) != "silu":
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise MixMoEError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'.")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name) and not (family == "qwen2" and name == "attention_bias"):
@@ -129,10 +151,14 @@ def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
         raise MixMoEError(f"config.json: partial_rotary_factor {config['partial_rotary_factor']} is not supported.")
     if config.get("attention_dropout"):
         raise MixMoEError(f"config.json: attention_dropout {config['attention_dropout']} is not supported, only 0.")
-    if config.get("model_type") == "mixmoe":
-        return  # its other fields are this project's own
+    if config.get("transformers_weights"):
+        raise MixMoEError(
+            f"config.json: transformers_weights = {config['transformers_weights']!r} is not supported; give that file "
+            "the usual name (model.safetensors, or model.safetensors.index.json) and remove the field."
+        )
+    known = _READ | _HARMLESS | (_MIXMOE if config.get("model_type") == "mixmoe" else set())
     for name, value in config.items():
-        if name not in _READ | _HARMLESS and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
+        if name not in known and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
             raise MixMoEError(
                 f"config.json: {name} = {json.dumps(value)[:60]} is not known here and may change what the model "
                 "computes; if it does not, remove the field."
@@ -171,8 +197,8 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
         if clash := [name for name in given.keys() & scaling.keys() if given[name] != scaling[name]]:
             raise MixMoEError(f"config.json: rope_parameters and rope_scaling disagree about {clash[0]}.")
         scaling.update(given)
-    given_thetas = [config.get("rope_theta"), scaling.get("rope_theta")]
-    thetas: set[float] = {float(value) for value in given_thetas if value and _is_positive(value, "rope_theta")}
+    given_thetas: list[Any] = [config.get("rope_theta"), scaling.get("rope_theta")]
+    thetas = {float(value) for value in given_thetas if _is_positive(value, "rope_theta")}
     if len(thetas) > 1:
         raise MixMoEError(f"config.json gives two values of rope_theta: {sorted(thetas)}.")
     theta = thetas.pop() if thetas else _DEFAULT_ROPE_THETA
@@ -192,6 +218,14 @@ def rope_settings(config: dict[str, Any]) -> tuple[float, float | None]:
             )
     _is_positive(_require(scaling, "factor"), "rope_scaling.factor")
     return theta, float(scaling["factor"])
+
+
+def _deviation(config: dict[str, Any]) -> float:
+    """Return initializer_range, which Megatron and the routers of an upcycled model are initialised with."""
+    value = 0.02 if config.get("initializer_range") is None else float(config["initializer_range"])
+    if not 0 <= value < 1e30:
+        raise MixMoEError(f"config.json: initializer_range must be a number from 0 on, not {value!r}.")
+    return value
 
 
 def _is_positive(value: Any, name: str) -> bool:
@@ -258,7 +292,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "kv_channels": head_dim,
         "max_position_embeddings": _positive_int(config, "max_position_embeddings"),
         "position_embedding_type": "rope",
-        "rotary_base": int(theta) if theta == int(theta) else theta,
+        "rotary_base": int(theta) if theta.is_integer() and theta < 1 << 53 else theta,
         "rotary_percent": 1.0,
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": factor if factor is not None else 8.0,
@@ -272,7 +306,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "init_method_std": float(config.get("initializer_range", 0.02)),
+        "init_method_std": _deviation(config),
         "vocab_size": vocab_size,
         "make_vocab_size_divisible_by": vocab_multiple(vocab_size),
     }
@@ -289,6 +323,17 @@ def check_architecture(metadata: Metadata) -> None:
         multiple = name == "make_vocab_size_divisible_by"  # may be chosen
         if (given != value and not multiple) or type(given) is not type(value):
             raise MixMoEError(f"{METADATA_FILE}: megatron_args.{name} is {given!r}, but hf_config gives {value!r}.")
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the dense base of an exported Mix-MoE model, from what the export's own says now.
+
+    Raises:
+        MixMoEError: as `megatron_args_from_hf`.
+    """
+    replaced = {"architectures", "model_type", "rope_parameters", "transformers_version"}
+    kept = {name: value for name, value in config.items() if name not in _MIXMOE | replaced}
+    return {**kept, **hf_config_from_megatron_args(megatron_args_from_hf(config))}
 
 
 def hf_config_from_megatron_args(megatron_args: dict[str, Any]) -> dict[str, Any]:

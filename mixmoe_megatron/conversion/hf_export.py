@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.hf_config import check_architecture, model_family
-from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card
+from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card, published_name
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
 from mixmoe_megatron.conversion.megatron_checkpoint import EMBEDDING, TorchDistReader, vocabulary_rows
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_fold
@@ -72,6 +73,11 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
         MixMoEError: anything wrong with the checkpoint or the request.
     """
     check_output_dir(request.output_dir, request.force)
+    if request.base_model is not None and published_name(request.base_model) is None:
+        raise MixMoEError(
+            f"--base-model {request.base_model!r} seems to be a path, which a model card should not tell: give the "
+            "model's name, such as organisation/name."
+        )
     metadata = read_metadata(request.checkpoint_dir)
     check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
@@ -104,11 +110,21 @@ def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:
 def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
     metadata = prepared.metadata
-    dtype = prepared.plan[0].dtype
+    dtype = _declared_dtype(prepared)
     config = dict(metadata.hf_config) if metadata.options is None else _mixmoe_config(metadata, prepared.sizes)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
         config[name] = dtype
     return config
+
+
+def _declared_dtype(prepared: PreparedExport) -> str:
+    """Return the dtype that config.json names: the base's if weights have it, else that of most of them."""
+    values: Counter[str] = Counter()
+    for tensor in prepared.plan:
+        if ".mlp.router." not in tensor.name:  # float32 beside any other dtype
+            values[tensor.dtype] += math.prod(tensor.shape)
+    declared = prepared.metadata.hf_config.get("dtype") or prepared.metadata.hf_config.get("torch_dtype")
+    return str(declared) if declared in values else values.most_common(1)[0][0]
 
 
 def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
@@ -116,9 +132,9 @@ def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
 
     assert metadata.options is not None
     options = MixMoEOptions.from_dict(metadata.options)
-    base = metadata.hf_config
-    if model_family(base) == "mistral":  # whose sliding window does not act, else it would have been refused
-        base = {**base, "model_type": "llama", "sliding_window": None}
+    base = {**metadata.hf_config, "model_type": model_family(metadata.hf_config)}
+    if base["model_type"] == "mistral":  # whose sliding window does not act, else it would have been refused
+        base |= {"model_type": "llama", "sliding_window": None}
     config = MixMoEConfig.from_base_config(
         base,
         moe_layers=list(sizes.moe_layers),
@@ -132,7 +148,7 @@ def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
         router_bias=options.router_bias,
         mixmoe=metadata.options,
     )
-    values = json.loads(config.to_json_string(use_diff=False))
+    values = json.loads(config.to_json_string())
     return {**values, "architectures": ["MixMoEForCausalLM"], "auto_map": AUTO_MAP}
 
 
@@ -173,6 +189,6 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
 
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
-    base_model = request.base_model or metadata.hf_config.get("_name_or_path")
+    base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))
     parameters = sum(math.prod(tensor.shape) for tensor in prepared.plan)
     (directory / "README.md").write_text(model_card(metadata, base_model, parameters), encoding="utf-8")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import Metadata
@@ -16,6 +19,8 @@ _CARRIED = (
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+# How a path begins: a slash, ./ or ../, ~, a Windows drive, file:.
+_PATH = re.compile(r"[/~]|\.{1,2}(/|$)|[A-Za-z]:\S|file:", re.IGNORECASE)
 
 
 def own_file(directory: str | Path, name: str) -> Path:
@@ -34,15 +39,33 @@ def own_file(directory: str | Path, name: str) -> Path:
         raise MixMoEError(f"{directory}: {name!r} is named, which is not a file of this directory.")
     path = root / name
     if not os.path.isfile(path):  # False for a name that no file can have, too
+        if os.path.islink(path):
+            raise MixMoEError(
+                f"{directory}: {name} is a link to {os.readlink(path)}, which is missing: put the file itself in its "
+                "place, or download the model again."
+            )
         raise MixMoEError(f"{directory}: {name} is named, which is missing.")
-    inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(place) for place in inside):
-        raise MixMoEError(f"{directory}: {name} is a link to a file outside of this directory.")
+    caches = [place.parent / "blobs" for place in root.parents if place.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(place.resolve()) for place in [root, *caches]):
+        raise MixMoEError(
+            f"{directory}: {name} is a link to a file outside of this directory, which is not followed; "
+            f"`cp -rL {directory} COPY` makes a directory that holds the files themselves."
+        )
     return path
 
 
+def side_files(directory: str | Path) -> list[Path]:
+    """Return the tokenizer, generation settings, chat template and licence files of a directory.
+
+    Raises:
+        MixMoEError: one is a link to a file outside, or to none.
+    """
+    found = {path for pattern in _CARRIED for path in Path(directory).glob(pattern)}
+    return [own_file(directory, path.name) for path in sorted(found) if path.is_file() or path.is_symlink()]
+
+
 def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
-    """Copy tokenizer, generation settings, chat template and licence files that exist.
+    """Copy the `side_files` of a directory.
 
     Args:
         source: a Hugging Face directory, or the `tokenizer` directory of a checkpoint.
@@ -52,14 +75,26 @@ def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
         The names of the files copied.
 
     Raises:
-        MixMoEError: one is a link to a file outside.
+        MixMoEError: see `side_files`.
     """
-    source, destination = Path(source), Path(destination)
+    destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    found = sorted({path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()})
+    found = side_files(source)
     for path in found:
-        shutil.copyfile(own_file(source, path.name), destination / path.name)
+        shutil.copyfile(path, destination / path.name)
     return [path.name for path in found]
+
+
+def published_name(name: Any) -> str | None:
+    """Return a base model's name as a card may give it; None if it is none, or a path of this machine."""
+    name = " ".join(name.split()) if isinstance(name, str) else ""
+    is_path = _PATH.match(name) or name.count("/") > 1 or "\\" in name or os.path.exists(name)
+    return None if is_path or not name else name
+
+
+def _plain(text: str) -> str:
+    """Return text as Markdown shows it, in a cell of a table."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 
 
 def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) -> str:
@@ -70,14 +105,14 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
         base_model: name of the dense model it all came from, if known.
         num_parameters: of the exported model.
     """
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if base_model:
-        header.append(f"base_model: {base_model}")
     dense = metadata.stage == "dense"
-    header += ["tags:", "- translation", *([] if dense else ["- mixmoe", "- mixture-of-experts"]), "---", ""]
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    header |= {} if base_model is None else {"base_model": base_model}
+    tags = ["translation", *([] if dense else ["mixmoe", "mixture-of-experts"])]
+    front_matter = yaml.safe_dump({**header, "tags": tags}, sort_keys=False, allow_unicode=True)
     title = "Dense model" if dense else f"Mix-MoE, {metadata.stage}"
-    base = base_model or "not recorded"
-    lines = [*header, f"# {title}", "", "| | |", "|---|---|", f"| base model | {base} |"]
+    base = _plain("not recorded" if base_model is None else base_model)
+    lines = [f"---\n{front_matter}---", "", f"# {title}", "", "| | |", "|---|---|", f"| base model | {base} |"]
     rows: dict[str, Any] = {"stage": metadata.stage, "parameters": num_parameters}
     if metadata.options is not None:
         rows.update(metadata.options)
@@ -90,11 +125,13 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
         lines += ["", "## Training data", "", "| stage | files | kind | tokens | sha256 of the manifest |"]
         lines += ["|---|---|---|---:|---|"]
         names = ("stage", "prefix", "kind", "tokens", "manifest_sha256")
-        lines += ["| " + " | ".join(str(entry.get(name, "")) for name in names) + " |" for entry in metadata.data]
+        cells = [[_plain(str(entry.get(name, ""))) for name in names] for entry in metadata.data]
+        lines += ["| " + " | ".join(row) + " |" for row in cells]
     if not dense:
         lines += [
             "",
             "Mix-MoE: arXiv:2605.24681. Load with `trust_remote_code=True`; the modeling code is in this directory.",
+            "The tokenizer alone needs no trust: `AutoTokenizer.from_pretrained(..., trust_remote_code=False)`.",
         ]
     lines += [
         "",

@@ -12,13 +12,21 @@ import numpy as np
 
 from mixmoe_megatron.conversion.bits import Bits
 from mixmoe_megatron.conversion.fingerprint import HashedSource
-from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf, read_hf_config
-from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files
+from mixmoe_megatron.conversion.hf_config import dense_config, megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, side_files
 from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
 from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
-from mixmoe_megatron.conversion.plan import LazyTensor, Source, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.plan import (
+    LazyTensor,
+    Source,
+    check_stacks,
+    describe_plan,
+    expand,
+    make_plan,
+    verify_written,
+)
 from mixmoe_megatron.conversion.progress import progress
 from mixmoe_megatron.conversion.ranks import ALONE, Ranks
 from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
@@ -105,16 +113,24 @@ class _TiedSource(SafetensorsReader):
         return values
 
     def _differs(self) -> MixMoEError:
-        return MixMoEError(f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING}.")
+        return MixMoEError(
+            f"config.json ties the word embeddings, but {_OUTPUT} differs from {_EMBEDDING} (in values, shape or "
+            "dtype): remove the one from the weights, or set tie_word_embeddings to false."
+        )
 
 
-def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:
+def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> MixMoEOptions:
     """Return the Mix-MoE options of an exported model's config.json; its model fields win over its record of options.
 
+    Args:
+        config: of the exported model.
+        shipped: metadata beside it, for the options if config.json records none.
+
     Raises:
-        MixMoEError: the fields are missing or out of range.
+        MixMoEError: the fields are missing or out of range, or contradict each other.
     """
-    values = {name: value for name, value in (config.get("mixmoe") or {}).items() if name in OPTION_NAMES}
+    recorded = config.get("mixmoe") or (shipped and shipped.options) or {}
+    values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
     try:
         values["num_experts_per_group"] = config["num_experts_per_group"]
         values["topk_per_group"] = config["topk_per_group"]
@@ -125,14 +141,17 @@ def options_from_hf(config: dict[str, Any]) -> MixMoEOptions:
         scale = config["expert_scale"]
     except KeyError as error:
         raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None
+    for name, one in (("num_experts", "num_experts_per_group"), ("num_experts_per_tok", "topk_per_group")):
+        if config.get(name) not in (None, config[one] * config["stage"]):
+            raise MixMoEError(f"config.json: {name} must be {one} times stage, not {config[name]!r}; or leave it out.")
     if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
         values["expert_scale"] = scale
     if values["num_experts_per_group"] > 1:
         values["expert_init"] = "copy" if full_width else "slice"
     options = MixMoEOptions.from_dict(values)
     num_layers = config["num_hidden_layers"]
-    recorded = "moe_layer_placement" in values or num_layers >= options.moe_every
-    if not recorded or resolve_moe_layers(options, num_layers) != layers:
+    has_placement = "moe_layer_placement" in values or num_layers >= options.moe_every
+    if not has_placement or resolve_moe_layers(options, num_layers) != layers:
         options = MixMoEOptions.from_dict({**values, "moe_layer_placement": ",".join(map(str, layers))})
     return options
 
@@ -152,12 +171,6 @@ def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     if STAGE_NUMBERS[metadata.stage] != number:
         raise MixMoEError(f"{METADATA_FILE} says {metadata.stage!r}, but config.json says stage {number}.")
     return metadata
-
-
-def _base_config(config: dict[str, Any], megatron_args: dict[str, Any]) -> dict[str, Any]:
-    """Make the dense base's config.json of an exported Mix-MoE model that ships none."""
-    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype")
-    return {**hf_config_from_megatron_args(megatron_args), **{k: config[k] for k in kept if k in config}}
 
 
 def open_weights(directory: Path) -> Source:
@@ -183,6 +196,8 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
     ids = count_ids(request.hf_dir)
     if ids is not None:
         check_number_of_ids(f"The tokenizer in {request.hf_dir}", ids, prepared.sizes.vocab_size)
+    if not prepared.sizes.moe_layers:
+        check_stacks(prepared.plan)
     return prepared
 
 
@@ -193,6 +208,7 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
         MixMoEError: anything wrong with the input.
     """
     config = read_hf_config(request.hf_dir)
+    side_files(request.hf_dir)  # a bad link is told before hours of work
     megatron_args = megatron_args_from_hf(config)
     if request.make_vocab_size_divisible_by is not None:
         megatron_args["make_vocab_size_divisible_by"] = request.make_vocab_size_divisible_by
@@ -202,10 +218,12 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
             raise MixMoEError(
                 f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
             )
-        options: MixMoEOptions | None = options_from_hf(config)
         shipped = _shipped_metadata(request.hf_dir, config)
+        options: MixMoEOptions | None = options_from_hf(config, shipped)
         stage = shipped.stage if shipped else f"stage{config['stage']}"
-        base_config = shipped.hf_config if shipped else _base_config(config, megatron_args)
+        base_config = dense_config(config)
+        if shipped and shipped.hf_config.get("_name_or_path"):
+            base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
     else:
         shipped, options, base_config = None, request.options, config
         stage = "dense" if options is None else "upcycled"

@@ -212,6 +212,11 @@ def _fold_router(tensors: list[Tensor], sizes: Sizes, context: Context, where: s
     return [concatenate(folded).float()]
 
 
+def _merge_router_bias(tensors: list[Tensor], sizes: Sizes, context: Context, where: str) -> list[Tensor]:
+    """The groups' biases become one, float32 as the weight: training in bfloat16 leaves it in bfloat16."""
+    return [concatenate(tensors).float()]
+
+
 def _upcycle_gate_up(arrays: list[Array], sizes: Sizes, context: Context, where: str) -> list[Array]:
     return [upcycling.experts_from_dense_gate_up(arrays[0], arrays[1], sizes.num_experts_per_group, sizes.expert_init)]
 
@@ -238,6 +243,7 @@ QKV = Layout(_merge_qkv, _split_qkv)
 GATE_UP = Layout(_merge_gate_up, _split_gate_up)
 EXPERT_GROUPS = Layout(_split_groups, _merge_groups)
 ROUTER = Layout(_unfold_router, _fold_router, computes="hf")
+ROUTER_BIAS = Layout(_split_groups, _merge_router_bias, computes="hf")
 UPCYCLED_GATE_UP = Layout(_upcycle_gate_up, None)
 UPCYCLED_DOWN = Layout(_upcycle_down, None)
 NEW_ROUTER = Layout(_new_router, None, computes="megatron")
@@ -273,7 +279,7 @@ _MIXMOE_ROWS = (
          T(_R + "mt.weight", "n H", "mt"), T(_R + "mt.spectral_weight", "n H", "mt_spectral")),
         (T(_H + "mlp.router.weight", "E H"),), ROUTER, "moe", cast=False),
     Row((T(_R + "lm.bias", "n"), T(_R + "mt.bias", "n", "mt")),
-        (T(_H + "mlp.router.bias", "E"),), EXPERT_GROUPS, "moe", when="router_bias", cast=False),
+        (T(_H + "mlp.router.bias", "E"),), ROUTER_BIAS, "moe", when="router_bias", cast=False),
     Row((T(_LM + "linear_fc1.weight", "n 2f H"), T(_MT + "linear_fc1.weight", "n 2f H", "mt")),
         (T(_H + "mlp.experts.gate_up_proj", "E 2f H"),), EXPERT_GROUPS, "moe"),
     Row((T(_LM + "linear_fc2.weight", "n H f"), T(_MT + "linear_fc2.weight", "n H f", "mt")),

@@ -160,12 +160,26 @@ def check_dtype(name: str, dtype: str) -> None:
         raise MixMoEError(f"{name} has dtype {dtype}, expected float32, bfloat16 or float16.")
 
 
-def _source_dtype(unit: Unit, side: str, source: Source) -> str:
-    dtypes = {source.dtype(name) for name, _ in getattr(unit, side)}
-    if len(dtypes) > 1:
-        names = ", ".join(name for name, _ in getattr(unit, side))
-        raise MixMoEError(f"{names} belong together but differ in dtype: {', '.join(sorted(dtypes))}.")
-    return dtypes.pop() if dtypes else "float32"
+def _one_dtype(dtypes: dict[str, str]) -> str:
+    """Return the dtype of tensors that are stored as one, by name; raise MixMoEError if they have several."""
+    if len(different := set(dtypes.values())) > 1:
+        raise MixMoEError(
+            f"{', '.join(dtypes)} belong together but differ in dtype: {', '.join(sorted(different))}; convert with "
+            "--dtype fp32 or --dtype bf16, which makes them one."
+        )
+    return different.pop() if different else "float32"
+
+
+def check_stacks(plan: list[LazyTensor]) -> None:
+    """Check that like tensors of all layers have one dtype, as a dense checkpoint stores them in one.
+
+    Raises:
+        MixMoEError: they differ; the message names two.
+    """
+    first: dict[str, LazyTensor] = {}
+    for tensor in plan:
+        like = first.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", tensor.name), tensor)
+        _one_dtype({like.name: like.dtype, tensor.name: tensor.dtype})
 
 
 class FiniteSource:
@@ -218,18 +232,19 @@ def make_plan(
         source = FiniteSource(source)
     plan = []
     for unit in units:
-        found = _source_dtype(unit, side, source)
-        target = (unit.row.cast and DTYPES[dtype]) or found
         names = [name for name, _ in getattr(unit, side)]
         if unit.row.layout.computes == to:
-            found = target = "float32"
+            target = "float32"
             compute = functools.cache(functools.partial(_compute, unit, to, names, source, sizes, context))
+        else:
+            cast = DTYPES[dtype] if unit.row.cast else None
+            target = cast or _one_dtype({name: source.dtype(name) for name in names})
         for position, (name, shape) in enumerate(getattr(unit, to)):
             if unit.row.layout.computes == to:
                 read = _computed(compute, position)
             else:
-                read = _moved(unit.row, to, position, names, source, sizes, found)
-            plan.append(LazyTensor(name, shape, target, read if target == found else _cast(read, found, target)))
+                read = _moved(unit.row, to, position, names, source, sizes, target)
+            plan.append(LazyTensor(name, shape, target, read))
     return plan
 
 
@@ -237,7 +252,7 @@ def _moved(
     row: Row, to: str, position: int, names: list[str], source: Source, sizes: Sizes, dtype: str
 ) -> Callable[[Region], Bits]:
     moved = movement(row, to, position, sizes)
-    return lambda region: moved.read(region, names, dtype, source.read_region)
+    return lambda region: moved.read(region, names, dtype, functools.partial(_read_as, dtype, source))
 
 
 def _compute(unit: Unit, to: str, names: list[str], source: Source, sizes: Sizes, context: Context) -> list[Bits]:
@@ -250,13 +265,14 @@ def _computed(compute: Callable[[], list[Bits]], position: int) -> Callable[[Reg
     return lambda region: compute()[position][region]
 
 
-def _cast(read: Callable[[Region], Bits], found: str, target: str) -> Callable[[Region], Bits]:
-    def cast(region: Region) -> Bits:
-        import torch
+def _read_as(dtype: str, source: Source, name: str, region: Region) -> Bits:
+    """Return the bits of a region of a source's tensor as they are in another dtype."""
+    bits = source.read_region(name, region)
+    if (found := source.dtype(name)) == dtype:
+        return bits
+    import torch
 
-        return from_torch(to_torch(read(region), found).to(getattr(torch, target)))
-
-    return cast
+    return from_torch(to_torch(bits, found).to(getattr(torch, dtype)))
 
 
 def split_by_bytes(plan: list[LazyTensor], max_bytes: int) -> list[list[LazyTensor]]:

@@ -72,6 +72,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 class SafetensorsReader:
     """Tensors of a Hugging Face directory by name, from `model.safetensors` or the files that its index names.
 
+    Where both lie, transformers takes the single file, and so does this.
+
     Opening reads headers only. Files are not mapped into memory: mapped pages would count as memory of this process,
     and a file that became shorter would kill it.
 
@@ -85,20 +87,29 @@ class SafetensorsReader:
         self._entries: dict[str, StoredTensor] = {}
         if not self._directory.is_dir():
             raise MixMoEError(f"{directory} is not a directory.")
-        if (self._directory / INDEX_FILE).is_file():
-            self._open_index()
-        elif (self._directory / SINGLE_FILE).is_file():
+        if (self._directory / SINGLE_FILE).is_file():
             self._entries = _read_header(own_file(self._directory, SINGLE_FILE))
+        elif (self._directory / INDEX_FILE).is_file():
+            self._open_index()
         else:
-            pickled = any(self._directory.glob("*.bin")) or any(self._directory.glob("*.pt*"))
-            hint = (
+            raise MixMoEError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{self._what_else()}.")
+
+    def _what_else(self) -> str:
+        """What to say of weights that are there under other names."""
+        for name in (SINGLE_FILE, INDEX_FILE):
+            if (self._directory / name).is_symlink():
+                own_file(self._directory, name)  # says where the link leads
+        if others := sorted(path.name for path in self._directory.glob("*.safetensors*")):
+            return f", the names that are read, but {others[0]}: rename it if it holds the model"
+        if any(self._directory.glob("*.bin")) or any(self._directory.glob("*.pt*")):
+            return (
                 "; pickled weights (.bin, .pt) are never opened, a pickle can run any code: if you trust it, load the "
                 "model with transformers and save it again, which writes safetensors"
             )
-            raise MixMoEError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint if pickled else ''}.")
+        return ""
 
     def _open_index(self) -> None:
-        path = self._directory / INDEX_FILE
+        path = own_file(self._directory, INDEX_FILE)
         try:
             where = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
             where = {str(name): str(file) for name, file in where.items()}

@@ -1,6 +1,7 @@
-"""Streaming readers of text corpora (plain, TSV with a header, JSONL; gzip, zstd or neither) and the text filters.
+"""Streaming readers of text corpora (plain, TSV with a header, JSONL; compressed or not) and the text filters.
 
-Text is NFC, without outer whitespace. Nothing is dropped in silence: every reader and filter counts into a `Counter`
+Text is NFC, without outer whitespace. A text that looks empty counts as empty, texts that look alike as equal (see
+`reading`). Nothing is dropped in silence: every reader and filter counts into a `Counter`
 whose keys are `read`, `kept` and one `dropped_<reason>` for each reason.
 """
 
@@ -8,25 +9,38 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
+import lzma
+import re
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from mixmoe_megatron.data.text_files import check_is_text, format_of, open_packed
 from mixmoe_megatron.errors import MixMoEError
 
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 BLANKS = "\t\n"
+#: control characters, and what else str.splitlines breaks at
+_CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+")
+#: Control characters, Unicode's Default_Ignorable_Code_Point, annotation marks, the blank pattern of Braille
+_INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+_NOT_TEXT = (
+    "are not UTF-8 text: give a text file; one in another encoding is converted by iconv -f LATIN1 -t UTF-8, with its "
+    "encoding's name"
+)
+_DAMAGED_LINES = 10  # so many damaged lines are always borne with, if there are more others
+_LINES_TO_JUDGE = 1000  # from so many lines on a file is judged before its end
 
 
 def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, str]]:
-    """Read a UTF-8 text file line by line; gzip and zstd are recognised by the first bytes, not by the file's name.
+    """Read a UTF-8 text file line by line, unpacked where `text_files.open_packed` knows how.
 
     Args:
         path: The file.
@@ -36,35 +50,67 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
         The line number, from 1, and the line without its end.
 
     Raises:
-        MixMoEError: The file is missing, its compressed data is broken, or it is not UTF-8 (errors "strict").
+        MixMoEError: The file is missing, its compressed data is broken, it is no text file, or it is not UTF-8: a
+            single line (errors "strict"), or so many lines that the file as a whole is not (otherwise).
     """
-    number = 0
+    number, compression = 0, ""
+    ceiling = DamageCeiling(path, _NOT_TEXT)
     try:
-        with _open_bytes(path) as stream:
+        with open_packed(path) as (stream, compression):
+            check_is_text(path, stream, compression)
             for number, raw in enumerate(stream, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
+                if errors != "strict":
+                    ceiling.count("\0" in line or not is_utf8(line))
+                yield number, line
+        ceiling.check()
     except UnicodeDecodeError as error:
         raise MixMoEError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MixMoEError(f"{path}: broken gzip data after line {number} ({error}).") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise MixMoEError(
+            f"{path}: broken {compression or 'compressed'} data after line {number} ({error})."
+        ) from error
     except OSError as error:
+        if compression and error.errno is None:  # bz2 and pyarrow say so
+            raise MixMoEError(f"{path}: broken {compression} data after line {number} ({error}).") from error
         raise MixMoEError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def _open_bytes(path: str | Path) -> BinaryIO:
-    with open(path, "rb") as probe:
-        magic = probe.read(4)
-    if magic[:2] == GZIP_MAGIC:
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if magic == ZSTD_MAGIC:
-        import pyarrow
+class DamageCeiling:
+    """Counts the damaged lines of a file that is read leniently, and refuses one that is damaged as a whole.
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
-    return open(path, "rb")
+    Args:
+        path: The file.
+        damage: What is wrong with the lines, after "5 of its first 9 lines".
+    """
+
+    def __init__(self, path: str | Path, damage: str) -> None:
+        self._path, self._damage = path, damage
+        self._lines = self._damaged = 0
+
+    def count(self, damaged: bool) -> None:
+        """Count a line.
+
+        Raises:
+            MixMoEError: see `check`; long files are judged before their end.
+        """
+        self._lines += 1
+        self._damaged += damaged
+        if damaged and self._lines >= _LINES_TO_JUDGE:
+            self.check()
+
+    def check(self) -> None:
+        """Judge the lines so far.
+
+        Raises:
+            MixMoEError: More than a tenth of them are damaged (of a few lines: more than half).
+        """
+        if self._damaged > max(_DAMAGED_LINES, self._lines // 10) or 2 * self._damaged > self._lines:
+            raise MixMoEError(f"{self._path}: {self._damaged} of its first {self._lines} lines {self._damage}.")
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read the named columns of a table: JSONL when the name ends in .jsonl or .jsonl.gz, else TSV with a header.
+    """Read the named columns of a table: JSONL when the name says so (.jsonl, .jsonl.xz ...), else TSV with a header.
 
     Args:
         path: The file.
@@ -76,10 +122,10 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, d
     Raises:
         MixMoEError: A column is missing (names the file and the line), or the file is unreadable, or Parquet.
     """
-    name = str(path).removesuffix(".gz")
-    if name.endswith(".parquet"):
+    kind = format_of(path)
+    if kind == ".parquet":
         raise MixMoEError(f"{path}: give TSV or JSONL; tools/prepare_data.py makes TSV of Parquet.")
-    if name.endswith(".jsonl"):
+    if kind == ".jsonl":
         return _read_jsonl(path, columns)
     return (
         (number, dict(zip(columns, row, strict=True))) for number, row in read_tsv(path, columns) if row is not None
@@ -107,20 +153,24 @@ def read_tsv(
     number, header_line = next(lines, (0, ""))
     if not number:
         raise MixMoEError(f"{path} is empty: a TSV file begins with a line of column names.")
-    header = header_line.split("\t")
+    header = [clean(name) for name in header_line.split("\t")]
+    columns = [clean(name) for name in columns]
     for column in columns:
         if column not in header:
             names = ", ".join(header)
             raise MixMoEError(f"{path}, line 1: no column '{column}' in the header; it has {names}: name one of these.")
     places = [header.index(column) for column in columns]
+    ceiling = DamageCeiling(path, f"have another number of columns than the header, which has {len(header)}")
     for number, line in lines:
         cells = line.split("\t")
+        ceiling.count(len(cells) != len(header))
         if len(cells) == len(header):
             yield number, tuple(cells[place] for place in places)
         elif lenient:
             yield number, None
         else:
             raise MixMoEError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}.")
+    ceiling.check()
 
 
 def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -138,13 +188,35 @@ def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int,
 
 
 def clean(text: str) -> str:
-    """Return the text in NFC, without outer whitespace."""
-    return unicodedata.normalize("NFC", text).strip()
+    """Return the text in NFC, without outer whitespace and without byte order marks."""
+    return unicodedata.normalize("NFC", text).replace("\ufeff", "").strip()
+
+
+def one_line(text: str) -> str:
+    """Return a test text as one line of any file: clean, each run of tabs, line breaks and control characters a blank.
+
+    Nothing else of a test text is changed: its scores are compared with those of others.
+    """
+    return _CONTROLS.sub(" ", clean(text)).strip()
+
+
+def reading(text: str) -> str:
+    """Return what a reader sees of a text: NFC, without invisible characters, each run of white space one blank.
+
+    Filters compare this, so that texts which look alike count as equal, and one that looks empty as empty.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    return " ".join(text.split())
 
 
 def is_utf8(text: str) -> bool:
     """Tell whether a text has no lone surrogate: the trace of bytes that were not UTF-8 ("surrogateescape")."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
@@ -160,14 +232,15 @@ def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
 
 
 class Deduplicator:
-    """Remembers the texts it has seen by a 16-byte digest."""
+    """Remembers the texts it has seen, as a reader sees them, by a 16-byte digest."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
     def is_new(self, *texts: str) -> bool:
         """Tell whether this tuple of texts comes for the first time, and remember it."""
-        digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = "\0".join(map(reading, texts)).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(key, digest_size=16).digest()
         if digest in self._seen:
             return False
         self._seen.add(digest)

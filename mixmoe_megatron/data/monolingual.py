@@ -24,6 +24,7 @@ from mixmoe_megatron.data.corpus import (
     has_control_characters,
     read_lines,
     read_rows,
+    reading,
     summarise,
 )
 from mixmoe_megatron.data.storage import TokenFileWriter, describe_sources, read_manifest
@@ -71,7 +72,7 @@ def build_monolingual(
     """Write P.bin, P.idx and P.json from text files.
 
     Args:
-        inputs: Plain text, TSV with a header, or JSONL; gzip or not.
+        inputs: Plain text, TSV with a header, or JSONL; compressed or not.
         tokenizer: The model's tokenizer.
         prefix: P, the output path without suffix.
         options: None for the defaults.
@@ -160,11 +161,11 @@ def _usable_texts(texts: Sequence[str], tokenizer: TextTokenizer, counts: Counte
     for text in texts:
         counts["read"] += 1
         text = clean(text)
-        if not text:
+        if not reading(text):
             drop(counts, "empty")
         elif has_control_characters(text):
             drop(counts, "control_character")
-        elif tokenizer.holds_special_token(text):
+        elif tokenizer.holds_control_token(text):
             drop(counts, "special_token")
         else:
             yield text

@@ -23,6 +23,7 @@ from mixmoe_megatron.data.corpus import (
     drop,
     has_control_characters,
     read_rows,
+    reading,
     summarise,
 )
 from mixmoe_megatron.data.languages import check_language, count_words
@@ -97,7 +98,7 @@ def build_parallel(
     """Write P.bin, P.idx and P.json from translation pairs.
 
     Args:
-        inputs: TSV with a header, or JSONL; gzip or not.
+        inputs: TSV with a header, or JSONL; compressed or not.
         tokenizer: The model's tokenizer.
         prefix: P, the output path without suffix.
         options: Languages, columns, filters and prompt.
@@ -162,12 +163,12 @@ def _why_dropped(source: str, target: str, tokenizer: TextTokenizer, options: Pa
 
     A line break counts as a control character: only the first line of what a model generates is its translation.
     """
-    sides = (source, options.source_language), (target, options.target_language)
-    if not source or not target:
+    sides = (reading(source), options.source_language), (reading(target), options.target_language)
+    if not all(text for text, _ in sides):
         return "empty"
-    if any(has_control_characters(text, allowed="\t") for text, _ in sides):
+    if any(has_control_characters(text, allowed="\t") for text in (source, target)):
         return "control_character"
-    if any(tokenizer.holds_special_token(text) for text, _ in sides):
+    if any(tokenizer.holds_control_token(text) for text in (source, target)):
         return "special_token"
     lengths = [count_words(text, language) for text, language in sides]
     if min(lengths) < options.min_words:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmoe_megatron.data.languages import language_name
-from mixmoe_megatron.data.tokenizers import TextTokenizer
+from mixmoe_megatron.data.tokenizers import Prompt, TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
 ALMA_TEMPLATE = (
@@ -50,8 +50,8 @@ class PromptTemplate:
         if fields.count("source") != 1:
             raise MixMoEError("The prompt template must hold {source} exactly once.")
 
-    def render(self, source: str, source_language: str, target_language: str) -> str:
-        """Fill the template.
+    def render(self, source: str, source_language: str, target_language: str) -> Prompt:
+        """Fill the template; special tokens that the template spells are meant, those of the source are plain text.
 
         Args:
             source: The text to translate.
@@ -61,11 +61,16 @@ class PromptTemplate:
         Raises:
             MixMoEError: A language code is unknown.
         """
-        return self.text.format(
-            source=source,
-            source_language=language_name(source_language),
-            target_language=language_name(target_language),
-        )
+        names = {
+            "source_language": language_name(source_language),
+            "target_language": language_name(target_language),
+        }
+        parts = []
+        for literal, field, _, _ in string.Formatter().parse(self.text):
+            parts.append((literal, True))
+            if field is not None:
+                parts.append((source, False) if field == "source" else (names[field], True))
+        return Prompt(*parts)
 
 
 def load_template(path: str | Path | None) -> PromptTemplate:
@@ -77,7 +82,7 @@ def load_template(path: str | Path | None) -> PromptTemplate:
     if path is None:
         return PromptTemplate()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MixMoEError(f"Cannot read the prompt template {path}: {error}.") from error
     return PromptTemplate(text.removesuffix("\n"))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from mixmoe_megatron.data.corpus import batched, clean, read_lines
+from mixmoe_megatron.data.corpus import batched, clean, read_lines, reading
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate, encode_pairs
-from mixmoe_megatron.data.tokenizers import TextTokenizer
+from mixmoe_megatron.data.tokenizers import Prompt, TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
 BATCH_LINES = 1000
@@ -21,7 +21,7 @@ class LanguageFigures:
     """Counts over a language's lines.
 
     Attributes:
-        lines: Lines that are not empty and spell out no special token.
+        lines: Lines that do not look empty.
         bytes: Their UTF-8 bytes.
         tokens: Their tokens, without BOS and EOS.
         unknown: Tokens that stand for something the vocabulary lacks.
@@ -45,7 +45,7 @@ def language_figures(
     Args:
         tokenizer: The tokenizer.
         language: Language code of the text.
-        path: Plain text, a document a line; gzip, zstd or neither.
+        path: Plain text, a document a line; compressed or not.
         max_lines: Read so many lines at most.
         template: The prompt, for the boundary between it and a translation.
 
@@ -55,7 +55,7 @@ def language_figures(
     check_language(language)
     figures = LanguageFigures()
     texts = (clean(line) for _, line in islice(read_lines(path), max_lines))
-    usable = (text for text in texts if text and not tokenizer.holds_special_token(text))
+    usable = (text for text in texts if reading(text) and not tokenizer.holds_control_token(text))
     unknown = tokenizer.hf.unk_token_id
     for batch in batched(usable, BATCH_LINES):
         ids = tokenizer.encode(batch, add_special_tokens=False)
@@ -77,7 +77,7 @@ def special_token_facts(tokenizer: TextTokenizer) -> list[str]:
     """Say what the special tokens are, one line each; lines of what may do harm begin with "CHECK"."""
     hf = tokenizer.hf
     facts = [f"EOS {_name(tokenizer, tokenizer.eos_id)} ends every document and every translation"]
-    spelled = tokenizer.encode([hf.eos_token], add_special_tokens=False)[0]
+    spelled = tokenizer.encode([Prompt((hf.eos_token, True))], add_special_tokens=False)[0]
     if spelled != [tokenizer.eos_id]:
         facts.append(f"CHECK: the text {hf.eos_token!r} is encoded as {spelled}: EOS is not marked as a special token")
     if tokenizer.eos_id == hf.unk_token_id and not _is_complete(tokenizer):

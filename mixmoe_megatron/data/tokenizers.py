@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
@@ -15,6 +16,26 @@ from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROBE_TEXT = "Grüße, 世界! 123 \tČeština\nüks öö"
+
+
+class Prompt(str):
+    """A text of which some parts may spell special tokens and mean them; those in the other parts are plain text.
+
+    Attributes:
+        parts: Each part, and whether its special tokens are meant; joined they are the text.
+    """
+
+    parts: tuple[tuple[str, bool], ...]
+
+    def __new__(cls, *parts: tuple[str, bool]) -> Prompt:
+        """Join the parts."""
+        prompt = super().__new__(cls, "".join(text for text, _ in parts))
+        prompt.parts = parts
+        return prompt
+
+    def __add__(self, text: str) -> Prompt:
+        """Append plain text."""
+        return Prompt(*self.parts, (text, False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +50,9 @@ class TextTokenizer:
         bos_id: The id the tokenizer puts before every text, None when it adds none.
         pad_id: The padding id; eos_id when the tokenizer names none (padding is masked everywhere).
         adds_prefix_space: Whether a text's first word is encoded as if a space stood before it (sentencepiece).
-        special_tokens: Strings that the tokenizer turns into control ids wherever they stand in a text.
+        special_tokens: Every string with a control id.
+        inseparable_tokens: Those that become control ids even where they are plain text, for they are not marked as
+            special in the tokenizer's files; empty for a tokenizer that is in order.
     """
 
     hf: Any
@@ -40,9 +63,10 @@ class TextTokenizer:
     pad_id: int
     adds_prefix_space: bool
     special_tokens: tuple[str, ...]
+    inseparable_tokens: tuple[str, ...]
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Encode texts.
+        """Encode texts; a special token that is spelled out is plain text, save where a `Prompt` means it.
 
         Args:
             texts: Any number of texts.
@@ -51,17 +75,44 @@ class TextTokenizer:
         Returns:
             Token ids, one list a text.
         """
-        if not texts:
-            return []
-        return _encode(self.hf, list(texts), add_special_tokens)
+        plain: list[int] = []
+        control: list[int] = []
+        mixed: list[int] = []
+        for place, text in enumerate(texts):
+            spelled = {meant for part, meant in getattr(text, "parts", ()) if self.spells_special_token(part)}
+            (mixed if len(spelled) == 2 else control if spelled == {True} else plain).append(place)
+        ids = dict(zip(plain, _encode(self.hf, [texts[place] for place in plain], add_special_tokens), strict=True))
+        as_control = _encode(self.hf, [texts[place] for place in control], add_special_tokens, plain=False)
+        ids |= zip(control, as_control, strict=True)
+        ids |= {place: self._encode_parts(cast(Prompt, texts[place]), add_special_tokens) for place in mixed}
+        return [ids[place] for place in range(len(texts))]
+
+    def _encode_parts(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        """Encode a prompt that means some special tokens and quotes others, piece by piece between the former."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        ids = [self.bos_id] if add_special_tokens and self.bos_id is not None else []
+        text = ""
+        for part, meant in prompt.parts:
+            for piece in special.split(part) if meant else [part]:
+                if meant and piece in self.special_tokens:
+                    ids += [*_encode(self.hf, [text], False)[0], self.hf.convert_tokens_to_ids(piece)]
+                    text = ""
+                else:
+                    text += piece
+        return ids + _encode(self.hf, [text], False)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids to text, leaving special tokens out and spaces as they are."""
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def holds_special_token(self, text: str) -> bool:
-        """Tell whether a text spells out a special token, which would be encoded as that control id."""
+    def spells_special_token(self, text: str) -> bool:
+        """Tell whether a text spells out a special token."""
         return any(token in text for token in self.special_tokens)
+
+    def holds_control_token(self, text: str) -> bool:
+        """Tell whether a text would be encoded with a control id in it, see `inseparable_tokens`."""
+        return any(token in text for token in self.inseparable_tokens)
 
     def describe(self) -> dict[str, Any]:
         """Return what a data manifest records: sizes, ids and a fingerprint of the tokenizer's behaviour."""
@@ -112,6 +163,7 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         raise MixMoEError(
             f"The tokenizer in {directory} has no end-of-sequence token; set eos_token in tokenizer_config.json."
         )
+    special_tokens = _special_tokens(hf)
     tokenizer = TextTokenizer(
         hf=hf,
         directory=directory,
@@ -120,7 +172,10 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
         bos_id=_added_bos(hf, directory),
         pad_id=hf.eos_token_id if hf.pad_token_id is None else hf.pad_token_id,
         adds_prefix_space=_adds_prefix_space(hf),
-        special_tokens=_special_tokens(hf),
+        special_tokens=special_tokens,
+        inseparable_tokens=tuple(
+            token for token in special_tokens if hf.convert_tokens_to_ids(token) in _encode(hf, [token], False)[0]
+        ),
     )
     rows = _rows_of_model(directory)
     if rows is not None:
@@ -224,9 +279,14 @@ def _rows_of_model(directory: Path) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _encode(hf: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """Encode texts with a transformers tokenizer, without its length warning."""
-    return hf(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+def _encode(hf: Any, texts: Sequence[str], add_special_tokens: bool, plain: bool = True) -> list[list[int]]:
+    """Encode texts with a transformers tokenizer, without its length warning; plain: special tokens are text."""
+    if not texts:
+        return []
+    hf.split_special_tokens = plain
+    return hf(
+        [str(text) for text in texts], add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )["input_ids"]
 
 
 def _added_bos(hf: Any, directory: Path) -> int | None:

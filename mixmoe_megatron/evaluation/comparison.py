@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.cli import whole_file, write_json
+from mixmoe_megatron.evaluation.markup import bold, escape_latex
 from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_text, table
 
 #: the columns of a direction, and what stands in for a metric that was not measured
@@ -51,18 +53,18 @@ def markdown_comparison(evaluation: dict[str, Any]) -> str:
     parts = [", ".join(f"{letter} {METRIC_TITLES[name]}" for name, letter in columns.items()) + "; the best in bold."]
     for block in blocks(evaluation):
         header = ["system", *(f"{name.upper()} {letter}" for name in block for letter in columns.values())]
-        parts.append(table(header, [[system, *cells] for system, cells in _rows(evaluation, block, "**{}**")]))
+        parts.append(table(header, [[system, *cells] for system, cells in _rows(evaluation, block, bold)]))
     return "\n\n".join(parts)
 
 
-def _rows(evaluation: dict[str, Any], block: list[str], bold: str) -> list[tuple[str, list[str]]]:
+def _rows(evaluation: dict[str, Any], block: list[str], embolden: Callable[[str], str]) -> list[tuple[str, list[str]]]:
     columns = columns_of(evaluation)
     best = {(name, metric): best_systems(evaluation, name, metric) for name in block for metric in columns}
     return [
         (
             system,
             [
-                bold.format(text) if system in best[name, metric] else text
+                embolden(text) if system in best[name, metric] else text
                 for name in block
                 for metric in columns
                 for text in [score_text(metric, evaluation["directions"][name][system][metric])]
@@ -77,12 +79,12 @@ def latex_comparison(evaluation: dict[str, Any]) -> str:
     columns = columns_of(evaluation)
     parts = []
     for block in blocks(evaluation):
-        heads = " & ".join(rf"\multicolumn{{{len(columns)}}}{{c}}{{{name.upper()}}}" for name in block)
+        heads = " & ".join(rf"\multicolumn{{{len(columns)}}}{{c}}{{{escape_latex(name.upper())}}}" for name in block)
         letters = " & ".join(letter for _ in block for letter in columns.values())
         lines = [rf"\begin{{tabular}}{{l{'r' * len(columns) * len(block)}}}", r"\toprule", rf"& {heads} \\"]
         lines += [rf"& {letters} \\", r"\midrule"]
-        rows = _rows(evaluation, block, r"\textbf{{{}}}")
-        lines += [rf"{system.replace('_', chr(92) + '_')} & {' & '.join(cells)} \\" for system, cells in rows]
+        rows = _rows(evaluation, block, r"\textbf{{{}}}".format)
+        lines += [rf"{escape_latex(system)} & {' & '.join(cells)} \\" for system, cells in rows]
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
     return "\n\n".join(parts) + "\n"
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from mixmoe_megatron.evaluation.training_log import Curves
 
@@ -34,8 +35,10 @@ class Gain(NamedTuple):
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically."""
+    """Write a PNG atomically; names of users are no formulas."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     figure.savefig(temporary, dpi=_DPI)
     os.replace(temporary, path)
 
@@ -84,13 +87,13 @@ def draw_loss_curves(stages: dict[str, Curves], path: Path) -> None:
 
 
 def _grouped_bars(axes: Axes, groups: dict[str, dict[str, float]], title: str, digits: int) -> None:
-    """Draw {group: {system: value}} as bars with their values on top."""
+    """Draw {group: {system: value}} as bars with their values on top; legends leave out labels that begin with _."""
     systems = list(next(iter(groups.values())))
     width = 0.8 / len(systems)
     for index, system in enumerate(systems):
         places = [place + (index - (len(systems) - 1) / 2) * width for place in range(len(groups))]
         bars = axes.bar(places, [values[system] for values in groups.values()], width=0.92 * width,
-                        color=PALETTE[index % len(PALETTE)], label=system)  # fmt: skip
+                        color=PALETTE[index % len(PALETTE)], label=f" {system}")  # fmt: skip
         axes.bar_label(bars, fmt=f"%.{digits}f", fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_title(title, loc="left")

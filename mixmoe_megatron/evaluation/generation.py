@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mixmoe_megatron.data.prompts import encode_prompts
 from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.models import LoadedModel
+from mixmoe_megatron.evaluation.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +119,22 @@ class LineTable:
 class FirstLineOrBudget(StoppingCriteria):
     """End a row when its first line is complete or its own budget of new tokens is spent."""
 
-    def __init__(self, table: LineTable, prompt_length: int, budgets: torch.Tensor) -> None:
+    def __init__(
+        self,
+        table: LineTable,
+        prompt_length: int,
+        budgets: torch.Tensor,
+        on_step: Callable[[int], None] = lambda new_tokens: None,
+    ) -> None:
         """Keep what the check needs.
 
         Args:
             table: Of the model's vocabulary.
             prompt_length: P.
             budgets: [B] int64, most new tokens of each segment.
+            on_step: Called with N at each check, which comes once a token.
         """
+        self.on_step = on_step
         self.table = table
         self.prompt_length = prompt_length
         self.budgets = budgets
@@ -143,6 +151,7 @@ class FirstLineOrBudget(StoppingCriteria):
             [R] bool, True where the row is finished.
         """
         new_tokens = input_ids[:, self.prompt_length :]
+        self.on_step(new_tokens.shape[1])
         budgets = self.budgets.repeat_interleave(input_ids.shape[0] // self.budgets.shape[0])
         return self.table.is_complete(new_tokens) | (new_tokens.shape[1] >= budgets)
 
@@ -189,7 +198,12 @@ def _check_lengths(loaded: LoadedModel, prompts: Sequence[list[int]], budgets: S
 
 @torch.inference_mode()
 def _generate_batch(
-    loaded: LoadedModel, table: LineTable, prompts: list[list[int]], budgets: list[int], options: GenerationOptions
+    loaded: LoadedModel,
+    table: LineTable,
+    prompts: list[list[int]],
+    budgets: list[int],
+    options: GenerationOptions,
+    progress: Progress,
 ) -> list[str]:
     """Decode one batch and return the first line of each hypothesis."""
     width = max(map(len, prompts))
@@ -197,7 +211,11 @@ def _generate_batch(
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=loaded.device)
     attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts],
                                   device=loaded.device)  # fmt: skip
-    criterion = FirstLineOrBudget(table, width, torch.tensor(budgets, device=loaded.device))
+
+    def show(new_tokens: int) -> None:
+        progress.show(new_tokens * len(prompts), f"token {new_tokens} of at most {max(budgets)} of a batch")
+
+    criterion = FirstLineOrBudget(table, width, torch.tensor(budgets, device=loaded.device), show)
     output = loaded.model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -206,7 +224,9 @@ def _generate_batch(
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([criterion]),
     )
-    return [first_line(loaded.tokenizer.decode(row)) for row in output[:, width:].tolist()]
+    rows = output[:, width:].tolist()
+    progress.advance(len(prompts), sum(map(len, prompts)), sum(len(row) - row.count(pad_id) for row in rows))
+    return [first_line(loaded.tokenizer.decode(row)) for row in rows]
 
 
 def translate(
@@ -228,7 +248,7 @@ def translate(
         options: How to decode.
         partial_path: JSONL file of finished hypotheses ({"index", "hypothesis"}); its directory must exist. The caller
             must not reuse it with other segments or options.
-        label: Shown at the progress bar.
+        label: Begins the progress line.
 
     Returns:
         One single-line hypothesis a segment, in the order given.
@@ -245,18 +265,17 @@ def translate(
     batches = [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
     remaining = [batch for batch in batches if not done.keys() >= set(batch)]
     finished = len(prompts) - sum(map(len, remaining))
+    work = sum(len(prompt_ids[index]) for batch in remaining for index in batch)
     table = LineTable(loaded.tokenizer, loaded.vocab_size, loaded.device)
     with (
         partial_path.open("a", encoding="utf-8") as stream,
-        tqdm(total=len(prompts), initial=finished, desc=label, unit="segment", mininterval=5.0, disable=None) as bar,
+        Progress(label, len(prompts), done=finished, work=work) as progress,
     ):
         for batch in remaining:
-            lines = _generate_batch(
-                loaded, table, [prompt_ids[index] for index in batch], [budgets[index] for index in batch], options
-            )
+            ids, most = [prompt_ids[index] for index in batch], [budgets[index] for index in batch]
+            lines = _generate_batch(loaded, table, ids, most, options, progress)
             for index, line in zip(batch, lines, strict=True):
                 done[index] = line
                 stream.write(json.dumps({"index": index, "hypothesis": line}, ensure_ascii=False) + "\n")
             stream.flush()
-            bar.update(len(batch))
     return [done[index] for index in range(len(prompts))]

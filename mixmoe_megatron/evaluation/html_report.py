@@ -43,20 +43,24 @@ def render_html(text: str, pictures: Path) -> str:
     """Turn a report into a page.
 
     Args:
-        text: Markdown of `report.render_report`.
+        text: Markdown of `report.render_report`; HTML in it is shown as text.
         pictures: Directory of the PNG files that it names.
 
     Raises:
         FileNotFoundError: A picture is missing.
     """
-    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    converter = markdown.Markdown(extensions=["tables", "sane_lists"])
+    converter.preprocessors.deregister("html_block")
+    converter.inlinePatterns.deregister("html")
+    body = converter.convert(text)
+    heading = re.search("<h1>(.*?)</h1>", body)
+    title = re.sub("<[^>]*>", "", heading[1]) if heading else "Report"
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
     def embed(match: re.Match[str]) -> str:
-        data = (pictures / html.unescape(match[1])).read_bytes()
+        data = (pictures / html.unescape(match[2])).read_bytes()
         kind = ' class="wide"' if int.from_bytes(data[_PNG_WIDTH]) > _PHONE_PIXELS else ""
-        return f'src="data:image/png;base64,{base64.b64encode(data).decode()}"{kind}'
+        return f'{match[1]}src="data:image/png;base64,{base64.b64encode(data).decode()}"{kind}'
 
-    body = re.sub(r'src="([^":]+\.png)"', embed, body)
-    title = next((line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")), "Report")
-    return _PAGE.format(title=html.escape(title), style=_STYLE, body=body)
+    body = re.sub(r'(<img [^>]*)src="([^":]+\.png)"', embed, body)
+    return _PAGE.format(title=title, style=_STYLE, body=body)

@@ -18,7 +18,7 @@ _SEED = 12345
 
 def bits_per_byte_change(
     before: dict[str, Any], after: dict[str, Any], num_resamples: int = NUM_RESAMPLES
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """Compare two systems' bits per byte on the same texts.
 
     Args:
@@ -27,14 +27,18 @@ def bits_per_byte_change(
         num_resamples: Bootstrap resamples.
 
     Returns:
-        The relative change in percent (above 0: worse), and the 95 % interval of it.
+        The relative change in percent (above 0: worse), and the 95 % interval of it: None, None of a single text, whose
+        resamples are all alike and tell nothing of other texts.
     """
     first, second = (np.asarray(value["text_bits"], dtype=np.float64) for value in (before, after))
     assert first.shape == second.shape, "both systems read the same texts"
+    change = float(100.0 * (second.sum() / first.sum() - 1.0))
+    if len(first) == 1:
+        return change, None, None
     draws = np.random.default_rng(_SEED).integers(len(first), size=(num_resamples, len(first)))
     changes = 100.0 * (second[draws].sum(axis=1) / first[draws].sum(axis=1) - 1.0)
     low, high = np.quantile(changes, (0.025, 0.975))
-    return float(100.0 * (second.sum() / first.sum() - 1.0)), float(low), float(high)
+    return change, float(low), float(high)
 
 
 def interference(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -46,6 +46,7 @@ class Comparison:
     """A system against a baseline on the same segments, by paired bootstrap resampling.
 
     The test is two-sided: a small p-value says that the scores differ; the sign of the difference says which is better.
+    It is 1 for equal scores, and where all segments are the same one: no other text can be inferred from it.
 
     Attributes:
         baseline: Name of the baseline.
@@ -167,13 +168,19 @@ def compare(
             n_samples=num_resamples,
         )()
     (bleu_baseline, bleu), (chrf_baseline, chrf) = (cast(list[Result], results[key]) for key in ("BLEU", "chrF2"))
+    one_segment = len(set(zip(references, baseline[1], system[1], strict=True))) == 1
+
+    def p_value(theirs: Result, ours: Result) -> float:
+        # sacreBLEU's is its smallest there: 0, what the resamples differ by, is never more than the real difference
+        return 1.0 if one_segment or ours.score == theirs.score else _plain(ours.p_value)
+
     return Comparison(
         baseline=baseline[0],
         system=system[0],
         bleu_difference=bleu.score - bleu_baseline.score,
-        bleu_p_value=_plain(bleu.p_value),
+        bleu_p_value=p_value(bleu_baseline, bleu),
         chrf_difference=chrf.score - chrf_baseline.score,
-        chrf_p_value=_plain(chrf.p_value),
+        chrf_p_value=p_value(chrf_baseline, chrf),
         chrf_baseline_interval=_plain(chrf_baseline.ci),
         chrf_interval=_plain(chrf.ci),
         signatures={"bleu": str(signatures["BLEU"]), "chrf": str(signatures["chrF2"])},

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from mixmoe_megatron.data.tokenizers import TextTokenizer, check_tokenizer_fits_model, open_tokenizer
+from mixmoe_megatron.dtypes import DTYPES, choose_device
 from mixmoe_megatron.errors import MixMoEError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FINGERPRINT_SUFFIXES = {".json", ".safetensors", ".bin", ".py", ".model", ".txt"}
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 _READERS = 4
@@ -72,8 +72,8 @@ def check_model(name: str, path: str | Path, *, dtype: str = "float32", device: 
         MixMoEError: Unknown dtype or device, no model at `path`, damaged weights, or an unusable tokenizer.
     """
     path = Path(path)
-    if dtype not in _DTYPES:
-        raise MixMoEError(f"The dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
+    if dtype not in DTYPES:
+        raise MixMoEError(f"The dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     if not (path / "config.json").is_file():
         raise MixMoEError(f"System {name!r}: {path} is not a Hugging Face model directory (it has no config.json).")
     if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
@@ -84,11 +84,7 @@ def check_model(name: str, path: str | Path, *, dtype: str = "float32", device: 
                 pass
         except (OSError, SafetensorError) as error:
             raise MixMoEError(f"System {name!r}: {file} is damaged ({error}): copy or export it again.") from error
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # torch's own, for an unknown, an absent or a missing device
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise MixMoEError(f"The device {device!r} cannot be used here: {reason}.") from error
+    choose_device(device)
     return open_tokenizer(path)
 
 
@@ -107,7 +103,7 @@ def load_model(name: str, path: str | Path, *, dtype: str = "float32", device: s
     tokenizer = check_model(name, path, dtype=dtype, device=device)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_DTYPES[dtype], trust_remote_code=True, local_files_only=True
+            path, dtype=DTYPES[dtype], trust_remote_code=True, local_files_only=True
         )
         model = model.to(torch.device(device)).eval()
     except (OSError, ValueError, RuntimeError) as error:

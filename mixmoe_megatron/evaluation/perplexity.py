@@ -15,6 +15,7 @@ import torch
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.models import LoadedModel
+from mixmoe_megatron.evaluation.progress import Progress
 
 MAX_WINDOW = 1024  # tokens; longer texts are cut into windows
 TOKENS_PER_BATCH = 4096
@@ -138,10 +139,13 @@ def measure_perplexity(
         raise MixMoEError("There is no text to measure perplexity on.")
     text_losses = [0.0] * len(texts)
     sequences = [piece for _, piece in pieces]
-    for batch in batches_by_length(sequences, tokens_per_batch):
-        losses = _negative_log_likelihoods(loaded, [sequences[place] for place in batch])
-        for place, loss in zip(batch, losses, strict=True):
-            text_losses[pieces[place][0]] += loss
+    with Progress(f"{loaded.name} perplexity", len(sequences), work=tokens, unit="texts") as progress:
+        for batch in batches_by_length(sequences, tokens_per_batch):
+            losses = _negative_log_likelihoods(loaded, [sequences[place] for place in batch])
+            for place, loss in zip(batch, losses, strict=True):
+                text_losses[pieces[place][0]] += loss
+            read = sum(len(sequences[place]) - 1 for place in batch)
+            progress.advance(len(batch), read, read)
     text_bytes = [len(text.encode("utf-8")) for text in texts]
     loss = sum(text_losses) / tokens
     return Perplexity(

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.cli import whole_file, write_json
+from mixmoe_megatron.data.corpus import reading
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comparison import markdown_comparison
 from mixmoe_megatron.evaluation.figures import AUX_LOSSES, draw_loss_curves, draw_routing, draw_scores
 from mixmoe_megatron.evaluation.html_report import render_html
 from mixmoe_megatron.evaluation.interference import interference
+from mixmoe_megatron.evaluation.markup import code_span, escape_markdown
 from mixmoe_megatron.evaluation.routing import routing_from_dict, specialisation
 from mixmoe_megatron.evaluation.tables import (
     interference_table,
@@ -36,7 +38,7 @@ PERPLEXITY_NOTE = (
 )
 INTERFERENCE_NOTE = (
     "The change of bits per byte with the 95 % interval of a paired bootstrap over texts (above 0: worse); chrF with "
-    "the half-width of sacreBLEU's 95 % interval."
+    "the half-width of sacreBLEU's 95 % interval. A single text or segment has no interval."
 )
 SPECIALISATION_NOTE = (
     "How much an expert tells of the text's {} (mutual information; 0: all are routed alike), and the entropy of the "
@@ -68,6 +70,7 @@ class ReportInputs:
         seconds: Step of the run to its wall-clock seconds; may be empty.
         pair: Such as ``de-en``; the first direction if empty.
         toy: Whether to say on top that the figures are toy-sized.
+        training_dtype: In which the models were trained; empty where it is not known.
         hypotheses_dir: Where the evaluation left its hypotheses, for examples; None shows none.
 
     Raises:
@@ -79,6 +82,7 @@ class ReportInputs:
     seconds: Mapping[str, float] = field(default_factory=dict)
     pair: str = ""
     toy: bool = False
+    training_dtype: str = ""
     hypotheses_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +93,12 @@ class ReportInputs:
         """The language pair, or the languages where nothing was translated."""
         directions = self.evaluation["directions"]
         return self.pair or next(iter(directions), "") or ", ".join(self.evaluation["perplexity"])
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Of ``training``, where it is known, and of ``evaluation``."""
+        training = {"training": self.training_dtype} if self.training_dtype else {}
+        return {**training, "evaluation": self.evaluation["options"]["dtype"]}
 
 
 def build_summary(inputs: ReportInputs) -> dict[str, Any]:
@@ -105,6 +115,7 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
     }
     return {
         "pair": inputs.title,
+        "dtypes": inputs.dtypes,
         "directions": evaluation["directions"],
         "perplexity": {
             language: {system: value["perplexity"] for system, value in systems.items()}
@@ -138,21 +149,23 @@ def _curve_ends(curves: Curves) -> dict[str, Any]:
 
 
 def _verdict(evaluation: dict[str, Any]) -> str:
-    """One sentence a test against the baseline: better, worse or undecided."""
+    """One sentence a test against the baseline: better, worse or undecided; no difference that shows is no verdict."""
     lines = []
     for direction, tests in evaluation["significance"].items():
         for system, test in tests.items():
-            decided = test["chrf_p_value"] < 0.05
+            difference = signed(test["chrf_difference"], 2)
+            decided = test["chrf_p_value"] < 0.05 and float(difference) != 0
             word = ("better" if test["chrf_difference"] > 0 else "worse") if decided else "not distinguishable"
             link = "than" if decided else "from"
-            result = f"{signed(test['chrf_difference'])}, paired bootstrap {p_value_text(test['chrf_p_value'])}"
-            lines.append(f"- {direction}: {system} is {word} {link} {test['baseline']} by chrF ({result}).")
+            names = [escape_markdown(name) for name in (direction, system, test["baseline"])]
+            result = f"{difference}, paired bootstrap {p_value_text(test['chrf_p_value'])}"
+            lines.append(f"- {names[0]}: {names[1]} is {word} {link} {names[2]} by chrF ({result}).")
     return "\n".join(lines)
 
 
 def _translation_section(inputs: ReportInputs) -> list[str]:
     evaluation = inputs.evaluation
-    counts = ", ".join(f"{name} {count}" for name, count in evaluation["num_test_segments"].items())
+    counts = ", ".join(f"{escape_markdown(name)} {n}" for name, n in evaluation["num_test_segments"].items())
     parts = ["## Translation", f"Test segments: {counts}."]
     if len(evaluation["directions"]) > 2:
         parts.append(markdown_comparison(evaluation))
@@ -181,7 +194,7 @@ def _examples(inputs: ReportInputs) -> list[str]:
 
 
 def _shorten(text: str, limit: int = 300) -> str:
-    return (text if len(text) <= limit else text[: limit - 1] + "…") or "(empty)"
+    return (text if len(text) <= limit else text[: limit - 1] + "…") if reading(text) else "(empty)"
 
 
 def _training_section(stages: dict[str, Curves]) -> list[str]:
@@ -213,7 +226,8 @@ def _routing_section(evaluation: dict[str, Any]) -> list[str]:
     for kind, title in (("routing", "languages"), ("routing_of_directions", "directions")):
         for name, routing in evaluation.get(kind, {}).items():
             measures = specialisation({text: routing_from_dict(value) for text, value in routing.items()})
-            parts += [f"### {name}, by {title}", f"![{title} of {name}]({kind}_{name}.png)", routing_table(routing)]
+            shown = escape_markdown(name)
+            parts += [f"### {shown}, by {title}", f"![{title} of {shown}]({kind}_{name}.png)", routing_table(routing)]
             if len(routing) > 1:
                 parts += [SPECIALISATION_NOTE.format(title), specialisation_table(measures)]
     return parts
@@ -221,7 +235,7 @@ def _routing_section(evaluation: dict[str, Any]) -> list[str]:
 
 def _provenance_section(inputs: ReportInputs) -> list[str]:
     evaluation = inputs.evaluation
-    signatures = sorted({f"- {metric}: `{signature}`" for block in evaluation["signatures"].values()
+    signatures = sorted({f"- {metric}: {code_span(signature)}" for block in evaluation["signatures"].values()
                          for metric, signature in block.items()})  # fmt: skip
     options = {
         key: value
@@ -231,7 +245,9 @@ def _provenance_section(inputs: ReportInputs) -> list[str]:
     parts = ["## How these figures were made"]
     if signatures:
         parts.append("sacreBLEU signatures:\n\n" + "\n".join(signatures))
-    parts.append("Options: " + ", ".join(f"{key} {value!r}" for key, value in options.items()) + ".")
+    parts.append(
+        "Options: " + ", ".join(f"{key} {escape_markdown(repr(value))}" for key, value in options.items()) + "."
+    )
     if inputs.seconds:
         rows = [[step, f"{seconds:.0f}"] for step, seconds in inputs.seconds.items()]
         parts.append(table(["step", "seconds"], [*rows, ["total", f"{sum(inputs.seconds.values()):.0f}"]]))
@@ -244,9 +260,10 @@ def _provenance_section(inputs: ReportInputs) -> list[str]:
 def render_report(inputs: ReportInputs) -> str:
     """Return the text of report.md."""
     evaluation = inputs.evaluation
-    parts = [f"# Mix-MoE report: {inputs.title}"]
+    parts = [f"# Mix-MoE report: {escape_markdown(inputs.title)}"]
     if inputs.toy:
         parts.append(TOY_NOTE)
+    parts.append("Computed in " + ", ".join(f"{dtype} ({what})" for what, dtype in inputs.dtypes.items()) + ".")
     parts.append("![Scores](scores.png)")
     if evaluation["directions"]:
         parts += _translation_section(inputs)

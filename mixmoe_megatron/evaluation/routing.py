@@ -21,6 +21,7 @@ from mixmoe_megatron.evaluation.perplexity import (
     pad_right,
     split_windows,
 )
+from mixmoe_megatron.evaluation.progress import Progress
 
 GROUP_NAMES = ("lm", "mt")
 
@@ -116,14 +117,17 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
         raise MixMoEError("There is no text to route.")
     sequences = [piece for ids in encoded for piece in split_windows(ids, loaded.start_id, window)]
     sums: dict[int, tuple[torch.Tensor, ...]] = {}
-    for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
-        input_ids, mask = pad_right([sequences[index] for index in batch], loaded.tokenizer.pad_id, loaded.device)
-        output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
-        mask[:, 0] = 0  # context only: already counted, or no token of the text
-        kept = mask.flatten().bool()
-        for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
-            new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
-            sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
+    with Progress(f"{loaded.name} routing", len(sequences), work=tokens, unit="texts") as progress:
+        for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
+            input_ids, mask = pad_right([sequences[index] for index in batch], loaded.tokenizer.pad_id, loaded.device)
+            output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+            mask[:, 0] = 0  # context only: already counted, or no token of the text
+            kept = mask.flatten().bool()
+            for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
+                new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
+                sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
+            read = sum(len(sequences[index]) - 1 for index in batch)
+            progress.advance(len(batch), read, read)
     layers = {
         str(layer): {
             name: _group_routing(sums[layer][0][group], sums[layer][1][group], sums[layer][2][group], tokens)

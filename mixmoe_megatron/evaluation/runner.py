@@ -118,8 +118,14 @@ def _check(plan: EvaluationPlan, output_dir: Path) -> None:
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise MixMoEError(f"{output_dir} is a file: choose another output directory.")
+    texts = {text for direction in plan.directions for text in (*direction.sources, *direction.references)}
+    texts.update(text for lines in plan.monolingual.values() for text in lines)
     for name, path in plan.systems.items():
-        check_model(name, path, dtype=plan.dtype, device=plan.device)
+        tokenizer = check_model(name, path, dtype=plan.dtype, device=plan.device)
+        if quoted := sum(map(tokenizer.spells_special_token, texts)):
+            logger.info(
+                "%s: special tokens spelled out in test texts are encoded as plain text (texts: %d)", name, quoted
+            )
     for direction in plan.directions:
         bleu_of(direction.target_language)
     if plan.directions:
@@ -251,7 +257,7 @@ class _SystemRun:
             return
         languages = (direction.source_language, direction.target_language)
         pairs = zip(direction.sources, direction.references, strict=True)
-        self._route(direction.name, [f"{self.plan.template.render(a, *languages)} {b}" for a, b in pairs])
+        self._route(direction.name, [self.plan.template.render(a, *languages) + f" {b}" for a, b in pairs])
         self.measurements["routed"].append(direction.name)
         write_json(self.measurements_path, self.measurements)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmoe_megatron.data.corpus import clean, is_utf8, read_lines
+from mixmoe_megatron.data.corpus import is_utf8, one_line, read_lines, reading
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.preparation.sources import Source
 from mixmoe_megatron.errors import MixMoEError
@@ -70,7 +71,7 @@ def read_test(value: str, columns: Sequence[str | None], *, limit: int = 0, seed
     """Read a test set as the command line names it: PAIR[@NAME]=WHERE.
 
     Args:
-        value: PAIR is ``de-en``. WHERE is a table (TSV with a header, JSONL, Parquet; gzip, zstd or neither), or
+        value: PAIR is ``de-en``. WHERE is a table (TSV with a header, JSONL, Parquet; compressed or not), or
             ``sacrebleu:wmt17``, or ``flores:DIRECTORY`` (its devtest). NAME tells several sets of a pair apart.
         columns: Columns of source and target in tables; None: the language codes.
         limit: Segments to take (see `select_subset`); 0 takes all.
@@ -84,10 +85,10 @@ def read_test(value: str, columns: Sequence[str | None], *, limit: int = 0, seed
     languages = pair.split("-")
     if len(languages) != 2 or not where or (at and not re.fullmatch(r"[A-Za-z0-9_.]+", name)):
         raise MixMoEError(f"--test takes PAIR[@NAME]=FILE, such as de-en=test.tsv.gz, not {value!r}.")
-    kind, colon, rest = where.partition(":")
-    if colon and kind == "sacrebleu":
+    kind, _, rest = ("", "", "") if os.path.lexists(where) else where.partition(":")
+    if kind == "sacrebleu" and rest:
         source = Source(sacrebleu=rest, config=pair)
-    elif colon and kind == "flores":
+    elif kind == "flores" and rest:
         source = Source(flores=rest, split="devtest")
     else:
         named = {code: column or code for code, column in zip(languages, columns, strict=True)}
@@ -118,12 +119,11 @@ def read_direction(
     for number, row in enumerate(source.rows(languages), start=1):
         if row is None:
             raise MixMoEError(f"{where}, segment {number}: the row is broken (another number of columns, or no text).")
-        texts = [clean(text) for text in row]
-        if not all(map(is_utf8, texts)):
+        if not all(map(is_utf8, row)):
             raise MixMoEError(f"{where}, segment {number}: not UTF-8.")
-        if not all(texts):
-            raise MixMoEError(f"{where}, segment {number}: the side '{languages[texts.index('')]}' is empty.")
-        pairs.append(texts)
+        if empty := [code for code, text in zip(languages, row, strict=True) if not reading(text)]:
+            raise MixMoEError(f"{where}, segment {number}: the side '{empty[0]}' is empty.")
+        pairs.append([one_line(text) for text in row])
     if not pairs:
         raise MixMoEError(f"{where} holds no test segment: give a test set with at least one.")
     chosen = select_subset(pairs, limit, seed)
@@ -131,17 +131,17 @@ def read_direction(
 
 
 def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list[str]:
-    """Read one text from each line that is not empty.
+    """Read one text from each line that does not look empty.
 
     Args:
-        path: A text file, gzip or not.
+        path: A text file, compressed or not.
         limit: Lines to take (see `select_subset`); 0 takes all.
         seed: Of the selection.
 
     Raises:
         MixMoEError: The file is unreadable or holds no text.
     """
-    texts = [text for _, line in read_lines(path) if (text := clean(line))]
+    texts = [text for _, line in read_lines(path) if reading(line) and (text := one_line(line))]
     if not texts:
         raise MixMoEError(f"{path} holds no text: give a file with a text on each line.")
     return select_subset(texts, limit, seed)

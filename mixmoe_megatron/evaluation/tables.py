@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixmoe_megatron.evaluation.interference import interference
+from mixmoe_megatron.evaluation.markup import Markdown, escape_markdown
 
 METRIC_TITLES = {
     "bleu": "BLEU", "chrf": "chrF", "chrf_plus_plus": "chrF++", "ter": "TER", "meteor": "METEOR", "comet": "COMET"
@@ -34,10 +35,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: in
 
     Args:
         header: Column titles.
-        rows: Cells, as many a row as there are titles.
+        rows: Cells, as many a row as there are titles; shown as they are, unless they are `Markdown`.
         text_columns: How many columns, from the left, are aligned left; the others are aligned right.
     """
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    cells = [
+        [cell if isinstance(cell, Markdown) else escape_markdown(str(cell)) for cell in row] for row in (header, *rows)
+    ]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -50,8 +53,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: in
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """Return a number with its sign, as in +1.5."""
-    return f"{value:+.{digits}f}"
+    """Return a number with its sign, as in +1.5; one that rounds to 0 has none."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
 
 
 def p_value_text(p_value: float) -> str:
@@ -135,7 +139,8 @@ def interference_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["perplexity"]:
             line[2] = " -> ".join(f"{value:.1f}" for value in row["perplexity"])
             change, low, high = row["bits_per_byte_change"]
-            line[3] = f"{change:+.1f} % [{low:+.1f}, {high:+.1f}]"
+            interval = "" if low is None else f" [{signed(low)}, {signed(high)}]"
+            line[3] = f"{signed(change)} %{interval}"
         for wanted in (f"{row['language']}-en", f"en-{row['language']}"):
             found = [value for name, value in row["directions"].items() if name.partition("@")[0] == wanted]
             line.append("; ".join(_change(value) for value in found))
@@ -144,7 +149,10 @@ def interference_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _change(value: dict[str, Any]) -> str:
-    before, after = (f"{score:.1f} ± {half:.1f}" for score, half in zip(value["chrf"], value["interval"], strict=True))
+    before, after = (
+        f"{score:.1f} ± {half:.1f}" if half else f"{score:.1f}"
+        for score, half in zip(value["chrf"], value["interval"], strict=True)
+    )
     return f"{before} -> {after}"
 
 

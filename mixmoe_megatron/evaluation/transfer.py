@@ -21,6 +21,7 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comparison import blocks
 from mixmoe_megatron.evaluation.figures import Gain, draw_gains
 from mixmoe_megatron.evaluation.html_report import render_html
+from mixmoe_megatron.evaluation.markup import bold, escape_markdown
 from mixmoe_megatron.evaluation.report import TOY_NOTE, check_evaluation
 from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_text, shown, signed, table
 
@@ -179,12 +180,13 @@ def gain_cells(matrix: dict[str, Any], metric: str, reference: str) -> dict[str,
     block, counts = matrix["metrics"][metric], matrix["num_test_segments"]
     tested = block["p_values"] if reference == matrix["references"][0] else {}
 
-    def mark(system: str, direction: str) -> str:
+    def text(system: str, direction: str, gain: float) -> str:
         p_value = tested.get(system, {}).get(direction, 1.0)
-        return "*" if p_value < SIGNIFICANT and counts[direction] >= MIN_TESTED_SEGMENTS else ""
+        significant = gain and p_value < SIGNIFICANT and counts[direction] >= MIN_TESTED_SEGMENTS
+        return signed(shown(metric, gain)) + ("*" if significant else "")
 
     return {
-        system: [signed(shown(metric, gain)) + mark(system, direction) for direction, gain in row.items()]
+        system: [text(system, direction, gain) for direction, gain in row.items()]
         for system, row in block["gains"][reference].items()
     }
 
@@ -197,7 +199,7 @@ def _is_own(matrix: dict[str, Any], system: str, direction: str) -> bool:
 def _matrix_table(matrix: dict[str, Any], rows: dict[str, list[str]]) -> str:
     directions = matrix["directions"]
     lines = [
-        [row_name(matrix, system), *(f"**{text}**" if _is_own(matrix, system, direction) else text
+        [row_name(matrix, system), *(bold(text) if _is_own(matrix, system, direction) else text
                                      for direction, text in zip(directions, texts, strict=True))]
         for system, texts in rows.items()
     ]  # fmt: skip
@@ -230,19 +232,22 @@ def markdown_transfer(matrix: dict[str, Any], *, toy: bool = False) -> str:
     """
     references, directions = matrix["references"], matrix["directions"]
     cells = len(directions) * (len(references) - 1 + len(matrix["trained"]))
-    counts = ", ".join(f"{name} {matrix['num_test_segments'][name]}" for name in directions)
+    counts = ", ".join(f"{escape_markdown(name)} {matrix['num_test_segments'][name]}" for name in directions)
     parts = ["# Cross-lingual transfer", *([TOY_NOTE] if toy else [])]
     numbers = {"level": SIGNIFICANT, "segments": MIN_TESTED_SEGMENTS, "cells": cells, "chance": SIGNIFICANT * cells}
-    parts.append(_NOTE.format(baseline=references[0], **numbers))
-    parts.append(f"Test segments: {counts}.")
+    parts.append(_NOTE.format(baseline=escape_markdown(references[0]), **numbers))
+    parts.append(f"Test segments: {counts}. The models computed in {matrix['options']['dtype']}.")
     for reference in references:
-        parts += [f"## Mean gain over {reference}", _means_table(matrix, reference)]
+        parts += [f"## Mean gain over {escape_markdown(reference)}", _means_table(matrix, reference)]
     for metric, block in matrix["metrics"].items():
         title = METRIC_TITLES[metric]
         scores = {name: [score_text(metric, value) for value in row.values()] for name, row in block["scores"].items()}
         parts += [f"## {title}", f"![Gains of {title}]({picture_name(metric)})", _matrix_table(matrix, scores)]
         for reference in references:
-            parts += [f"Gain over {reference}:", _matrix_table(matrix, gain_cells(matrix, metric, reference))]
+            parts += [
+                f"Gain over {escape_markdown(reference)}:",
+                _matrix_table(matrix, gain_cells(matrix, metric, reference)),
+            ]
     parts.append(f"Commit: {matrix['commit'] or 'not in a git checkout'}.")
     return "\n\n".join(parts) + "\n"
 

@@ -110,14 +110,16 @@ def _can_shard_packed_experts() -> bool:
 class MixMoEConfig(PretrainedConfig):
     """A Llama or Qwen2 configuration plus the Mix-MoE fields.
 
-    The RoPE settings have one source, `rope_parameters` (transformers 5.x); `rope_theta` and `rope_scaling`
-    (transformers 4.57) are views of it, and all three are written to config.json, so each version reads the right RoPE.
+    The RoPE settings have one record, `rope_parameters` (transformers 5.x), in config.json too; `rope_theta` and
+    `rope_scaling` (transformers 4.57) are views of it. A `rope_scaling` in config.json would keep transformers 5.x from
+    loading the tokenizer for those who do not trust remote code.
 
     Source: Mix-MoE (arXiv:2605.24681), section III.
 
     Args:
         base_model_type: "llama" or "qwen2": which decoder layer, attention and RMSNorm.
-        moe_layers: 0-based indices of the layers whose FFN is a Mix-MoE block. None: the last of every four.
+        moe_layers: 0-based indices of the layers whose FFN is a Mix-MoE block. None: the last of every four layers, of
+            fewer than four the last.
         stage: 1 (LM experts only) or 2 (LM and MT experts).
         num_experts_per_group: experts in each group.
         topk_per_group: experts chosen in each group for each token.
@@ -198,10 +200,6 @@ class MixMoEConfig(PretrainedConfig):
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
         self.rope_parameters = _rope_parameters(None, self.rope_theta, value)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields, with the RoPE settings in the styles of both transformers versions."""
-        return {**super().to_dict(), "rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
-
 
 def _fill_in_base_fields(fields: dict[str, Any]) -> None:
     """Derive the Llama or Qwen2 fields that are None."""
@@ -221,9 +219,9 @@ def _fill_in_base_fields(fields: dict[str, Any]) -> None:
 
 def _fill_in_mixmoe_fields(fields: dict[str, Any]) -> None:
     """Derive the Mix-MoE fields that are None."""
-    group, stage = fields["num_experts_per_group"], fields["stage"]
+    group, stage, num_layers = fields["num_experts_per_group"], fields["stage"], fields["num_hidden_layers"]
     derived = {
-        "moe_layers": range(3, fields["num_hidden_layers"], 4),
+        "moe_layers": range(min(4, num_layers) - 1, num_layers, 4),
         "num_experts": group * stage,
         "num_experts_per_tok": fields["topk_per_group"] * stage,
         "moe_intermediate_size": fields["intermediate_size"] // max(group, 1),

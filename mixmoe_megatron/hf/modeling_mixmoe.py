@@ -54,8 +54,8 @@ class MixMoERouter(nn.Module):
         self.num_groups = config.stage
         self.top_k = config.topk_per_group
         self.prob_scaling = config.router_prob_scaling
-        self.expert_scale = config.expert_scale
-        self.group_factor = 1.0 / self.num_groups if config.group_combine == "mean" else 1.0
+        self.factor = 1.0 / self.num_groups if config.group_combine == "mean" else 1.0
+        self.factor *= config.expert_scale if self.prob_scaling else 1.0
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32)) if config.router_bias else None
 
@@ -75,10 +75,9 @@ class MixMoERouter(nn.Module):
         groups = logits.unflatten(-1, (self.num_groups, -1))
         top_k_index = groups.topk(self.top_k, dim=-1).indices  # not of probabilities: several underflow to the same 0
         top_k_probs = groups.softmax(dim=-1).gather(-1, top_k_index)
-        weights = self.expert_scale * top_k_probs if self.prob_scaling else torch.ones_like(top_k_probs)
-        first_expert = torch.arange(self.num_groups, device=logits.device) * groups.shape[-1]
-        top_k_index = top_k_index + first_expert[:, None]
-        return logits, (self.group_factor * weights).flatten(-2), top_k_index.flatten(-2)
+        weights = self.factor * (top_k_probs if self.prob_scaling else torch.ones_like(top_k_probs))
+        first_expert = torch.arange(self.num_groups, device=logits.device)[:, None] * groups.shape[-1]
+        return logits, weights.flatten(-2), (top_k_index + first_expert).flatten(-2)
 
 
 @use_experts_implementation
@@ -109,18 +108,24 @@ class MixMoEExperts(nn.Module):
         Returns:
             [T, H], the dtype of hidden_states.
         """
-        if torch.compiler.is_compiling() and not _can_use_grouped_mm(hidden_states, self.gate_up_proj, self.down_proj):
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
+        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        use_grouped_mm = _can_use_grouped_mm(gate_up_proj, down_proj)
+        if torch.compiler.is_compiling() and not use_grouped_mm:
             return self._dense_forward(hidden_states, top_k_index, top_k_weights)
         flat_index = top_k_index.flatten()
         order = flat_index.argsort(stable=True)  # (token, slot) pairs sorted by expert
-        expert_ids = flat_index[order]
-        ends = torch.searchsorted(expert_ids, torch.arange(self.num_experts, device=order.device), right=True)
-        is_here = (expert_ids < self.num_experts)[:, None]
-        rows = hidden_states[order // top_k_index.shape[-1]].where(is_here, 0.0)
-        gate, up = _grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        expert_output = _grouped_linear(self.act_fn(gate) * up, self.down_proj, ends).where(is_here, 0.0)
-        weighted = expert_output * top_k_weights.flatten()[order, None]
-        return weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
+        ends: Any = torch.searchsorted(
+            flat_index[order], torch.arange(self.num_experts, device=order.device), right=True
+        )
+        if not use_grouped_mm:
+            ends = ends.tolist()
+            order = order[: ends[-1]]
+        token = order // top_k_index.shape[-1]
+        gate, up = _grouped_linear(hidden_states[token].to(dtype), gate_up_proj, ends).chunk(2, dim=-1)
+        weighted = _grouped_linear(self.act_fn(gate) * up, down_proj, ends) * top_k_weights.flatten()[order, None]
+        return weighted.new_zeros(hidden_states.shape).index_add(0, token, weighted).to(hidden_states.dtype)
 
     def _dense_forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -134,28 +139,25 @@ class MixMoEExperts(nn.Module):
         return torch.where(weights == 0, 0.0, weights * expert_output).sum(dim=0).to(hidden_states.dtype)
 
 
-def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Multiply each expert's rows by its weight: one grouped GEMM where torch has one, else one GEMM per expert.
+def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor | list[int]) -> torch.Tensor:
+    """Multiply each expert's rows by its weight: with one grouped GEMM, or with a GEMM for each expert that has rows.
 
-    rows: [R, in], sorted by expert. weight: [E, out, in]. ends: [E] int64, where each expert's rows end.
-    Returns [R, out] in the dtype of weight, or autocast's; rows beyond the last end have unspecified values.
+    rows: [R, in], sorted by expert. weight: [E, out, in]. ends: where each expert's rows end: [E] int64 for the grouped
+    GEMM, else E integers, the last one R. Returns [R, out], zero beyond the last end.
     """
-    device = rows.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    rows, weight = rows.to(dtype), weight.to(dtype)
-    if _can_use_grouped_mm(rows, weight):
-        return _grouped_mm(rows, weight.transpose(1, 2), offs=ends.to(torch.int32))
-    *pieces, rest = rows.tensor_split(ends.cpu())
-    outputs = [functional.linear(*pair) for pair in zip(pieces, weight, strict=True)]
-    return torch.cat([*outputs, rest.new_zeros(len(rest), weight.shape[1])])
+    if isinstance(ends, list):
+        every = torch.is_grad_enabled() or not len(rows)  # in training no expert lacks a gradient
+        pairs = zip(rows.tensor_split(ends[:-1]), weight, strict=True)
+        return torch.cat([functional.linear(*pair) for pair in pairs if every or len(pair[0])])
+    is_here = (torch.arange(len(rows), device=rows.device) < ends[-1])[:, None]
+    return _grouped_mm(rows.where(is_here, 0.0), weight.transpose(1, 2), offs=ends.int()).where(is_here, 0.0)
 
 
 def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
     """Tell whether torch's grouped GEMM takes these tensors: bfloat16, compute capability 9 (H100), rows of 16 bytes.
 
     Below 9 it raises (torch up to 2.8) or copies offsets to the host, which no graph can capture; above 9 experts
-    without tokens get wrong gradients (pytorch issue 172439). On a CPU its kernel wants aligned memory, which mapped
-    checkpoints lack, and is no faster than one GEMM per expert.
+    without tokens get wrong gradients (pytorch issue 172439). On a CPU it is no faster than one GEMM per expert.
     """
     return (
         _grouped_mm is not None
@@ -167,7 +169,7 @@ def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
 class MixMoEBlock(nn.Module):
     """The FFN of a Mix-MoE layer: y = s * p * E(h) of the LM group; in stage 2 its mean or sum with the MT group's.
 
-    Source: Mix-MoE (arXiv:2605.24681) section III-A. Deviates: SPEC section 3 (scale s, mean combine).
+    Source: Mix-MoE (arXiv:2605.24681) section III-A; the scale s and the mean are additions.
     """
 
     def __init__(self, config: MixMoEConfig):
@@ -187,8 +189,7 @@ def router_aux_loss(
 ) -> torch.Tensor:
     """Compute the load-balancing aux loss of each expert group, n * sum_i f_i P_i, averaged over the layers.
 
-    f_i is the share of the routed (token, slot) pairs that went to expert i, P_i its mean probability. The value is
-    1 when balanced and n when all tokens go to one expert with probability 1.
+    f_i is the share of the routed (token, slot) pairs that went to expert i, P_i its mean probability: 1 when balanced.
 
     Source: Mix-MoE (arXiv:2605.24681) eq. 8-9.
 

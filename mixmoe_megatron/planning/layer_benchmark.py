@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class LayerCase:
         topk: k, experts chosen per token and group.
         tokens: T.
         dtype: of weights and activations.
+        fused: Megatron's compiled SwiGLU, its default on a GPU; False: ordinary operations.
     """
 
     stage: int
@@ -55,6 +57,7 @@ class LayerCase:
     topk: int
     tokens: int
     dtype: torch.dtype
+    fused: bool = False
 
     @property
     def flops(self) -> int:
@@ -109,7 +112,7 @@ def build_layer(case: LayerCase) -> MixMoELayer:
         gated_linear_unit=True,
         add_bias_linear=False,
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=case.fused,
         moe_token_dispatcher_type="alltoall",
         moe_aux_loss_coeff=0.01,
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -218,12 +221,12 @@ def measure_layer(case: LayerCase, turns: int) -> dict[str, float | None]:
         "flop_floor_seconds": flop_floor,
         "bytes_floor_seconds": bytes_floor,
         "floor_ratio": seconds["layer"] / max(flop_floor, bytes_floor),
-        "host_syncs": host_syncs(subjects.calls["layer"]) if torch.cuda.is_available() else None,
+        "host_syncs": host_syncs(subjects.calls["layer"]).total() if torch.cuda.is_available() else None,
     }
 
 
-def host_syncs(call: Callable[[], Any]) -> int:
-    """Count how often the host waits for the GPU in a call."""
+def host_syncs(call: Callable[[], Any]) -> Counter[str]:
+    """Count how often the host waits for the GPU in a call, by the place in the code ("file:line")."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -231,4 +234,5 @@ def host_syncs(call: Callable[[], Any]) -> int:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    return Counter(f"{warning.filename}:{warning.lineno}" for warning in waits)

@@ -52,6 +52,7 @@ _FREE = (
     "max_position_embeddings",
     "make_vocab_size_divisible_by",
 )
+_MEGATRON_ROTARY_BASE = 10000  # its default
 #: argument that is switched off by a flag of another name
 _OFF_FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 
@@ -160,6 +161,8 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     if stage > 0:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
+    if not isinstance(model["rotary_base"], int):
+        del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
     multiple = known.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]
     multiple *= known.tensor_model_parallel_size
     if multiple < 1:
@@ -223,12 +226,17 @@ def _words(arguments: dict[str, Any]) -> list[str]:
 
 
 def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
-    """Put the recorded Mix-MoE options on Megatron's arguments, from where its config builder takes them by name.
+    """Put what no flag can say on Megatron's arguments, from where its config builder takes it by name.
+
+    That is the recorded Mix-MoE options, and a --rotary-base that is not whole (unless the user gave another).
 
     Raises:
         MixMoEError: a flag makes another architecture of it than the recorded one, or the experts cannot be spread
             evenly over the expert-parallel ranks.
     """
+    base = metadata.megatron_args["rotary_base"]
+    if not isinstance(base, int) and args.rotary_base == _MEGATRON_ROTARY_BASE:
+        args.rotary_base = base
     _check_architecture_flags(args, metadata)
     if metadata.options is not None:
         for field in dataclasses.fields(MixMoEOptions):

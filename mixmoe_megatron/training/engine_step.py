@@ -62,6 +62,7 @@ def engine_step(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
 
+    from mixmoe_megatron.training.optimizer_kernels import use_torch_kernels
     from mixmoe_megatron.training.startup import freeze_and_report
     from mixmoe_megatron.training.step import forward_step
     from mixmoe_megatron.training.throughput import install_metrics
@@ -73,6 +74,7 @@ def engine_step(
         global_vars.set_global_variables(args, build_tokenizer=False)
         initialize.initialize_megatron(allow_no_cuda=True)
     install_metrics(args)
+    use_torch_kernels()
     container = build_config(args)
     container.model.pre_wrap_hooks[:] = [freeze_and_report(stage, dry_run=False)]  # no parent to load
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.training import training
 from torch import Tensor
 
-from mixmoe_megatron.conversion.hf_config import read_hf_config
+from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 from mixmoe_megatron.conversion.hf_import import ImportRequest, PreparedImport, read_hf_model
 from mixmoe_megatron.conversion.megatron_checkpoint import LAYER, TRACKER_FILE
@@ -33,8 +33,9 @@ CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix
 
 
 def is_hf_directory(directory: str | Path) -> bool:
-    """Whether a directory is a Hugging Face model and not a Megatron checkpoint."""
-    return (Path(directory) / "config.json").is_file() and not (Path(directory) / TRACKER_FILE).is_file()
+    """Whether a directory is a Hugging Face model, or an adapter, and not a Megatron checkpoint."""
+    is_hf = any((Path(directory) / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE))
+    return is_hf and not (Path(directory) / TRACKER_FILE).is_file()
 
 
 def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None) -> PreparedImport:

@@ -13,6 +13,8 @@ from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_supp
 
 from mixmoe_megatron.config import Requirements, check_settings
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.machine import Machine, this_machine
+from mixmoe_megatron.training.datasets import has_variable_lengths
 
 _OWN_DDP = "frozen groups and their checkpoints rest on Megatron's own DDP and distributed optimizer"
 _OWN_MODEL = "the model is the one that the checkpoint's metadata describes"
@@ -67,6 +69,23 @@ def check_layout(args: Any) -> None:
             "--async-strategy mcore --use-persistent-ckpt-worker."
         )
     _check_virtual_stages(args)
+    _check_kernels(args, this_machine())
+
+
+def _check_kernels(args: Any, machine: Machine) -> None:
+    """Refuse what the GPU and its libraries cannot do; they would say so in the first step, or nothing at all."""
+    uses_te = machine.transformer_engine is not None and args.transformer_impl == "transformer_engine"
+    if args.moe_permute_fusion and machine.transformer_engine is None:
+        raise MixMoEError("--moe-permute-fusion needs a GPU and Transformer Engine: leave it out.")
+    if args.pack and uses_te and machine.capability < (9, 0) and not machine.flash_attention:
+        raise MixMoEError(
+            "--pack: below compute capability 9.0 Transformer Engine attends to packed documents by flash-attn alone, "
+            "which is not installed: install it, or add --transformer-impl local."
+        )
+    if args.tp_comm_overlap and has_variable_lengths(args):
+        raise MixMoEError(
+            "--tp-comm-overlap needs batches of one length, and those of parallel text vary: leave it out here."
+        )
 
 
 def _check_virtual_stages(args: Any) -> None:

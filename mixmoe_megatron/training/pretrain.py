@@ -184,6 +184,7 @@ def add_hooks(model_config: Any, args: Any) -> None:
     stage = args.mixmoe_stage
     model_config.transformer.finalize_model_grads_func = guard_first_gradient(stage)
     model_config.rope_scaling_factor = args.rope_scaling_factor
+    model_config.rotary_base = args.rotary_base
     resumes = args.load is not None and has_checkpoint(Path(args.load))
     if not resumes:
         model_config.pre_wrap_hooks.append(load_parent(Path(args.init_from), stage))

@@ -27,6 +27,8 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mixmoe_megatron.training.optimizer_kernels import use_torch_kernels
+
 _RATES = ("max_lr", "min_lr")
 
 
@@ -36,6 +38,7 @@ def mend_optimizers() -> None:
 
     Works once in a process. Where Megatron uses a fused Adam, only ranks without parameters are touched.
     """
+    use_torch_kernels()
     register_optimizer_step_post_hook(_count_step)
     _mend_changed_rates()
     if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", True):

@@ -21,6 +21,7 @@ from mixmoe_megatron.conversion.fingerprint import weights_xxh128
 from mixmoe_megatron.conversion.hf_files import copy_side_files
 from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
 from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
@@ -122,6 +123,8 @@ def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], M
 
     def hook(chunks: ModelChunks) -> ModelChunks:
         freeze_for_stage(chunks, stage)
+        dtype = str(get_args().params_dtype).removeprefix("torch.")
+        _log(training_note(dtype, choose_dtype(AUTO, choose_device())))
         _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
         if stage and get_args().spectral_transform != "none":
             _log(f"routers: {get_args().spectral_transform} folded into their weights; no activation is transformed")

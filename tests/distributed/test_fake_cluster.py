@@ -1,8 +1,8 @@
 """The cluster examples: every command passes its real parser, and the ranks of the clusters they ask for build.
 
 Each training command goes through Megatron's parser and validation at its own world size, on Megatron's fake process
-group; the model, DDP and the distributed optimizer of a rank are built on the meta device. Transformer Engine is not
-here: the command line is the example's own, but the modules are this package's torch ones (CPU mode's flags).
+group; the model, DDP and the distributed optimizer of a rank are built on the meta device. The flags are the example's
+own and those of a CUDA machine without Transformer Engine, whose modules are this package's torch ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mixmoe_megatron.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 from mixmoe_megatron.planning.memory import rank_parameters, stage_memory
 from tests.helpers.bases import BASES, GPUS, PARAMETERS
+from tests.helpers.cuda_machine import become, h100
 from tests.helpers.forked import ROOT, run_job
 from tests.helpers.tiny_hf import SENTENCES, tiny_tokenizer
 
@@ -154,7 +156,9 @@ def built(example: dict[str, Any], stage: int, layout: Layout, ranks: set[int], 
     """What `fake_cluster.describe` tells of each rank."""
     words = arguments(training_words(example, stage), "tools/pretrain_mixmoe.py")
     listed = ",".join(map(str, sorted(ranks)))
-    job = run_job(["tests/helpers/fake_cluster.py", str(layout.world_size), listed, *words, *more], 1, logs)
+    script = ["tests/helpers/fake_cluster.py", str(layout.world_size), listed]
+    on_h100 = partial(become, h100(transformer_engine=False, apex=False))
+    job = run_job([*script, *words, *more], 1, logs, prelude=on_h100)
     lines = [line.removeprefix("RANK ") for line in job.stdout(0).splitlines() if line.startswith("RANK ")]
     return [json.loads(line) for line in lines]
 
@@ -163,7 +167,7 @@ def check_cluster(
     example: dict[str, Any], stage: int, logs: Path, every_rank: bool, other: Layout | None = None
 ) -> None:
     """Build ranks of the cluster and hold them to the plan, to the model's size, and to where its experts belong."""
-    gpus = GPUS[example["name"]]
+    gpus = other.world_size if other else GPUS[example["name"]]
     more = other_flags(other) if other else []
     flags = training_flags(example, stage, more)
     layout = layout_of(flags, gpus)
@@ -257,3 +261,22 @@ def test_every_rank_of_an_example_builds(example: dict[str, Any], stage: int, tm
 @pytest.mark.parametrize("stage", [1, 2])
 def test_other_layouts_of_the_same_model_build(example: dict[str, Any], stage: int, tmp_path: Path) -> None:
     check_cluster(example, stage, tmp_path, every_rank=False, other=OTHER_LAYOUTS[example["name"]])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_same_model_builds_on_one_gpu(example: dict[str, Any], stage: int, tmp_path: Path) -> None:
+    check_cluster(example, stage, tmp_path, every_rank=True, other=Layout())
+
+
+def test_under_slurm_each_launcher_has_its_nodes_cpus(tmp_path: Path) -> None:
+    """A job step does not inherit the CPUs of its job."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho node7\necho node8\n")
+    scontrol.chmod(0o755)
+    variables = {"PRINT": "1", "BASE": "base", "DATA": "data", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "5"}
+    environment = {**os.environ, **variables, "SLURM_CPUS_ON_NODE": "96", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", f"examples/{LARGER[0]}/run.sh", "stage1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    nodes = GPUS[LARGER[0]] // 8
+    assert done.stdout.startswith(f"srun --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96 ")
+    assert "--rdzv-endpoint=node7:29500" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from functools import partial
@@ -104,7 +105,7 @@ def measure_loading(directory: Path) -> None:
     load = HfLoadStrategy.load
 
     def measured(self: HfLoadStrategy, state: dict[str, Any], *args: Any) -> Any:
-        parts = [part.local_shape.numel() * part.dtype.itemsize for part in nested_values(state) if _is_read(part)]
+        parts = [math.prod(part.local_shape) * part.dtype.itemsize for part in nested_values(state) if _is_read(part)]
         before = bytes_read()
         with _Largest() as largest:
             loaded = load(self, state, *args)

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from mixmoe_megatron.freezing import fingerprint
 from tests.helpers.forked import run_job
-from tests.helpers.training import bytes_read, checkpoint_tensors, train_words
+from tests.helpers.training import bytes_read, train_words
 
 
 def measure_loading(directory: Path) -> None:
@@ -32,7 +32,8 @@ def measure_loading(directory: Path) -> None:
         hook = load_parent(*args)
 
         def load_and_tell(chunks: list[Any]) -> list[Any]:
-            found = {"read": read, "weights": fingerprint(hook(chunks))}
+            hook(chunks)
+            found = {"read": sum(read), "weights": fingerprint(chunks)}
             (directory / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
             return chunks
 
@@ -50,11 +51,12 @@ def load(world: Path, logs: Path, flags: str, processes: int) -> list[dict[str, 
     return [json.loads((logs / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("flags", ["", "--context-parallel-size 2"], ids=["DP2", "CP2"])
+@pytest.mark.parametrize(
+    "flags", ["", pytest.param("--context-parallel-size 2", marks=pytest.mark.slow)], ids=["DP2", "CP2"]
+)
 def test_replicas_read_each_byte_once(world: Path, tmp_path: Path, flags: str) -> None:
     (one,) = load(world, tmp_path / "one", "", 1)
     two = load(world, tmp_path / "two", flags, 2)
-    weights = sum(tensor.nbytes for tensor in checkpoint_tensors(world / "upcycled").values())
-    print(weights, one["read"], [r["read"] for r in two])
     assert [rank["weights"] for rank in two] == [one["weights"]] * 2
-    assert 0
+    for rank in two:
+        assert 0.4 * one["read"] < rank["read"] < 0.6 * one["read"]  # beside the weights, each reads the index

@@ -29,9 +29,9 @@ def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layo
     assert_planned(world, tmp_path, layout, stage, parent, data, "fp32")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flag", ["", "--grad-reduce-in-bf16"])
+@pytest.mark.parametrize("flag", ["", pytest.param("--grad-reduce-in-bf16", marks=pytest.mark.slow)])
 def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
+    """Frozen tensors have neither gradients nor float32 copies."""
     assert_planned(world, tmp_path, Layout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)
 
 

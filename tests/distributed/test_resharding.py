@@ -15,14 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from mixmoe_megatron.cli import EXIT_BAD_INPUT
-from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from tests.helpers.forked import Job, run_job
-from tests.helpers.training import checkpoint_tensors, logged, train_words
+from tests.helpers.training import checkpoint_tensors, logged, saved_objects, train_words
 
 STEPS, SAVED = 10, 5
 #: layout -> (flags, processes)
@@ -89,14 +85,6 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(world, tmp_path_factory.mktemp("resharding"))
-
-
-def saved_objects(directory: Path) -> dict[str, Any]:
-    """Return all that the newest iteration of a checkpoint holds, the optimizer's tensors and plain objects too."""
-    state: dict[str, Any] = {}
-    reader = FileSystemReader(iteration_directory(directory))
-    _load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return state
 
 
 def adam_steps(directory: Path) -> set[float]:

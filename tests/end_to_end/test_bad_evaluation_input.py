@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, str]] = {
         "BLEU into 'ja' needs sacreBLEU's optional tokenizer: pip install 'sacrebleu[ja]'.",
     ),
     "device": (PAIRS_TSV + " --device tpu0", "The device 'tpu0' cannot be used here: "),
-    "dtype": (PAIRS_TSV + " --dtype int3", "The dtype must be one of float32, bfloat16, float16, not 'int3'."),
+    "dtype": (PAIRS_TSV + " --dtype int3", "The dtype must be one of auto, float32, bfloat16, float16, not 'int3'."),
     "template": (PAIRS_TSV + " --prompt-template {bad}/latin.txt", "Cannot read the prompt template {bad}/latin.txt"),
     "output is a file": (OTHER_DIRECTORY.replace("DIRECTORY", "empty.tsv"), "is a file: choose another output"),
     "output of another command": (

@@ -1,4 +1,4 @@
-"""The benchmarks of a training step and of a layer run on tiny models and say what they measured."""
+"""The benchmarks of a step, of a layer and of generation run on tiny models and say what they measured."""
 
 from __future__ import annotations
 
@@ -65,3 +65,15 @@ def test_a_layer_counts_the_bytes_of_experts_with_rows() -> None:
 def test_what_a_layer_cannot_be(tmp_path: Path) -> None:
     done = run_command("tools/benchmark_layer.py", "--tokens", "0", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "must be positive" in done.stderr
+
+
+def test_benchmark_of_generation(tmp_path: Path) -> None:
+    tiny_llama_config(rope_scaling=None).save_pretrained(tmp_path)
+    output = tmp_path / "generation.json"
+    words = ["--hf-dir", tmp_path, "--batch-size", "2", "--prompt-length", "3", "--new-tokens", "2", "--turns", "1"]
+    done = run_command("tools/benchmark_generation.py", *words, "--dtype", "bfloat16", "--output", output)
+    result = json.loads(output.read_text("utf-8"))
+    assert json.loads(done.stdout.splitlines()[-1]) == result
+    assert list(result["tokens_per_second"]) == ["dense", "stage 1", "stage 2"]
+    assert min(result["tokens_per_second"].values()) > 0
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["dense", "stage", "stage"]

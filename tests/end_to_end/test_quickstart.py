@@ -34,6 +34,7 @@ def start(directory: Path, **variables: str) -> subprocess.Popen[str]:
         ({"PAIR": "xx-en"}, "PAIR=xx-en has no data"),
         ({"BASE": "/nowhere"}, "BASE=/nowhere is not a Hugging Face model directory"),
         ({"MINUTES": "soon"}, "MINUTES=soon must be a whole number"),
+        ({"DTYPE": "half"}, "The dtype must be one of auto, float32, bfloat16, float16, not 'half'."),
     ],
 )
 def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tmp_path: Path) -> None:
@@ -43,6 +44,16 @@ def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tm
     assert output.startswith("error: ")
     assert sentence in output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_dtype_is_not_gone_on_with(tmp_path: Path) -> None:
+    settings = tmp_path / "out" / "settings"
+    settings.parent.mkdir()
+    settings.write_text(f"DTYPE=float32 PAIR=et-en MINUTES=1 BASE={ROOT}/examples/quickstart/base\n", "utf-8")
+    output, _ = (run := start(tmp_path, DTYPE="bfloat16")).communicate(timeout=60)
+    assert run.returncode == 2
+    assert output.startswith("error: ") and "holds a run with DTYPE=float32" in output
+    assert not list((tmp_path / "out" / "steps").iterdir())
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ from mixmoe_megatron.machine import Machine
 from mixmoe_megatron.metadata import read_metadata
 from mixmoe_megatron.training.stock import stock_flags
 from tests.end_to_end.conftest import Run
+from tests.helpers.conversion import run_conversion
 from tests.helpers.forked import Job, run_job
-from tests.helpers.training import TINY_RUN, checkpoint_tensors, logged, make_tiny_world, train
+from tests.helpers.tiny_hf import save_tiny_dense
+from tests.helpers.training import TINY_RUN, checkpoint_tensors, logged, make_tiny_data, make_tiny_world, train
 
 STEPS = 6
 
@@ -107,3 +109,14 @@ def test_refusals(tiny_world: Path, tmp_path: Path, stage: int, change: str, mes
     assert job.wait() != [0]
     assert "MixMoEError: " in job.output() and message in job.output()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rope_base_that_is_not_whole(tmp_path: Path) -> None:
+    """Stock parsers take whole ones only: the flag is left out, and the value comes from the checkpoint."""
+    save_tiny_dense(tmp_path / "base", "qwen2", rope_theta=3.5)
+    words = ["--hf-dir", tmp_path / "base", "--output-dir", tmp_path / "upcycled", "--moe-every", "2"]
+    assert run_conversion("hf_to_mixmoe", *words) == 0
+    make_tiny_data(tmp_path, tmp_path / "upcycled" / "tokenizer")
+    losses, _ = train(1, tmp_path / "upcycled", tmp_path / "mono", None, 2)
+    job = run_stock(1, tmp_path / "upcycled", tmp_path / "mono", tmp_path / "run", "--train-iters 2")
+    assert logged(job.stdout(0))[0] == pytest.approx(losses, abs=2e-6)

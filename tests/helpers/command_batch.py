@@ -2,7 +2,8 @@
 
     python -m tests.helpers.command_batch WATCHED_DIR < command_lines.json > results.json
 
-Each command's file is run as a script. A result holds status, stdout, stderr, and what changed below WATCHED_DIR.
+Each command's file is run as a script. A result holds status, stdout, stderr, and what changed below WATCHED_DIR. What
+a command prints goes through the encoding that this process's own stdout has.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def listing(directory: Path) -> dict[str, int]:
 
 def run_one(words: list[str]) -> tuple[Any, str, str]:
     """Run one command line and return its exit status, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
+    written, err = io.BytesIO(), io.StringIO()
+    out = io.TextIOWrapper(written, encoding=sys.stdout.encoding, errors=sys.stdout.errors, write_through=True)
     status: Any = 0
     sys.argv = list(words)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -39,30 +41,39 @@ def run_one(words: list[str]) -> tuple[Any, str, str]:
         except BaseException:
             traceback.print_exc()
             status = 1
-    return status, out.getvalue(), err.getvalue()
+    return status, written.getvalue().decode(out.encoding, "replace"), err.getvalue()
 
 
-def run_batch(lines: list[str], watched: Path, environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def run_batch(
+    lines: list[str] | list[list[str]], watched: Path, environment: dict[str, str] | None = None, cwd: Path = ROOT
+) -> list[dict[str, Any]]:
     """Run command lines in one process of their own.
 
     Args:
-        lines: a script, relative to the repository, and its arguments, blanks between.
+        lines: a script, relative to `cwd`, and its arguments: as a list, or blanks between.
         watched: where changes are looked for.
-        environment: variables beside this process's.
+        environment: variables beside this process's; an empty one is taken away.
+        cwd: the working directory.
 
     Returns:
         The results, in the order of `lines`.
     """
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.command_batch", str(watched)],
-        input=json.dumps([line.split() for line in lines]),
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        input=json.dumps([line.split() if isinstance(line, str) else line for line in lines]),
+        cwd=cwd,
+        env=clean_environment(environment),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
+
+
+def clean_environment(changes: dict[str, str] | None) -> dict[str, str]:
+    """Return this process's environment with changes; an empty value takes a variable away."""
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), **(changes or {})}
+    return {name: value for name, value in whole.items() if value}
 
 
 def assert_one_sentence(stderr: str, message: str) -> None:
@@ -76,6 +87,8 @@ def assert_one_sentence(stderr: str, message: str) -> None:
 def main() -> None:
     """Read the command lines, run them, write the results."""
     watched = Path(sys.argv[1])
+    answer = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # what libraries in other languages say there is no part of the results
     results = []
     for words in json.load(sys.stdin):
         before = listing(watched)
@@ -83,7 +96,8 @@ def main() -> None:
         after = listing(watched)
         changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
         results.append({"status": status, "out": out, "err": err, "changed": changed})
-    json.dump(results, sys.stdout)
+    json.dump(results, answer)
+    answer.close()
 
 
 if __name__ == "__main__":

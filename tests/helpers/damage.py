@@ -93,6 +93,22 @@ def linked_out(name: str) -> Damage:
     return damage
 
 
+def dangling(name: str) -> Damage:
+    """Put a link to a file that is missing in a file's place."""
+
+    def damage(directory: Path) -> None:
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to("nowhere")
+
+    return damage
+
+
+def adapter_alone(directory: Path) -> None:
+    """Leave what peft saves of an adapter."""
+    (directory / "config.json").rename(directory / "adapter_config.json")
+    (directory / WEIGHTS).rename(directory / "adapter_model.safetensors")
+
+
 def metadata_fields(**fields: Any) -> Damage:
     """Change fields of mixmoe_metadata.json; those of `megatron_args` and `hf_config` are merged."""
 

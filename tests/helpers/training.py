@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,3 +132,17 @@ def checkpoint_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def bytes_read() -> int:
     """What this process has read so far, by any system call."""
     return int(Path("/proc/self/io").read_text("ascii").split()[1])
+
+
+def saved_objects(directory: Path) -> dict[str, Any]:
+    """Return all that the newest iteration of a checkpoint holds, the optimizer's tensors and plain objects too."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+
+    state: dict[str, Any] = {}
+    reader = FileSystemReader(iteration_directory(directory))
+    _load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return state

@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "smollm2": ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 1e5,
                           "rope_scaling": None}),
+    "NTK by hand": ("llama", {"rope_theta": 26881.44, "rope_scaling": None}),
     "wide heads": ("mistral", {"head_dim": 16, "sliding_window": None}),
 }  # fmt: skip
 

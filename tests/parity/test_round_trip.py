@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixmoe_megatron.conversion.fingerprint import weights_xxh128
 from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.plan import read_tensor
-from mixmoe_megatron.metadata import read_metadata
+from mixmoe_megatron.metadata import read_metadata, write_metadata
 from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
 from tests.helpers.tiny_hf import randomize, save_tiny_dense, tiny_mixmoe, tiny_mixmoe_config
 
@@ -114,7 +117,39 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     # an upcycled model that comes back is still an upcycled one
     assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", tmp_path / "again") == 0
     before, after = read_metadata(checkpoint), read_metadata(tmp_path / "again")
-    assert (after.stage, after.options, after.hf_config) == (before.stage, before.options, before.hf_config)
+    assert (after.stage, after.options, after.megatron_args) == (before.stage, before.options, before.megatron_args)
+
+
+PATHS = ["/ckpt/llama2-7b", "./run: 3 #best", "../base", "~/llama", "C:\\models\\base", "D:/base", "file:///b",
+         "runs/7/base", ".", "\\\\server\\base", "here"]  # fmt: skip
+NAMES = ["org/name", "Our model: 3 #best", "yes", "1.5", "- x", "naïve | *base* `v1`", "'\"{}[]&!%@", " org/name\n"]
+
+
+@pytest.fixture(scope="module")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("card")
+    save_tiny_dense(root / "hf", "qwen2", tokenizer=None)
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", root / "hf", "--output-dir", root / "m", "--dense") == 0
+    return root / "m"
+
+
+@pytest.mark.parametrize("name", PATHS + NAMES)
+def test_the_card_names_the_base_but_no_path(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    metadata = read_metadata(dense_checkpoint)
+    metadata.hf_config["_name_or_path"] = name
+    shutil.copytree(dense_checkpoint, tmp_path / "m")
+    write_metadata(tmp_path / "m", metadata)
+    words = ["--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "out"]
+    assert run_conversion("mixmoe_to_hf", *words) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict().get("base_model") == (None if name in PATHS else name.strip())
+    assert ("| base model | not recorded |" in card.text) == (name in PATHS)
+    given = run_conversion("mixmoe_to_hf", *words, "--force", f"--base-model={name}")
+    assert given == (2 if name in PATHS else 0)
 
 
 def test_transformers_takes_the_carried_generation_config(tmp_path: Path) -> None:
@@ -160,6 +195,55 @@ def test_dtypes(tmp_path: Path) -> None:
     assert {t.dtype for t in load_weights_of(tmp_path / "wide").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("upcycled", [True, False], ids=["upcycled", "dense"])
+@pytest.mark.parametrize("odd", ["k_proj", "gate_proj", "embed_tokens", "norm"])
+def test_tensors_of_several_dtypes_are_cast_to_one(tmp_path: Path, odd: str, upcycled: bool) -> None:
+    """They need not agree when --dtype makes them, though Megatron has q, k, v and gate, up in one tensor each."""
+    save_tiny_dense(tmp_path / "hf", "qwen2", tokenizer=None, dtype=torch.bfloat16)
+    given = load_file(tmp_path / "hf" / "model.safetensors")
+    given = {name: value.float() + 1e-5 if odd in name else value for name, value in given.items()}
+    save_file(given, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    for flag, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        words = ["--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m", "--dtype", flag, "--force"]
+        assert run_conversion("hf_to_mixmoe", *words, *([] if upcycled else ["--dense"])) == 0
+        words = ["--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "back", "--force"]
+        assert run_conversion("mixmoe_to_hf", *words) == 0
+        back = load_weights_of(tmp_path / "back")
+        cast = {name: value.to(dtype) for name, value in given.items() if name in back}
+        assert_bit_equal({name: back[name] for name in cast}, cast)
+        assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+
+
+@pytest.mark.parametrize(
+    ("declared", "wide", "dtype"),
+    [
+        ("bfloat16", ["embed_tokens"], "bfloat16"),
+        ("bfloat16", ["embed_tokens", "lm_head", "mlp"], "bfloat16"),
+        ("float32", ["norm"], "float32"),
+        (None, ["norm"], "bfloat16"),
+        ("float16", ["norm"], "bfloat16"),
+        ("float32", [], "bfloat16"),
+    ],
+)
+def test_an_export_declares_the_dtype_of_its_base(
+    tmp_path: Path, declared: str | None, wide: list[str], dtype: str
+) -> None:
+    """As long as some weights have it; else that of most of them. Routers, which are always float32, do not count."""
+    save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, dtype=torch.bfloat16, **base_fields("llama"))
+    given = load_file(tmp_path / "hf" / "model.safetensors")
+    given = {name: value.float() if any(part in name for part in wide) else value for name, value in given.items()}
+    save_file(given, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    config = {**json.loads((tmp_path / "hf" / "config.json").read_text()), "dtype": declared}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    for flags in ([], ["--dense"]):
+        words = ["--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m", "--force", *flags]
+        assert run_conversion("hf_to_mixmoe", *words) == 0
+        words = ["--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "back", "--force"]
+        assert run_conversion("mixmoe_to_hf", *words) == 0
+        found = json.loads((tmp_path / "back" / "config.json").read_text())
+        assert (found.get("dtype") or found["torch_dtype"]) == dtype
+
+
 def test_vocabulary_is_padded_and_trimmed(tmp_path: Path) -> None:
     save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, vocab_size=509, **base_fields("llama"))
     arguments = [
@@ -183,6 +267,17 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "decoder.layers.3.mlp.experts.lm_experts.experts.linear_fc1.weight" in shown and "bytes -> " in shown
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("missing", ["model_type", "architectures"])
+def test_half_a_name_is_enough(tmp_path: Path, missing: str) -> None:
+    save_tiny_dense(tmp_path / "hf", "qwen2", tokenizer=None)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config[missing]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", tmp_path / "hf", "--output-dir", tmp_path / "m") == 0
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "out") == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out").base_model_type == "qwen2"
 
 
 def test_config_only_models_come_back_without_metadata(tmp_path: Path) -> None:

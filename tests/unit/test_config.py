@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from checkpoints_conversion.hf_to_mixmoe import build_parser, options_from_arguments
 from mixmoe_megatron.config import (
     MixMoEOptions,
     MixMoETransformerConfig,
@@ -48,7 +50,15 @@ def test_dictionary_round_trip() -> None:
         ({"num_experts_per_group": 4.0}, "num_experts_per_group must be a positive integer"),
         ({"topk_per_group": 5}, "topk_per_group=5 exceeds num_experts_per_group=4"),
         ({"expert_scale": 0.0}, "expert_scale must be positive"),
+        ({"expert_scale": float("inf")}, "expert_scale must be positive and finite"),
+        ({"expert_scale": "wide"}, "expert_scale must be a number, got 'wide'"),
         ({"spectral_scale": float("nan")}, "spectral_scale must be finite"),
+        ({"spectral_scale": "x"}, "spectral_scale must be a number, got 'x'"),
+        ({"spectral_seed": 1.5}, "spectral_seed must be an integer, got 1.5"),
+        ({"router_bias": "maybe"}, "router_bias must be true or false, got 'maybe'"),
+        ({"router_prob_scaling": 0}, "router_prob_scaling must be true or false, got 0"),
+        ({"topk_per_group": True}, "topk_per_group must be a positive integer, got True"),
+        ({"moe_layer_placement": 3}, "moe_layer_placement must be text, got 3"),
         ({"moe_layer_placement": "middle"}, "moe_layer_placement must be one of last, uniform-first"),
         ({"moe_layer_placement": "3,3"}, "distinct layer indices"),
         ({"moe_layer_placement": "-1"}, "distinct layer indices"),
@@ -58,6 +68,27 @@ def test_dictionary_round_trip() -> None:
 def test_bad_options(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MixMoEError, match=sentence):
         MixMoEOptions.from_dict(values)
+
+
+def test_help_tells_meaning_values_and_default_of_each_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    lines = [line.strip() for line in build_parser().format_help().splitlines()]
+    paper = MixMoEOptions.from_preset("paper")
+    for field in dataclasses.fields(MixMoEOptions)[1:]:
+        flag = "--" + field.name.replace("_", "-")
+        (at,) = [at for at, line in enumerate(lines) if line.startswith(f"{flag} ")]
+        value, meaning = " ".join(lines[at : at + 2]).removeprefix(flag).split(maxsplit=1)
+        assert value in ("N", "X") or set(value[1:-1].split(",")) >= set(field.metadata["choices"])
+        default = "left out" if field.default is None else str(field.default).lower()
+        assert meaning.startswith(field.metadata["meaning"]) and f"(default: {default}" in meaning
+        if (in_paper := getattr(paper, field.name)) != field.default:
+            assert f"preset paper: {in_paper})" in meaning
+
+
+def test_flags_are_read_as_their_options_are() -> None:
+    words = "--hf-dir x --output-dir y --moe-layer-placement 3 --router-bias false --expert-scale 2 --topk-per-group 2"
+    options = options_from_arguments(build_parser().parse_args(words.split()), is_mixmoe=False)
+    assert options == MixMoEOptions(moe_layer_placement="3", router_bias=False, expert_scale=2, topk_per_group=2)
 
 
 def test_unknown_preset() -> None:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from tests.helpers.conversion import base_fields, run_conversion
+from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
 from tests.helpers.damage import (
     INDEX,
     SHARD,
     WEIGHTS,
     Damage,
     Q,
+    adapter_alone,
     config,
+    dangling,
     doubled,
     edit_embedding,
     edit_entries,
@@ -56,6 +59,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+NORM = "model.layers.1.input_layernorm.weight"
 NOT_WHOLE = "not a whole safetensors file"
 #: case -> (directory, damage, flags, words of the sentence)
 IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
@@ -74,6 +78,18 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "a name twice": ("dense", header(text=doubled), [], NOT_WHOLE),
     "a link out": ("dense", linked_out(WEIGHTS), [], "link to a file outside"),
     "a tokenizer link out": ("dense", linked_out("tokenizer.json"), [], "link to a file outside"),
+    "an index link out": ("sharded", linked_out(INDEX), [], "link to a file outside"),
+    "how to follow links": ("dense", linked_out("config.json"), [], "cp -rL"),
+    "weights link to nothing": ("dense", dangling(WEIGHTS), [], f"{WEIGHTS} is a link to nowhere, which is missing"),
+    "config link to nothing": ("dense", dangling("config.json"), [], "config.json is a link to nowhere, which is mis"),
+    "tokenizer link to nothing": ("dense", dangling("tokenizer.json"), [], "tokenizer.json is a link to nowhere"),
+    "a shard link to nothing": ("sharded", lambda d: dangling(sorted(d.glob("*.safetensors"))[1].name)(d), [],
+                                "is a link to nowhere, which is missing"),
+    "an adapter alone": ("dense", adapter_alone, [], "merge it into its base with peft"),
+    "an adapter beside": ("dense", file("adapter_config.json", lambda d: b"{}"), [], "remove adapter_config.json"),
+    "a variant": ("dense", lambda d: (d / WEIGHTS).rename(d / "model.fp16.safetensors"), [],
+                  "but model.fp16.safetensors: rename it"),
+    "a damaged single file beside an index": ("sharded", file(WEIGHTS, lambda d: b"x"), [], NOT_WHOLE),
     "pickled": ("dense", only_pickled, [], "a pickle can run any code"),
     "truncated shard": ("sharded", lambda d: file(sorted(d.glob("*.safetensors"))[1].name, lambda b: b[:-1])(d), [],
                         NOT_WHOLE),
@@ -95,7 +111,10 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "missing key": ("dense", weights(lambda t: t.pop(Q)), [], f"lack {Q}"),
     "unused key": ("dense", weights(lambda t: t.update(x=torch.ones(1))), [], "no mapping uses: x"),
     "dtype": ("dense", weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), [], "dtype int8"),
-    "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [], "differ in dtype"),
+    "two dtypes": ("dense", weights(lambda t: t.update({Q: t[Q].bfloat16()})), [],
+                   "differ in dtype: bfloat16, float32; convert with --dtype fp32"),
+    "two dtypes in layers": ("dense", weights(lambda t: t.update({NORM: t[NORM].bfloat16()})), ["--dense"],
+                             "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight belong together but"),
     "misshapen": ("dense", weights(swap), [], f"{Q} has shape [16, 32]"),
     "NaN": ("dense", weights(put_nan), ["--check-finite"], f"{Q} holds values that are NaN"),
     "architecture": ("dense", config(architectures=["GPT2LMHeadModel"]), [], "GPT2LMHeadModel is not supported"),
@@ -109,11 +128,13 @@ IMPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "untied output": ("dense", config(tie_word_embeddings=True), [], "differs from model.embed_tokens"),
     "not divisible": ("dense", nothing, ["--num-experts-per-group", "3"], "not divisible by num_experts_per_group=3"),
     "bad option": ("dense", nothing, ["--spectral-transform", "wavelet"], "spectral_transform must be one of"),
-    "no MoE layer": ("dense", nothing, ["--moe-every", "9"], "no MoE layer"),
+    "senseless number": ("dense", nothing, ["--spectral-scale", "x"], "spectral_scale must be a number"),
+    "senseless truth": ("dense", nothing, ["--router-bias", "maybe"], "router_bias must be true or false"),
+    "no MoE layer": ("dense", nothing, ["--moe-every", "9"], "no MoE layer in a model of 4 layers: at most 4 goes"),
     "option of a dense": ("dense", nothing, ["--dense", "--moe-every", "2"], "leave out --moe-every"),
     "option of a Mix-MoE": ("mixmoe", nothing, ["--preset", "paper"], "leave out --preset"),
     "Mix-MoE kept dense": ("mixmoe", nothing, ["--dense"], "does not go with a Mix-MoE model"),
-    "Mix-MoE stage": ("mixmoe", config(stage=2), [], "has shape"),
+    "Mix-MoE stage": ("mixmoe", config(stage=2, num_experts=8, num_experts_per_tok=2), [], "has shape"),
     "Mix-MoE bad stage": ("mixmoe", config(stage=3), [], "stage must be 1 or 2"),
 }  # fmt: skip
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -256,10 +277,41 @@ def test_existing_output_is_kept_unless_forced(originals: Path, tmp_path: Path, 
     assert not (tmp_path / "out" / "precious").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_links_of_a_hub_cache_are_followed(originals: Path, tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+@pytest.mark.parametrize("case", ["plain", "subfolder", "blobs on another disk"])
+def test_links_of_a_hub_cache_are_followed(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    repository, disk = tmp_path / "models--x", tmp_path / "disk"
+    snapshot = repository / "snapshots" / "abc" / ("sub" if case == "subfolder" else "")
     snapshot.mkdir(parents=True)
-    shutil.copytree(originals / "dense", blobs)
+    blobs = repository / "blobs"
+    if case == "blobs on another disk":
+        disk.mkdir()
+        blobs.symlink_to(disk)
+    shutil.copytree(originals / "dense", blobs, dirs_exist_ok=True)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
     assert run_conversion("hf_to_mixmoe", "--hf-dir", snapshot, "--output-dir", tmp_path / "out") == 0
+    if case == "plain":  # the cache's own folder is no model, but holds one
+        assert run_conversion("hf_to_mixmoe", "--hf-dir", repository, "--output-dir", tmp_path / "x") == 2
+        assert f"not a Hugging Face model directory; {snapshot} is one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", ["whole", "without its shards", "no JSON"])
+def test_the_single_file_comes_before_an_index(originals: Path, tmp_path: Path, old: str) -> None:
+    """As in transformers, which leaves the index of a model in several files behind when it saves one in a file."""
+    directory = tmp_path / "hf"
+    shutil.copytree(originals / "dense", directory)
+    other = save_tiny_dense(tmp_path / "other", seed=1, tokenizer=None, **base_fields("llama"))
+    other.save_pretrained(directory / "old", max_shard_size="60KB")
+    for path in (directory / "old").iterdir():
+        if path.name == INDEX or (path.suffix == ".safetensors" and old == "whole"):
+            path.rename(directory / path.name)
+    if old == "no JSON":
+        (directory / INDEX).write_text("{")
+    loaded = AutoModelForCausalLM.from_pretrained(directory).state_dict() if old == "whole" else {}
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", directory, "--output-dir", tmp_path / "m", "--dense") == 0
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "m", "--output-dir", tmp_path / "back") == 0
+    back = load_weights_of(tmp_path / "back")
+    assert_bit_equal(back, load_weights_of(originals / "dense"))
+    assert all(torch.equal(back[name], value) for name, value in loaded.items())

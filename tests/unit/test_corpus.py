@@ -17,8 +17,10 @@ from mixmoe_megatron.data.corpus import (
     clean,
     drop,
     has_control_characters,
+    one_line,
     read_lines,
     read_rows,
+    reading,
     summarise,
 )
 from mixmoe_megatron.errors import MixMoEError
@@ -51,6 +53,9 @@ def test_tsv_columns(tmp_path: Path) -> None:
         (2, {"xx": 'Das "Haus"', "en": 'The "house"'}),
         (3, {"xx": "leer", "en": ""}),
     ]
+    path.write_bytes(gzip.compress("\ufeffid\tdeu \tGro\u0308\u00dfe\r\n1\teins\tzwei\r\n".encode()))
+    assert list(read_rows(path, ["deu", "Größe"])) == [(2, {"deu": "eins", "Größe": "zwei"})], "names as they look"
+    path.write_bytes(gzip.compress(b"page\ten\txx\n"))
     with pytest.raises(MixMoEError, match=r"pairs.tsv.gz, line 1: no column 'de' in the header; it has page, en, xx"):
         list(read_rows(path, ["de"]))
 
@@ -79,7 +84,42 @@ def test_jsonl(tmp_path: Path) -> None:
 
 
 def test_clean_is_nfc_without_outer_whitespace() -> None:
-    assert clean("\u3000 re\u0301sume\u0301 \t") == "r\u00e9sum\u00e9"
+    assert clean("\ufeff\u3000 re\u0301sume\u0301 \t") == "r\u00e9sum\u00e9"
+
+
+@pytest.mark.parametrize(
+    "seam", ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029", "\t", "\0", " \n\t"]
+)
+def test_one_line_has_no_seam(seam: str) -> None:
+    line = one_line(f"{seam}Das Haus{seam}ist rot.{seam}")
+    assert line.replace("  ", " ") == "Das Haus ist rot." and len(f"{line}\n".splitlines()) == 1
+    assert one_line("zwei  Blanks\u00a0und \u200d bleiben") == "zwei  Blanks\u00a0und \u200d bleiben"
+
+
+ALIKE = [
+    "Größe  des Hauses",
+    "Gro\u0308\u00dfe des\u00a0Hauses",
+    "\u200bGröße des Hau\u00adses\ufeff",
+    "Größe\u2009des\tHauses ",
+    "Gro\u200d\u0308ße des \u2060Hauses",
+    "Größe\u3000des\ufe0f Hauses\u202c",
+    "Größe des\nHauses\0",
+]
+
+
+@pytest.mark.parametrize("text", ALIKE)
+def test_what_looks_alike_reads_alike(text: str) -> None:
+    seen = Deduplicator()
+    assert reading(text) == "Größe des Hauses"
+    assert seen.is_new("Größe des Hauses") and not seen.is_new(text)
+    assert seen.is_new("größe des Hauses") and seen.is_new("Grösse des Hauses")
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \u00a0", "\u200b", "\u200d\u2060", "\u00ad", "\ufeff", "\u3164\u115f", "\u2800", "\0\x07", "\ufe0f"]
+)
+def test_what_looks_empty_reads_empty(text: str) -> None:
+    assert reading(text) == ""
 
 
 @pytest.mark.parametrize("text", ["a\0b", "bell\x07", "next\x85line", "line\u2028break", "half \ud800", "esc\x1b[0m"])

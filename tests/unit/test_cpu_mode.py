@@ -103,3 +103,17 @@ def test_cuda_stays_away_where_lightning_lets_torch_ask_nvml() -> None:
         assert not torch.cuda.is_available()
         """
     )
+
+
+def test_freed_memory_serves_the_next_tensor() -> None:
+    """Without a page fault for each 4 KiB of it."""
+    run_program("""
+        import resource
+        cpu_mode.enable_cpu_mode()
+        faults = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)  # 64 MiB, 16384 pages
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert min(faults) < 100, faults
+    """)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
 
+from mixmoe_megatron.data.preparation.prepare import prepare
+from mixmoe_megatron.data.preparation.protocol import Protocol
+from mixmoe_megatron.data.preparation.sources import Source
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.segments import (
     named_paths,
@@ -54,6 +58,37 @@ def test_test_sets_by_name(tmp_path) -> None:
     assert direction.reverse().name == "en-de@flores"
     with pytest.raises(MixMoEError, match="sacreBLEU has no test set 'wmt17' for de-et"):
         read_test("de-et=sacrebleu:wmt17", (None, None))
+
+
+ODD_ROWS = [
+    ("Das Haus ist\nrot.", "The house\r\nis red."),
+    ("Zwei\u2028Zeilen\x85mehr", "Two\vlines\fmore"),
+    ("\ufeffNull\0byte ", "NUL\tbyte\u3000"),
+    ("Gro\u0308ße", "size\x1c"),
+]
+ONE_LINERS = [
+    ("Das Haus ist rot.", "The house is red."),
+    ("Zwei Zeilen mehr", "Two lines more"),
+    ("Null byte", "NUL byte"),
+    ("Größe", "size"),
+]
+
+
+def test_one_cleaning_for_preparation_and_evaluation(tmp_path) -> None:
+    lines = "".join(json.dumps({"de": german, "en": english}) + "\n" for german, english in ODD_ROWS)
+    (tmp_path / "t.jsonl").write_text(lines, "utf-8")
+    prepare(Protocol({"de-en": {"test": Source(files=(f"{tmp_path}/t.jsonl",))}}), tmp_path / "out")
+    for path in ("t.jsonl", "out/de-en.test.tsv.gz"):
+        direction = read_test(f"de-en={tmp_path / path}", (None, None))
+        assert list(zip(direction.sources, direction.references, strict=True)) == ONE_LINERS
+    (tmp_path / "mono.txt").write_text("\u200b\nZwei\u2028Zeilen\r\n\u00a0\nNull\0byte\n", "utf-8")
+    assert read_monolingual(tmp_path / "mono.txt") == ["Zwei Zeilen", "Null byte"]
+
+
+@pytest.mark.parametrize("side", ["\u200b", " \u00a0", "\u00ad\u2060", "\0"])
+def test_a_side_that_looks_empty_is_empty(tmp_path, side) -> None:
+    with pytest.raises(MixMoEError, match="segment 2: the side 'en' is empty"):
+        read_test(f"de-en={table(tmp_path, f'de\ten\nHaus\tHouse\nTür\t{side}\n')}", (None, None))
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,24 @@ def test_the_command_prints_the_table(models, tmp_path, repo_root, monkeypatch, 
     assert capsys.readouterr().err.strip().endswith("error: --system takes NAME=PATH, not 'broken'.")
 
 
+def test_segments_with_line_breaks_and_special_tokens(models, tmp_path, repo_root, monkeypatch, caplog) -> None:
+    """The files are those that the sacrebleu command takes; the user hears of the special tokens."""
+    rows = [{"de": "Das <s>alte</s>\nHaus", "en": "The old\u2028\rhouse"}, {"de": "Hund\x85", "en": "\x0cDog"}]
+    test_set = tmp_path / "t.jsonl"
+    test_set.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--system", f"a={models['base']}", "--test", f"de-en={test_set}", "--decoding", "greedy",
+               "--max-new-tokens", "3", "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate_translation.py", *options])
+    with caplog.at_level("INFO"):
+        assert tool(repo_root, "evaluate_translation").main() == 0
+    assert "a: special tokens spelled out in test texts are encoded as plain text (texts: 1)" in caplog.text
+    folder = tmp_path / "out" / "hypotheses"
+    assert (folder / "de-en.source.txt").read_text("utf-8") == "Das <s>alte</s> Haus\nHund\n"
+    command = [sys.executable, "-m", "sacrebleu", str(folder / "de-en.reference.txt"), "-i",
+               str(folder / "de-en.a.txt"), "-m", "chrf", "-b"]  # fmt: skip
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+
+
 def test_inspect_routing_command(models, tmp_path, repo_root, monkeypatch, capsys) -> None:
     mono = tmp_path / "mono.txt"
     mono.write_text("\n".join(SENTENCES[1:4]), encoding="utf-8")

@@ -68,6 +68,7 @@ def test_rope_of_transformers_5() -> None:
     [
         ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM is not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supported"),
+        ({"model_type": "qwen2"}, "architectures LlamaForCausalLM and model_type qwen2 disagree"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -82,6 +83,9 @@ def test_rope_of_transformers_5() -> None:
         ({"head_dim": -2}, "head_dim must be a positive integer"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number"),
+        ({"initializer_range": -0.02}, "initializer_range must be a number from 0 on"),
+        ({"initializer_range": float("nan")}, "initializer_range must be a number from 0 on"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "two values of rope_theta"),
         ({"rope_parameters": {"factor": 7.0}}, "disagree about factor"),
         ({"rope_scaling": {"rope_type": "llama3", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
@@ -102,6 +106,10 @@ def test_rope_of_transformers_5() -> None:
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MixMoEError, match=message):
         megatron_args_from_hf({**LLAMA32_1B, **changes})
+
+
+def test_two_words_for_one_activation() -> None:
+    assert megatron_args_from_hf({**LLAMA32_1B, "hidden_act": "swish"}) == megatron_args_from_hf(LLAMA32_1B)
 
 
 def test_absent_fields_take_the_familys_own_defaults() -> None:

@@ -21,6 +21,15 @@ def test_config_derives_and_round_trips(tmp_path: Path) -> None:
     assert MixMoEConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 9])
+def test_a_model_of_few_layers_has_an_moe_layer(layers: int) -> None:
+    """As users' model tests build it: two layers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99}
+    config = MixMoEConfig(num_hidden_layers=layers, **sizes)
+    assert config.moe_layers == {1: [0], 2: [1], 3: [2], 4: [3], 5: [3], 9: [3, 7]}[layers]
+    assert MixMoEModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape == (1, 3, 32)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_rope_is_the_same_in_every_style(family: str) -> None:
     """rope_theta, rope_scaling (4.57) and rope_parameters (5.x) give the base model's frequencies, also when edited."""
@@ -32,13 +41,14 @@ def test_rope_is_the_same_in_every_style(family: str) -> None:
     for style in (old_style, new_style):
         config = tiny_mixmoe_config(family, **style)
         written = json.loads(config.to_json_string())
-        assert (written["rope_theta"], written["rope_scaling"]) == (7000.0, llama3)
         assert written["rope_parameters"] == new_style["rope_parameters"]
+        assert not {"rope_theta", "rope_scaling"} & written.keys(), "one record"
+        assert (config.rope_theta, config.rope_scaling) == (7000.0, llama3)
         assert torch.equal(MixMoEModel(config).rotary_emb.inv_freq, dense.model.rotary_emb.inv_freq)
     config.rope_scaling = None
     config.rope_theta = 9000.0
     assert config.rope_parameters == {"rope_theta": 9000.0, "rope_type": "default"}
-    assert config.to_dict()["rope_scaling"] is None
+    assert config.rope_scaling is None
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from mixmoe_megatron.hf import MixMoEConfig, MixMoEForCausalLM, MixMoEModel, code_files, copy_code
-from tests.helpers.tiny_hf import tiny_mixmoe
+from tests.helpers.tiny_hf import tiny_mixmoe, tiny_tokenizer
 
 
 def token_ids(*shape: int) -> torch.Tensor:
@@ -90,6 +90,20 @@ def test_importing_the_package_registers_the_auto_classes(tmp_path: Path) -> Non
     assert isinstance(AutoConfig.from_pretrained(tmp_path), MixMoEConfig)
     assert isinstance(AutoModel.from_pretrained(tmp_path), MixMoEModel)
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), MixMoEForCausalLM)
+
+
+def test_the_tokenizer_loads_without_trust(tmp_path: Path) -> None:
+    """Who trusts no code gets a plain PretrainedConfig, in which transformers 5.x stumbled over a rope_scaling."""
+    tiny_mixmoe().save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer(tmp_path, "bpe")
+    assert PretrainedConfig.from_pretrained(tmp_path).rope_parameters["factor"] == 8.0
+    code = (
+        "import sys; from transformers import AutoTokenizer as A; t = A.from_pretrained('.', trust_remote_code=False)"
+    )
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code + "; print(t('Das Haus').input_ids, 'mixmoe_megatron' in sys.modules)"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == f"{tokenizer('Das Haus').input_ids} False", run.stderr
 
 
 def test_copy_code(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from mixmoe_megatron.config import check_settings
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.machine import Machine
 from mixmoe_megatron.metadata import Metadata, write_metadata
 from mixmoe_megatron.training import layouts
 
@@ -57,6 +59,8 @@ REFUSED = {
     "--expert-model-parallel-size 8": "num_experts_per_group=4 is not divisible by expert_model_parallel_size=8",
     "--pipeline-model-parallel-size 8": "Megatron refuses these arguments: ",
     PP2 + "--num-virtual-stages-per-pipeline-rank 3": "num_layers=4 is not divisible by",
+    "--cuda-graph-impl local": "cuda_graph_impl='local' does not go with Mix-MoE: the frozen layers run ahead",
+    "--overlap-dispatch-backward-with-experts-wgrad": "does not go with Mix-MoE: Megatron-FSDP alone adds",
     "--async-save": "add --async-strategy mcore --use-persistent-ckpt-worker",
     "--recompute-granularity full": "Megatron refuses these arguments: ",
     "--tensor-model-parallel-size 8 --sequence-parallel": "Megatron refuses these arguments: num_attention_heads",
@@ -95,6 +99,40 @@ def test_refused_at_start(parent: Path, flags: str, monkeypatch: pytest.MonkeyPa
         checked_config(parse(parent, flags, monkeypatch))
     assert REFUSED[flags] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+A100 = Machine("A100", (8, 0), "2.9.0", fused_wgrad=True, flash_attention=False, compiler=True)
+H100 = replace(A100, gpu="H100", capability=(9, 0))
+NO_TE = replace(A100, transformer_engine=None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "there", "message"),
+    [
+        ({"pack": True}, A100, "flash-attn alone, which is not installed: install it, or add --transformer-impl local"),
+        ({"pack": True}, replace(A100, flash_attention=True), None),
+        ({"pack": True}, H100, None),
+        ({"pack": True}, NO_TE, None),
+        ({"pack": True, "transformer_impl": "local"}, A100, None),
+        ({"moe_permute_fusion": True}, NO_TE, "--moe-permute-fusion needs a GPU and Transformer Engine"),
+        ({"moe_permute_fusion": True}, Machine(), "--moe-permute-fusion needs a GPU and Transformer Engine"),
+        ({"moe_permute_fusion": True}, H100, None),
+        (
+            {"tp_comm_overlap": True, "dataloader_type": "external"},
+            H100,
+            "batches of one length, and those of parallel",
+        ),
+        ({"tp_comm_overlap": True}, H100, None),
+    ],
+)
+def test_what_a_gpu_and_its_libraries_cannot_do(flags: dict[str, Any], there: Machine, message: str | None) -> None:
+    args = {
+        "pack": False, "moe_permute_fusion": False, "tp_comm_overlap": False, "dataloader_type": "single",
+        "transformer_impl": "transformer_engine", "expert_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "moe_token_dispatcher_type": "alltoall",
+    }  # fmt: skip
+    with nullcontext() if message is None else pytest.raises(MixMoEError, match=message):
+        layouts._check_kernels(SimpleNamespace(**(args | flags)), there)
 
 
 @pytest.mark.parametrize("flags", ["", TP2 + "--sequence-parallel " + PP2, "--context-parallel-size 2"])

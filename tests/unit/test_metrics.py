@@ -79,7 +79,8 @@ def test_paired_bootstrap_equals_the_sacrebleu_command(tmp_path, monkeypatch) ->
 
 def test_equal_systems_do_not_differ() -> None:
     result = compare(("a", SYSTEM), ("b", SYSTEM), REFERENCES, "en", num_resamples=50)
-    assert result.chrf_difference == 0.0
+    assert result.chrf_difference == result.bleu_difference == 0.0
+    assert result.chrf_p_value == result.bleu_p_value == 1.0
     assert result.to_dict()["baseline"] == "a"
 
 
@@ -88,6 +89,27 @@ def test_a_comparison_is_json_when_numpy_hands_out_float32(monkeypatch) -> None:
     monkeypatch.setattr("sacrebleu.significance.estimate_ci", lambda scores: (np.float32(scores.mean()), np.float32(2)))
     result = compare(("a", BASELINE), ("b", SYSTEM), REFERENCES, "en", num_resamples=50)
     assert json.loads(json.dumps(result.to_dict()))["chrf_interval"] == 2.0
+
+
+@pytest.mark.parametrize("copies", [1, 50])
+def test_one_segment_decides_nothing(copies) -> None:
+    """Its resamples are all alike, as those of its copies are: sacreBLEU's p-value is the smallest there is."""
+    sides = [BASELINE[:1] * copies, SYSTEM[:1] * copies, REFERENCES[:1] * copies]
+    result = compare(("a", sides[0]), ("b", sides[1]), sides[2], "en")
+    assert result.chrf_difference > 0 and result.chrf_p_value == result.bleu_p_value == 1.0
+    worse = compare(("a", sides[1]), ("b", sides[0]), sides[2], "en")
+    assert worse.chrf_difference < 0 and worse.chrf_p_value == 1.0
+
+
+def test_other_translations_of_the_same_score_do_not_differ() -> None:
+    swapped = [SYSTEM[0], BASELINE[0]] * 20, [BASELINE[0], SYSTEM[0]] * 20
+    result = compare(("a", swapped[0]), ("b", swapped[1]), REFERENCES[:1] * 40, "en", num_resamples=50)
+    assert result.chrf_difference == 0.0 and result.chrf_p_value == 1.0
+
+
+def test_a_real_difference_is_still_told() -> None:
+    result = compare(("a", ["x"] * 40), ("b", REFERENCES * 10), REFERENCES * 10, "en")
+    assert result.chrf_difference > 0 and result.chrf_p_value < 0.001
 
 
 def test_count_mismatch_and_nothing_to_score() -> None:

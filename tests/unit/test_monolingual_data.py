@@ -55,17 +55,23 @@ def test_filters_are_counted(bpe: TextTokenizer, tmp_path: Path) -> None:
     manifest = build_monolingual([first, second], bpe, tmp_path / "mono")
     assert manifest["counts"] == {
         "read": 9,
-        "kept": 2,
+        "kept": 3,
         "dropped_empty": 2,
         "dropped_control_character": 1,
         "dropped_duplicate": 2,
         "dropped_too_short": 1,
-        "dropped_special_token": 1,
     }
     assert sum(manifest["counts"].values()) == 2 * manifest["counts"]["read"]
-    assert texts_of(tmp_path / "mono", bpe) == [LONG, f"{LONG} 2"]
+    assert texts_of(tmp_path / "mono", bpe) == [LONG, f"{LONG} </s> more", f"{LONG} 2"]
     kept = build_monolingual([first], bpe, tmp_path / "mono", MonolingualOptions(keep_duplicates=True))
-    assert kept["documents"] == 2
+    assert kept["documents"] == 3
+
+
+def test_texts_that_look_empty_or_alike_count_as_such(bpe: TextTokenizer, tmp_path: Path) -> None:
+    lines = [LONG, f"\ufeff{LONG}", LONG.replace(" ", "\u2009"), "\u200b\u2060", "\u3164", "\u00ad \u00a0"]
+    (tmp_path / "text").write_text("\n".join(lines), encoding="utf-8")
+    counts = build_monolingual([tmp_path / "text"], bpe, tmp_path / "mono")["counts"]
+    assert counts == {"read": 6, "kept": 1, "dropped_duplicate": 2, "dropped_empty": 3}
 
 
 def test_min_tokens_means_more_than(tokenizer: TextTokenizer, tmp_path: Path) -> None:

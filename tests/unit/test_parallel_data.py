@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
 from mixmoe_megatron.data.parallel import GROUP_SIZE, ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel
+from mixmoe_megatron.data.prompts import PromptTemplate, encode_prompts
 from mixmoe_megatron.data.storage import TokenFileWriter, read_manifest
 from mixmoe_megatron.data.tokenizers import TextTokenizer, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
@@ -84,9 +85,31 @@ def test_filters_are_counted(bpe: TextTokenizer, tmp_path: Path) -> None:
     ]  # fmt: skip
     manifest = build_parallel([write_pairs(tmp_path / "pairs.tsv", rows)], bpe, tmp_path / "pairs", BOTH)
     assert manifest["counts"] == {
-        "read": 10, "kept": 8, "dropped_duplicate": 1, "dropped_empty": 1, "dropped_control_character": 2,
-        "dropped_special_token": 1, "dropped_too_many_words": 1,
+        "read": 10, "kept": 10, "dropped_duplicate": 1, "dropped_empty": 1, "dropped_control_character": 2,
+        "dropped_too_many_words": 1,
     }  # fmt: skip
+
+
+def test_texts_that_look_empty_or_alike_count_as_such(bpe: TextTokenizer, tmp_path: Path) -> None:
+    german, english = ROWS[0]
+    rows = [ROWS[0], (f"\u200b{german}", english.replace(" ", "\u00a0")), ("\u200b", "x"), ("x", "\u00ad\u3164")]
+    counts = build_parallel([write_pairs(tmp_path / "pairs.tsv", rows)], bpe, tmp_path / "pairs", OPTIONS)["counts"]
+    assert counts == {"read": 4, "kept": 1, "dropped_duplicate": 1, "dropped_empty": 2}
+
+
+def test_special_tokens_in_a_pair_are_text_and_those_of_the_template_are_meant(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    source = write_pairs(tmp_path / "pairs.tsv", [("the <s>old</s> house", "das <s>alte</s> Haus")])
+    template = PromptTemplate("</s>{source_language}: {source}</s>")
+    options = ParallelOptions("de", "en", source_column="xx", target_column="en", template=template)
+    build_parallel([source], tokenizer, tmp_path / "pairs", options)
+    file = IndexedDataset(str(tmp_path / "pairs"), multimodal=True)
+    (prompt, _), (target, _) = file[0], file[1]
+    assert list(prompt) == encode_prompts(tokenizer, [template.render("das <s>alte</s> Haus", "de", "en")])[0]
+    assert [token for token in prompt if token in (1, 2)] == [*([1] if tokenizer.bos_id else []), 2, 2]
+    assert [token for token in target if token in (1, 2)] == [2] and target[-1] == tokenizer.eos_id
+    assert tokenizer.decode(target).strip() == "the <s>old</s> house"
 
 
 def test_word_limits_count_characters_of_chinese(bpe: TextTokenizer, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ BAD_LINES: list[tuple[bytes, bytes, str]] = [
     (b"Gr\xfc\xdfe", b"Greetings", "wrong_encoding"),  # Latin-1
     (b"", b"Nothing", "empty"),
     (b"   \xc2\xa0", b"Nothing", "empty"),
+    (b"\xe2\x80\x8b\xc2\xad", b"Invisible", "empty"),  # a zero-width space and a soft hyphen
+    (b"Gr\xc3\xbc\xe2\x80\x8b\xc3\x9fe", b"\xef\xbb\xbfGreetings\xc2\xa0\xf0\x9f\x91\x8b", "duplicate"),  # as it looks
     (b"Null\x00byte", b"NUL byte", "control_character"),
     (b"Ein\x1bEscape", b"An escape", "control_character"),
     (b"Zwei\xe2\x80\xa8Zeilen", b"Two lines", "control_character"),  # U+2028
@@ -42,6 +44,7 @@ BAD_LINES: list[tuple[bytes, bytes, str]] = [
     (b"Ende\r", b"End", "kept"),  # a carriage return at a cell's end is white space
     (b"Das ist ein Testsatz", b"another side", "in_test"),
     (b"andere Seite", b"THIS IS  A TEST SENTENCE", "in_test"),  # without regard to case and white space
+    (b"dritte Seite", b"This is a\xc2\xa0test sen\xc2\xadtence\xe2\x81\xa0", "in_test"),  # and to the eye
     (b"Ein Satz", b"This is a validation sentence", "in_valid"),
 ]
 
@@ -82,7 +85,12 @@ def test_every_kind_of_bad_line_is_counted(hostile: Path, workers: int) -> None:
 
 
 def test_optional_filters() -> None:
-    rows = [("gleich", "gleich"), ("kurz", "a very very long other side"), ("Haus", "house"), ("eins", "one two three")]
+    rows = [
+        ("gleich", "glei\u00adch\u200b"),
+        ("kurz", "a very very long other side"),
+        ("Haus", "house"),
+        ("eins", "one two three"),
+    ]
     options = FilterOptions(drop_copies=True, max_length_ratio=3.0, min_words=1, max_words=2)
     kept, counts = filter_rows(rows, ("de", "en"), options)
     assert kept == [("Haus", "house")]

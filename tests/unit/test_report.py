@@ -18,7 +18,7 @@ from mixmoe_megatron.evaluation.comparison import latex_comparison, markdown_com
 from mixmoe_megatron.evaluation.figures import smooth
 from mixmoe_megatron.evaluation.interference import bits_per_byte_change
 from mixmoe_megatron.evaluation.report import TOY_NOTE, ReportInputs, build_summary, render_report, write_report
-from mixmoe_megatron.evaluation.tables import format_tables, p_value_text, table
+from mixmoe_megatron.evaluation.tables import format_tables, p_value_text, signed, table
 from mixmoe_megatron.evaluation.training_log import read_training_log
 from tests.helpers.browser import BROWSER, Page
 
@@ -60,7 +60,7 @@ def evaluation() -> dict[str, Any]:
         "routing": {"mixmoe": {"de": routing([0.7, 0.1, 0.1, 0.1]), "en": routing([0.25] * 4)}},
         "routing_of_directions": {"mixmoe": {name: routing([0.4, 0.2, 0.2, 0.2]) for name in directions}},
         "seconds": {"base": {"translate de-en": 1.0}},
-        "options": {"decoding": "greedy", "systems": {"base": "abc"}},
+        "options": {"decoding": "greedy", "dtype": "bfloat16", "systems": {"base": "abc"}},
         "versions": {"python": "3.12"},
         "commit": "0123abc",
     }  # fmt: skip
@@ -101,8 +101,8 @@ def test_report_text(evaluation, hypotheses_dir) -> None:
     )
     text = render_report(inputs)
     assert TOY_NOTE in text
-    assert "mixmoe is better than base by chrF (+2.0, paired bootstrap p < 0.001)" in text
-    assert "stage1 is not distinguishable from base by chrF (-0.5, paired bootstrap p = 0.400)" in text
+    assert "mixmoe is better than base by chrF (+2.00, paired bootstrap p < 0.001)" in text
+    assert "stage1 is not distinguishable from base by chrF (-0.50, paired bootstrap p = 0.400)" in text
     assert "`tok:13a|x`" in text
     assert "0123abc" in text
     assert "mixmoe one \\| x" in text
@@ -146,6 +146,22 @@ def test_mistakes(evaluation, tmp_path) -> None:
 def test_tables() -> None:
     assert table(["a", "b"], [["x", "1"]]) == "| a   |   b |\n| --- | --: |\n| x   |   1 |"
     assert [p_value_text(value) for value in (0.0004, 0.001, 0.0512)] == ["p < 0.001", "p = 0.001", "p = 0.051"]
+
+
+def test_nothing_has_no_sign_and_one_text_no_interval(evaluation) -> None:
+    assert [signed(value) for value in (0.04, -0.04, -0.0, 0.06)] == ["0.0", "0.0", "0.0", "+0.1"]
+    for systems in evaluation["perplexity"].values():
+        for value in systems.values():
+            value["text_bits"] = value["text_bits"][:1]
+    for tests in evaluation["significance"].values():
+        for test in tests.values():
+            test.update(chrf_interval=0.0, chrf_baseline_interval=0.0)
+    text = render_report(ReportInputs(evaluation))
+    assert " +20.0 % |" in text and "+20.0 % [" not in text
+    assert "10.0 -> 12.0" in text and "±" not in text
+    assert bits_per_byte_change({"text_bits": [1.0]}, {"text_bits": [1.0]}) == (0.0, None, None)
+    alike = {"text_bits": [1.0, 2.0]}
+    assert bits_per_byte_change(alike, alike) == (0.0, 0.0, 0.0)
 
 
 def test_screen_tables(evaluation) -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from mixmoe_megatron.data.tokenizers import TextTokenizer, check_tokenizer_fits_model, count_ids, open_tokenizer
+from mixmoe_megatron.data.tokenizers import (
+    Prompt,
+    TextTokenizer,
+    check_tokenizer_fits_model,
+    count_ids,
+    open_tokenizer,
+)
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import Metadata, write_metadata
 from tests.helpers.tiny_tokenizers import KINDS, make_tokenizer
@@ -37,7 +46,7 @@ def test_ids_and_sizes(tokenizers: dict[str, TextTokenizer]) -> None:
     assert bare.bos_id is None
     assert llama.adds_prefix_space and not bpe.adds_prefix_space
     assert {"<s>", "</s>"} <= set(llama.special_tokens)
-    assert llama.holds_special_token("about </s> tags") and not llama.holds_special_token("about s tags")
+    assert llama.spells_special_token("about </s> tags") and not llama.spells_special_token("about s tags")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,3 +148,46 @@ def test_tokenizer_against_model(tokenizers: dict[str, TextTokenizer]) -> None:
         check_tokenizer_fits_model(tokenizer, too_few)
     with pytest.raises(MixMoEError, match=r"end-of-sequence ids are \[7\]"):
         check_tokenizer_fits_model(tokenizer, 512, eos_ids=[7])
+
+
+QUOTING = "Das <s>alte</s> Haus <pad>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_text_are_text(tokenizers: dict[str, TextTokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode([QUOTING, "ohne"], add_special_tokens=False)[0]
+    assert not {0, 1, 2} & set(ids)
+    assert tokenizer.decode(ids).strip() == QUOTING
+    assert tokenizer.inseparable_tokens == () and not tokenizer.holds_control_token(QUOTING)
+
+
+def test_special_tokens_in_text_are_text_to_a_slow_tokenizer(tokenizers: dict[str, TextTokenizer]) -> None:
+    slow = replace(
+        tokenizers["sentencepiece"], hf=LlamaTokenizer.from_pretrained(tokenizers["sentencepiece"].directory)
+    )
+    assert not slow.hf.is_fast
+    assert not {0, 1, 2} & set(slow.encode([QUOTING], add_special_tokens=False)[0])
+    assert slow.encode([Prompt(("</s>", True))], add_special_tokens=False) == [[2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_means_some_special_tokens_and_quotes_others(tokenizers: dict[str, TextTokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    prompt = Prompt(("</s>user ", True), ("Haus", False), ("</s>", True))
+    whole = tokenizer.hf("</s>user Haus</s>", split_special_tokens=False)["input_ids"]
+    assert prompt == "</s>user Haus</s>"
+    assert tokenizer.encode([prompt, "x"], add_special_tokens=True)[0] == whole
+    quoting = Prompt(("</s>user ", True), (QUOTING, False), ("</s>", True)) + " die <s>"
+    ids = tokenizer.encode(["x", quoting], add_special_tokens=True)[1]
+    assert [token for token in ids if token in (0, 1, 2)] == [*([1] if tokenizer.bos_id else []), 2, 2]
+    assert tokenizer.decode(ids).split() == f"user {QUOTING} die <s>".split()
+
+
+def test_a_token_that_is_not_marked_as_special_cannot_be_told_from_text(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"</s>": 0, "the": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.inseparable_tokens == ("</s>", "[UNK]")
+    assert tokenizer.holds_control_token("the </s>") and not tokenizer.holds_control_token("the <s>")

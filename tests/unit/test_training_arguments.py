@@ -114,6 +114,8 @@ def test_a_parent_of_the_wrong_stage(tmp_path: Path, stage: int, found: str, wha
 
 def test_other_mistakes(tmp_path: Path) -> None:
     run = make_checkpoint(tmp_path / "run", "stage1")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for words, message in (
         (["--mixmoe-stage", 2, "--load", run], f"--load {run} must be a run of --mixmoe-stage 2"),
         ([], "--mixmoe-stage must be one of 0, 1, 2; it is missing"),
@@ -122,9 +124,23 @@ def test_other_mistakes(tmp_path: Path) -> None:
         (["--mixmoe-stage", 1], "give --init-from DIR"),
         (["--mixmoe-stage", 1, "--load", tmp_path / "new"], "new holds no checkpoint yet"),
         (["--mixmoe-stage", 1, "--init-from", tmp_path / "new"], "no mixmoe_metadata.json"),
+        (["--mixmoe-stage", 1, "--init-from", tmp_path / "adapter"], "merge it into its base with peft"),
     ):
         with pytest.raises(MixMoEError, match=message):
             complete(*words)
+
+
+@pytest.mark.parametrize("theta", [26881.44, 1e22, 0.5])
+def test_a_rope_base_that_no_flag_can_say(tmp_path: Path, theta: float) -> None:
+    """Megatron's --rotary-base is whole, and Megatron reads its command line more than once."""
+    model = megatron_args_from_hf({**CONFIG, "rope_theta": theta})
+    parent = make_checkpoint(tmp_path / "up", "upcycled", rotary_base=model["rotary_base"])
+    words, metadata = complete_arguments(["--mixmoe-stage", "1", "--init-from", str(parent)])
+    assert "--rotary-base" not in words
+    for given, base in ((10000, theta), (5000, 5000)):
+        args = argparse.Namespace(rotary_base=given, expert_model_parallel_size=1)
+        apply_options(args, metadata)
+        assert args.rotary_base == base and type(args.rotary_base) is type(base), "what the user gives wins"
 
 
 def test_a_refused_word_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ def test_samples_that_a_run_still_needs(fields: dict[str, object], wanted: list[
 @pytest.mark.parametrize(
     ("gpu", "layout", "widths"),
     [(False, (1, 1), [*range(1, 161)]), (False, (2, 2), [*range(8, 161, 8)]),
-     (True, (1, 1), [64, 128, 160]), (True, (2, 2), [64, 128, 160]), (True, (5, 1), [160])],
+     (True, (1, 1), [*range(16, 161, 16)]), (True, (4, 4), [*range(32, 161, 32)]), (True, (5, 1), [80, 160])],
 )  # fmt: skip
 def test_a_gpu_sees_few_widths(
     monkeypatch: pytest.MonkeyPatch, pack: bool, gpu: bool, layout: tuple[int, int], widths: list[int]

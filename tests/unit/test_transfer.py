@@ -54,7 +54,8 @@ def evaluation() -> dict[str, Any]:
             }
             for direction in SCORES
         },
-        "perplexity": {}, "routing": {}, "seconds": {}, "options": {}, "versions": {}, "commit": "0123abc",
+        "perplexity": {}, "routing": {}, "seconds": {}, "options": {"dtype": "bfloat16"}, "versions": {},
+        "commit": "0123abc",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from mixmoe_megatron.data.corpus import clean, drop, has_control_characters, is_utf8
+from mixmoe_megatron.data.corpus import clean, drop, has_control_characters, is_utf8, reading
 from mixmoe_megatron.data.languages import count_words
 from mixmoe_megatron.errors import MixMoEError
 
@@ -28,7 +28,7 @@ class FilterOptions:
         max_words: Most words of each side of a pair.
         max_characters: Most characters of a line or side: a line of 100,000 characters without a blank is one word.
         max_length_ratio: Most characters of the longer side for each of the shorter one; 0: no limit.
-        drop_copies: Drop pairs whose sides are equal.
+        drop_copies: Drop pairs whose sides look alike.
         language_id: Drop texts that lingua (low accuracy mode, all its languages) takes for another language.
     """
 
@@ -95,7 +95,8 @@ def why_dropped(texts: Sequence[str], languages: Sequence[str], options: FilterO
         return "broken_row"
     if not all(map(is_utf8, texts)):
         return "wrong_encoding"
-    if not all(texts):
+    seen = [reading(text) for text in texts]
+    if not all(seen):
         return "empty"
     if any(has_control_characters(text, allowed="\t") for text in texts):
         return "control_character"
@@ -103,14 +104,14 @@ def why_dropped(texts: Sequence[str], languages: Sequence[str], options: FilterO
     if max(lengths) > options.max_characters:
         return "too_many_characters"
     if len(texts) > 1:
-        words = [count_words(text, language) for text, language in zip(texts, languages, strict=True)]
+        words = [count_words(text, language) for text, language in zip(seen, languages, strict=True)]
         if min(words) < options.min_words:
             return "too_few_words"
         if max(words) > options.max_words:
             return "too_many_words"
     if options.max_length_ratio and max(lengths) > options.max_length_ratio * min(lengths):
         return "length_ratio"
-    if options.drop_copies and len(texts) > 1 and len(set(texts)) == 1:
+    if options.drop_copies and len(texts) > 1 and len(set(seen)) == 1:
         return "copy"
     if options.language_id and any(
         _language_identifier()(text) != language for text, language in zip(texts, languages, strict=True)

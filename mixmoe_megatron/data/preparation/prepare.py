@@ -30,7 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mixmoe_megatron.cli import write_json
-from mixmoe_megatron.data.corpus import Deduplicator, batched, clean, drop, is_utf8, summarise
+from mixmoe_megatron.data.corpus import Deduplicator, batched, drop, is_utf8, one_line, reading, summarise
 from mixmoe_megatron.data.preparation.filters import FilterOptions, filter_rows
 from mixmoe_megatron.data.preparation.protocol import Protocol, pair_languages
 from mixmoe_megatron.data.preparation.sources import Row, Source
@@ -227,14 +227,14 @@ class _Preparation:
 
 
 def _as_published(rows: Iterable[Row], source: Source, counts: Counter[str]) -> Iterator[Texts]:
-    """A test set, every line of it; only a tab within a text becomes a blank, as the file's columns need."""
+    """A test set, every line of it, as tools/evaluate_translation.py reads it too."""
     for number, row in enumerate(rows, start=1):
         counts["read"] += 1
-        if row is None or not all(text.strip() for text in row):
+        if row is None or not all(map(reading, row)):
             raise MixMoEError(f"Row {number} of the test set {source.label()} is broken or has an empty side.")
         if not all(map(is_utf8, row)):
             raise MixMoEError(f"Row {number} of the test set {source.label()} is not UTF-8.")
-        yield tuple(" ".join(clean(text).splitlines()).replace("\t", " ") for text in row)
+        yield tuple(map(one_line, row))
 
 
 def _sample(lines: Iterable[Texts], limit: int, seed: int, counts: Counter[str]) -> Iterator[Texts]:
@@ -244,27 +244,28 @@ def _sample(lines: Iterable[Texts], limit: int, seed: int, counts: Counter[str])
     their order, and equal lines meet in one place. Duplicates of a line that is not in the sample count as not sampled.
     """
     key = hashlib.sha256(str(seed).encode()).digest()
-    heap: list[tuple[int, Texts]] = []  # the largest hash first
-    members: set[int] = set()
+    heap: list[int] = []  # of negative numbers: the largest hash first
+    chosen: dict[int, Texts] = {}
     for texts in lines:
-        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=16, key=key).digest()
-        number = int.from_bytes(digest, "big")
-        if number in members:
+        seen = "\0".join(map(reading, texts)).encode()
+        number = int.from_bytes(hashlib.blake2b(seen, digest_size=16, key=key).digest(), "big")
+        if number in chosen:
             drop(counts, "duplicate")
+            chosen[number] = min(chosen[number], texts)  # of those that look alike
             continue
-        if len(heap) == limit and number > -heap[0][0]:
+        if len(heap) == limit and number > -heap[0]:
             counts["not_sampled"] += 1
             continue
-        members.add(number)
+        chosen[number] = texts
         if len(heap) < limit:
-            heapq.heappush(heap, (-number, texts))
+            heapq.heappush(heap, -number)
         else:
-            members.discard(-heapq.heapreplace(heap, (-number, texts))[0])
+            del chosen[-heapq.heapreplace(heap, -number)]
             counts["not_sampled"] += 1
-    for _, texts in sorted(heap, reverse=True):
-        yield texts
+    for number in sorted(chosen):
+        yield chosen[number]
 
 
 def _held_out_key(text: str) -> bytes:
-    """A digest of a text without regard to case and white space."""
-    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+    """A digest of a text as a reader sees it, without regard to case."""
+    return hashlib.blake2b(reading(text).casefold().encode(), digest_size=16).digest()

@@ -21,7 +21,7 @@ Source: Mix-MoE (arXiv:2605.24681) section IV-A; `paper.yaml` beside this file i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import yaml
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.preparation.filters import FilterOptions
 from mixmoe_megatron.data.preparation.sources import Source
+from mixmoe_megatron.data.preparation.words import load_words, typed_fields
 from mixmoe_megatron.errors import MixMoEError
 
 Splits = Mapping[str, Source]
@@ -105,7 +106,7 @@ def load_protocol(path: str) -> Protocol:
     """
     file = files(__package__) / f"{path}.yaml" if path in PRESETS else Path(path)
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = load_words(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise MixMoEError(
             f"Cannot read the protocol {path}: {error.strerror}; presets: {', '.join(PRESETS)}."
@@ -137,10 +138,9 @@ def protocol_from_dict(value: dict[str, Any], where: str) -> Protocol:
         raise MixMoEError(f"{where}: filters are a mapping of {', '.join(FilterOptions.__dataclass_fields__)}.")
     for part in ("parallel", "monolingual"):
         value[part] = _splits_of(value.get(part) or {}, f"{where}: {part}")
-    for name in ("seed", "pairs_per_language", "lines_per_language"):
-        if not isinstance(value.get(name, 0), int):
-            raise MixMoEError(f"{where}: {name} is a whole number, not {value[name]!r}.")
-    return Protocol(filters=FilterOptions(**filters), **value)
+    value = typed_fields(value, dict.fromkeys(("seed", "pairs_per_language", "lines_per_language"), int), where)
+    kinds = {name: type(default) for name, default in asdict(FilterOptions()).items()}
+    return Protocol(filters=FilterOptions(**typed_fields(filters, kinds, f"{where}: filters")), **value)
 
 
 def _splits_of(value: Any, where: str) -> dict[str, dict[str, Source]]:

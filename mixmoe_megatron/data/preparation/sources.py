@@ -2,7 +2,8 @@
 
 A source yields rows, each a tuple with one text for each column asked for, or None for a row that cannot be read as
 such a tuple (broken JSON, a wrong number of columns, an empty cell of a Parquet file): the caller counts it. What is
-wrong with the source itself (no such file, no such column, sides of different length) is an error.
+wrong with the source itself (no such file, no such column, sides of different length, mostly damaged lines) is an
+error.
 
 Bytes that are not UTF-8 arrive as lone surrogates (Python's "surrogateescape"): the filters count and drop them.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import tarfile
 import zipfile
 import zlib
@@ -20,12 +22,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.data.corpus import read_lines, read_tsv
+from mixmoe_megatron.data.corpus import DamageCeiling, read_lines, read_tsv
 from mixmoe_megatron.data.languages import flores_code
+from mixmoe_megatron.data.preparation.words import typed_fields
+from mixmoe_megatron.data.text_files import format_of
 from mixmoe_megatron.errors import MixMoEError
 
 Row = tuple[str, ...] | None
-_COMPRESSIONS = (".gz", ".zst")
 _KINDS = ("files", "aligned", "hub", "flores", "sacrebleu")
 
 
@@ -36,7 +39,8 @@ class Source:
     Exactly one of the first five is set.
 
     Attributes:
-        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text; .gz and .zst are unpacked.
+        files: Paths or glob patterns of TSV (with a header), JSONL, Parquet or plain text, compressed or not; a path
+            that exists is no pattern.
         aligned: Language code -> plain text file, line by line translations of each other (Moses).
         hub: Dataset on the Hugging Face hub, a local directory of one, or a builder such as "text".
         flores: Directory of FLORES-200 (it holds dev/ and devtest/).
@@ -82,7 +86,7 @@ class Source:
             where: Its place in the protocol, for messages.
 
         Raises:
-            MixMoEError: It is none of these, or has an unknown key.
+            MixMoEError: It is none of these, or has an unknown key or a value of another kind.
         """
         if isinstance(value, str):
             return cls(files=(value,))
@@ -94,10 +98,15 @@ class Source:
             raise MixMoEError(
                 f"{where}: unknown key {sorted(unknown)[0]!r}; a source has {', '.join(cls.__dataclass_fields__)}."
             )
-        value = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
+        value = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items() if part}
+        for name, part in value.items():
+            words = part if isinstance(part, tuple) else part.values() if isinstance(part, dict) else (part,)
+            if isinstance(part, dict) != (name in ("aligned", "columns")) or not all(isinstance(w, str) for w in words):
+                form = "a mapping of language codes" if name in ("aligned", "columns") else "a word, or a list of files"
+                raise MixMoEError(f"{where}: {name} is {form}, not {part!r}.")
         if isinstance(value.get("files"), str):
             value["files"] = (value["files"],)
-        return cls(**value)
+        return cls(**typed_fields(value, {"max_rows": int}, where))
 
     def label(self) -> str:
         """Return what to call the source in a message."""
@@ -106,15 +115,15 @@ class Source:
         return ", ".join(self.files) or str(self.hub or self.flores or self.sacrebleu)
 
     def paths(self) -> list[str]:
-        """Return the local files, patterns expanded and sorted.
+        """Return the local files: each path as it is, the files of each pattern sorted.
 
         Raises:
             MixMoEError: A path or pattern names no file.
         """
         found: list[str] = []
         for pattern in [*self.files, *(self.aligned or {}).values()]:
-            matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-            missing = [path for path in matches or [pattern] if not Path(path).is_file()]
+            matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern]
+            missing = [path for path in matches if not Path(path).is_file()]
             if missing:
                 raise MixMoEError(f"{missing[0]} does not exist or is not a file.")
             found += matches
@@ -166,7 +175,10 @@ class Source:
         from datasets import load_dataset
 
         assert self.hub is not None
-        data_files = list(self.data_files) if isinstance(self.data_files, tuple) else self.data_files
+        if os.path.isdir(self.hub) and glob.has_magic(self.hub):
+            raise MixMoEError(f"datasets takes *, ? and [ in {self.hub} for a pattern: rename that directory.")
+        names = (self.data_files,) if isinstance(self.data_files, str) else self.data_files
+        data_files = names and [glob.escape(os.path.abspath(name)) if os.path.lexists(name) else name for name in names]
         try:
             dataset = load_dataset(
                 self.hub, self.config, split=self.split, data_files=data_files, revision=self.revision, streaming=True
@@ -180,10 +192,7 @@ class Source:
 
 
 def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
-    name = path
-    for suffix in _COMPRESSIONS:
-        name = name.removesuffix(suffix)
-    kind = Path(name).suffix
+    kind = format_of(path)
     if kind == ".parquet":
         return _read_parquet(path, columns)
     if kind == ".jsonl":
@@ -197,11 +206,17 @@ def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
 
 def _read_jsonl(path: str, columns: list[str]) -> Iterator[Row]:
     def records() -> Iterator[Any]:
+        ceiling = DamageCeiling(path, "are not JSON: JSONL has one object on each line")
         for _, line in read_lines(path, errors="surrogateescape"):
+            if not line.strip():
+                continue
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError:
-                yield None
+                record = None
+            ceiling.count(record is None)
+            yield record
+        ceiling.check()
 
     return _records(records(), columns, path)
 
