@@ -201,9 +201,8 @@ def router_aux_loss(
     Returns:
         [G] float32.
     """
-    logits = torch.stack([layer.float().to(router_logits[0].device) for layer in router_logits])
-    logits = logits.unflatten(-1, (num_groups, -1))  # [layers, T, G, n]
-    probs = logits.softmax(dim=-1)
+    logits = torch.stack([x.float().to(router_logits[0].device) for x in router_logits]).unflatten(-1, (num_groups, -1))
+    probs = logits.softmax(dim=-1)  # [layers, T, G, n]
     routed = functional.one_hot(logits.topk(top_k, dim=-1).indices, probs.shape[-1]).sum(dim=-2).to(probs.dtype)
     counts = torch.ones_like(probs[0, :, 0, 0]) if attention_mask is None else attention_mask.flatten().to(probs)
     num_tokens = counts.sum().clamp(min=1)

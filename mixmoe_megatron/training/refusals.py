@@ -33,6 +33,10 @@ _KNOWN = {
         r"--global-batch-size \1 must be a multiple of --micro-batch-size \2 times \3, the data-parallel processes (or "
         "so the sizes of --eval-global-batch-size and --eval-micro-batch-size)"
     ),
+    r"world_size \((\d+)\) is not divisible by expert_tensor_model_pipeline_parallel size \((\d+)\)": (
+        r"\1 processes are no multiple of \2, --expert-model-parallel-size times --expert-tensor-parallel-size times "
+        "--pipeline-model-parallel-size"
+    ),
     r"Failed to write dataset materials": "the order of the documents cannot be written to --data-cache-path",
 }
 _MEGATRON, _OURS = Path(megatron.core.__file__).parents[1], Path(__file__).parents[1]

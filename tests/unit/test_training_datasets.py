@@ -160,3 +160,11 @@ def test_a_gpu_sees_few_widths(
     samples = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), row[:n]) for n in range(1, 161)]
     batches = [collate([sample])["tokens"] for sample in samples]
     assert sorted({batch.shape[1] for batch in batches}) == widths
+
+
+def test_a_run_of_the_old_order_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    now = {"stage": "stage1", "order": datasets._ORDER}
+    datasets.tell_of_another_order([now, {"stage": "stage0"}], "stage1")
+    assert not caplog.text
+    datasets.tell_of_another_order([now, {"stage": "stage1"}], "stage1")
+    assert "begun by an earlier version" in caplog.text
