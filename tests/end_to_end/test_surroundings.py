@@ -28,8 +28,6 @@ SURROUNDINGS: dict[str, tuple[int, int, dict[str, str]]] = {
     "unwritable home, full temporary folder, ASCII": (errno.EACCES, errno.ENOSPC, {"PYTHONIOENCODING": "ascii"}),
 }
 CONVERSION = "checkpoints_conversion"
-#: the one that `make test` runs
-QUICK = "no home, unwritable temporary folder, Latin-1"
 #: where libraries keep things that a home may not hold
 NOWHERE = dict.fromkeys(("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"), "")
 
@@ -121,10 +119,9 @@ def test_no_command_is_left_out() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK)) for name in SURROUNDINGS]
-)
+@pytest.mark.parametrize("name", SURROUNDINGS)
 def test_every_command_works_or_says_why_not(name: str, world: Path, tmp_path: Path) -> None:
     out, cwd = tmp_path / "oüt [1] x", tmp_path / "cwd"
     for folder in (out, cwd):
