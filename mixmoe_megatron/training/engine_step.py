@@ -56,7 +56,7 @@ def engine_step(
     stand_alone_environment()
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
-        from megatron.training import global_vars, initialize, training
+        from megatron.training import global_vars, training
 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,11 +68,7 @@ def engine_step(
     from mixmoe_megatron.training.throughput import install_metrics
 
     args = _arguments(hf_config, batch["tokens"].shape, stage, flags)
-    if torch.distributed.is_initialized():
-        global_vars.set_args(args)
-    else:
-        global_vars.set_global_variables(args, build_tokenizer=False)
-        initialize.initialize_megatron(allow_no_cuda=True)
+    _start_megatron(args)
     install_metrics(args)
     use_torch_kernels()
     container = build_config(args)
@@ -93,6 +89,17 @@ def engine_step(
         training.train_step(forward_step, data, model, optimizer, scheduler, config, schedule, iteration=1)
 
     return step
+
+
+def _start_megatron(args: Any) -> None:
+    """Start Megatron in this process with these arguments; a second time, only put them in place."""
+    from megatron.training import global_vars, initialize
+
+    if torch.distributed.is_initialized():
+        global_vars.set_args(args)
+        return
+    global_vars.set_global_variables(args, build_tokenizer=False)
+    initialize.initialize_megatron(allow_no_cuda=True)
 
 
 def _build_graph_from_the_bottom(model: Any) -> None:
