@@ -8,7 +8,7 @@ SHELL := /bin/bash
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
 WORKERS ?= 2
-GPU_JOBS ?= 2
+GPU_JOBS ?= 4
 N ?= 2
 
 help:  ## list the targets
@@ -56,7 +56,7 @@ test-gpu: setup  ## one GPU, ten minutes: what needs CUDA, row by row, runs/gpu_
 	@.venv/bin/python -m tests.gpu.run --jobs $(GPU_JOBS)
 
 test-gpus: setup  ## N processes equal one on NCCL: N=2 GPUs
-	@DEVICE=cuda .venv/bin/python -m pytest tests/distributed/test_n_equals_one.py -k "$(N)-processes" --durations 15
+	@DEVICE=cuda GPUS=$(N) .venv/bin/pytest tests/distributed/test_n_equals_one.py --durations 15
 
 gpu-packages:  ## what `python -m tests.gpu.run` needs on a machine that has only torch and transformers
 	@cat tests/gpu/packages.txt

@@ -15,10 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPU from this process and all that it starts, unless tests/gpu alone is run: the rest is for the CPU."""
-    if not config.args or not all("tests/gpu" in str(argument) for argument in config.args):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if os.environ.get("DEVICE") != "cuda":  # `make test-gpus`; all else is written for the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

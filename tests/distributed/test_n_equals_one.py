@@ -5,6 +5,7 @@ Four micro-batches a step in one process; with data parallelism the ranks share 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ SLOW = {
     "DP4, distributed optimizer": (4, DISTRIBUTED_OPTIMIZER),
 }
 LAYOUTS = ESSENTIAL | SLOW
+if "GPUS" in os.environ:  # `make test-gpus`: a process a GPU
+    ESSENTIAL, SLOW = (
+        {name: layout for name, layout in layouts.items() if layout[0] <= int(os.environ["GPUS"])}
+        for layouts in (ESSENTIAL, SLOW)
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2])
