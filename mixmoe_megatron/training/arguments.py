@@ -228,7 +228,7 @@ def _words(arguments: dict[str, Any]) -> list[str]:
 def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
     """Put what no flag can say on Megatron's arguments, from where its config builder takes it by name.
 
-    That is the recorded Mix-MoE options, and a --rotary-base that is not whole (unless the user gave another).
+    That is the recorded Mix-MoE options, and a --rotary-base that is not whole.
 
     Raises:
         MixMoEError: a flag makes another architecture of it than the recorded one, or the experts cannot be spread

@@ -80,6 +80,8 @@ def commands(world: Path, out: Path) -> dict[str, list[str | Path]]:
                     "--limit", "2", "--output-dir", out / "routing"],
         "plan": ["tools/plan_cluster.py", "--hf-config", world / "base", "--stage", "1", "--gpus", "8", "--gpu-type",
                  "H100", "--global-batch-size", "8", "--seq-length", "64", "--num-experts-per-group", "4"],
+        "generation": ["tools/benchmark_generation.py", "--hf-dir", world / "base", "--batch-size", "1", "--turns", "1",
+                       "--prompt-length", "2", "--new-tokens", "2", "--output", out / "génération.json"],
         "conversion": ["tools/benchmark_conversion.py", "--directory", world / "text.txt", "--repeats", "1"],
     }  # fmt: skip
 

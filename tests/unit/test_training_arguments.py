@@ -137,10 +137,11 @@ def test_a_rope_base_that_no_flag_can_say(tmp_path: Path, theta: float) -> None:
     parent = make_checkpoint(tmp_path / "up", "upcycled", rotary_base=model["rotary_base"])
     words, metadata = complete_arguments(["--mixmoe-stage", "1", "--init-from", str(parent)])
     assert "--rotary-base" not in words
-    for given, base in ((10000, theta), (5000, 5000)):
-        args = argparse.Namespace(rotary_base=given, expert_model_parallel_size=1)
-        apply_options(args, metadata)
-        assert args.rotary_base == base and type(args.rotary_base) is type(base), "what the user gives wins"
+    args = argparse.Namespace(rotary_base=10000, expert_model_parallel_size=1)  # Megatron's default
+    apply_options(args, metadata)
+    assert args.rotary_base == theta and isinstance(args.rotary_base, float)
+    with pytest.raises(MixMoEError, match=r"--rotary-base is .* in the checkpoint, not 5000: leave the flag out"):
+        apply_options(argparse.Namespace(rotary_base=5000, expert_model_parallel_size=1), metadata)
 
 
 def test_a_refused_word_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
