@@ -103,7 +103,8 @@ def evaluation() -> dict[str, Any]:
         "num_test_segments": dict.fromkeys((*DIRECTIONS, "de-fi"), 2),
         "signatures": {"de-en@my_set": {"comet": "my `model`|<b>|unbabel-comet:2"}},
         "significance": {name: dict.fromkeys(NAMES[1:], test) for name in (*DIRECTIONS, "de-fi")},
-        "seconds": {}, "options": {"prompt_template": "<b>{source}</b>\n[x](y)", "dtype": "float32"}, "versions": {}, "commit": None,
+        "seconds": {}, "options": {"prompt_template": "<b>{source}</b>\n[x](y)", "dtype": "float32"},
+        "versions": {}, "commit": None,
     }  # fmt: skip
 
 
