@@ -68,6 +68,7 @@ def train_tokenizer(data_dir: Path, output_dir: Path) -> LlamaTokenizerFast:
             legacy=False,
             add_bos_token=True,
             add_eos_token=False,
+            add_prefix_space=False,  # what transformers 5 goes by, in place of tokenizer.json
             pad_token="<pad>",
             model_max_length=512,
             clean_up_tokenization_spaces=False,

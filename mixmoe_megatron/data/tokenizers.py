@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any, cast
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -180,7 +183,29 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
     rows = _rows_of_model(directory)
     if rows is not None:
         check_tokenizer_fits_model(tokenizer, rows)
+    _warn_of_another_reading(hf, directory)
     return tokenizer
+
+
+def _warn_of_another_reading(hf: Any, directory: Path) -> None:
+    """Warn where transformers does not encode as tokenizer.json says.
+
+    It builds some tokenizers (Llama's above all) anew from class and settings, and not all versions alike: a model that
+    was trained on the tokens of one may be served those of another.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        return
+    import tokenizers
+    import transformers
+
+    ids = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).encode(PROBE_TEXT, add_special_tokens=False)
+    if ids.ids != _encode(hf, [PROBE_TEXT], False)[0]:
+        logger.warning(
+            "%s: transformers %s encodes otherwise than tokenizer.json says, and other versions may not: settle it in "
+            "tokenizer_config.json (add_prefix_space, legacy), as the model was trained",
+            directory,
+            transformers.__version__,
+        )
 
 
 def check_tokenizer_fits_model(

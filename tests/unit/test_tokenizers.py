@@ -191,3 +191,22 @@ def test_a_token_that_is_not_marked_as_special_cannot_be_told_from_text(tmp_path
     tokenizer = open_tokenizer(tmp_path)
     assert tokenizer.inseparable_tokens == ("</s>", "[UNK]")
     assert tokenizer.holds_control_token("the </s>") and not tokenizer.holds_control_token("the <s>")
+
+
+@pytest.mark.parametrize("warns", [False, True])
+def test_another_reading_than_tokenizer_json_is_told(
+    repo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, warns: bool
+) -> None:
+    """The quickstart's base puts no space before a text, and transformers 5 goes by tokenizer_config.json alone."""
+    base = repo_root / "examples/quickstart/base"
+    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json"):
+        shutil.copy(base / name, tmp_path)
+    config = json.loads((base / "tokenizer_config.json").read_text("utf-8"))
+    assert config["add_prefix_space"] is False, "not left to the version of transformers"
+    shutil.copy(base / "tokenizer_config.json", tmp_path)
+    if warns:
+        rules = json.loads((base / "tokenizer.json").read_text("utf-8"))
+        rules["pre_tokenizer"]["prepend_scheme"] = "first"
+        (tmp_path / "tokenizer.json").write_text(json.dumps(rules), "utf-8")
+    open_tokenizer(tmp_path)
+    assert ("encodes otherwise than tokenizer.json says" in caplog.text) == warns
