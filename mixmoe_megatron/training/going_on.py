@@ -66,7 +66,7 @@ def is_finished(args: Any, saved: dict[str, Any]) -> bool:
         args: Megatron's validated namespace.
         saved: see `saved_run`.
     """
-    if args.skip_train:
+    if args.skip_train or args.dry_run:
         return False
     if args.train_samples:
         return args.train_samples - saved["args"].consumed_train_samples < args.global_batch_size

@@ -114,6 +114,8 @@ def test_a_finished_run_ends_in_peace(tiny_world: Path, begun: Path, tmp_path: P
     before = listing(begun)
     codes, output, _ = run(words_of(tiny_world, begun, 6), tmp_path / "logs")
     assert codes == [0] and not steps_in(output) and "holds iteration 6: nothing is left to train" in output
+    codes, output, _ = run(words_of(tiny_world, begun, 6, "--dry-run"), tmp_path / "dry")
+    assert codes == [0] and "stage 1: parameters" in output
     assert listing(begun) == before
 
 
