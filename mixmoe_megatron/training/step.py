@@ -1,9 +1,10 @@
 """One forward step: fetch a batch, run the model, sum the masked loss.
 
-The host never waits for the device here: an answer asked of a tensor on the device comes when all work queued before
-it is done, and the device then idles until new work arrives. So every rank reads its batch itself (the receivers of a
-broadcast would have to learn its shape), what the host must know is read from the copy in the host's memory, and copies
-to the device are asynchronous. tests/unit/test_host_syncs.py holds to it.
+This code never makes the host wait for the device: an answer asked of a tensor on the device comes when all work queued
+before it is done, and the device then idles until new work arrives. So every rank reads its batch itself (the receivers
+of a broadcast would have to learn its shape), what the host must know is read from the copy in the host's memory, and
+copies to the device are asynchronous. tests/unit/test_host_syncs.py holds to it. Megatron's own check of each
+micro-batch's loss does wait; --no-check-for-nan-in-loss-and-grad leaves it out.
 
 Shape legend: B samples of a micro-batch, S sequence length (padded; the local part of it under context parallelism).
 With --pack a micro-batch is one row (B is 1) of whole documents, end to end.

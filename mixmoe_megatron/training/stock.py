@@ -26,6 +26,7 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.machine import check_megatron_version, this_machine
 from mixmoe_megatron.training.arguments import apply_options, has_checkpoint, model_arguments, source_checkpoint
+from mixmoe_megatron.training.going_on import keep_saved_rates, saved_run
 from mixmoe_megatron.training.pretrain import add_hooks
 from mixmoe_megatron.training.resume import mend_optimizers
 from mixmoe_megatron.training.startup import prepare_save_directory
@@ -97,6 +98,8 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     args.pretrained_checkpoint = None  # a hook loads it; Megatron knows neither MT := LM nor other stages' keys
     if args.rank == 0:
         prepare_save_directory(args.save, source, metadata, stage)
+    if args.use_checkpoint_opt_param_scheduler:
+        keep_saved_rates(args, saved_run(args))
     install_metrics(args)
     mend_optimizers()
 

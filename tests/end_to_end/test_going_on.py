@@ -114,6 +114,8 @@ def test_a_finished_run_ends_in_peace(tiny_world: Path, begun: Path, tmp_path: P
     before = listing(begun)
     codes, output, _ = run(words_of(tiny_world, begun, 6), tmp_path / "logs")
     assert codes == [0] and not steps_in(output) and "holds iteration 6: nothing is left to train" in output
+    codes, output, _ = run(words_of(tiny_world, begun, 6, "--dry-run"), tmp_path / "dry")
+    assert codes == [0] and "stage 1: parameters" in output
     assert listing(begun) == before
 
 
@@ -204,3 +206,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause(
     assert codes == [2], err
     assert re.search(message, err.splitlines()[-1]), err
     assert "GPU" not in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("extra", ["--skip-train", "--eval-iters 0"])
+def test_a_run_goes_on_to_validate_alone_or_no_more(
+    tiny_world: Path, stage1_run: Run, tmp_path: Path, stage: int, extra: str
+) -> None:
+    """What was consumed before is neither in the way of a validation that begins anew, nor of none."""
+    parent = tiny_world / "upcycled" if stage == 1 else stage1_run.directory
+    data = tiny_world / ("mono" if stage == 1 else "pairs")
+    for steps, flags in ((2, ""), (2 if "skip" in extra else 3, f"{extra} --override-opt-param-scheduler")):
+        words = train_words(stage, parent, data, tmp_path / "run", steps, f"--eval-iters 2 --eval-interval 1 {flags}")
+        del words[words.index("--split") : words.index("--split") + 2]
+        place = words.index("--data-path")
+        files = [str(data), str(data)]
+        words[place : place + 2] = ["--train-data-path", *files, "--valid-data-path", *files]
+        codes, output, err = run(words, tmp_path / f"logs{steps}{len(flags)}")
+        assert codes == [0], err
+    assert ("validation loss at iteration" in output) == ("skip" in extra)
+    assert steps_in(output) == ([] if "skip" in extra else [3])

@@ -86,6 +86,15 @@ def test_the_same_command_goes_on(tiny_world: Path, stage1_run: Run, tmp_path: P
     assert losses == pytest.approx([fifth, (fifth + sixth) / 2], abs=2e-6)
 
 
+def test_the_schedule_of_the_checkpoint_is_kept_when_asked_for(tiny_world: Path, tmp_path: Path) -> None:
+    parent, data, constant = tiny_world / "upcycled", tiny_world / "mono", "--lr-decay-style constant"
+    words = stock_words(1, parent, data, tmp_path / "run", f"--exit-interval 2 {constant}")
+    run_job(words, 1, tmp_path / "logs1")
+    kept = f"{constant} --exit-interval 4 --lr 7e-4 --use-checkpoint-opt_param-scheduler"
+    output = run_job(stock_words(1, parent, data, tmp_path / "run", kept), 1, tmp_path / "logs2").stdout(0)
+    assert set(re.findall(r"learning rate: (\S+)", output)) == {"1.000000E-03"}
+
+
 def test_options_come_with_the_checkpoint(tmp_path: Path) -> None:
     make_tiny_world(tmp_path, preset="paper", num_experts_per_group="2", spectral_transform="dct")
     losses, _ = train(1, tmp_path / "upcycled", tmp_path / "mono", None, STEPS)

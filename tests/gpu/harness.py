@@ -85,7 +85,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Check:
-    """One entry of the table in README.md beside this file.
+    """What is run in a process of its own and gives rows.
 
     Attributes:
         name: what the command line calls it.

@@ -52,3 +52,19 @@ def test_no_gradient_stops_training(stub_of_megatron: list[tuple]) -> None:
 
 def test_a_gradient_that_is_not_a_number_is_left_to_megatron() -> None:
     startup.guard_first_gradient(1)([chunk_with_gradient(float("nan"))])
+
+
+def test_rows_that_pad_the_vocabulary_take_no_part_and_no_copy() -> None:
+    """Their write is not recorded: autograd would copy the gradient of all logits for it, in each micro-batch."""
+    hidden = torch.randn(3, 2, 4, requires_grad=True)
+    rows = torch.randn(5, 4)
+    logits = hidden @ rows.T
+    recorded = logits.grad_fn
+    startup._lower_logits(3, torch.nn.Identity(), (), (logits, None))
+    assert logits.grad_fn is recorded and logits.requires_grad
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    loss = torch.nn.functional.cross_entropy(logits.view(6, 5), labels)
+    (found,) = torch.autograd.grad(loss, hidden)
+    expected = torch.nn.functional.cross_entropy((hidden @ rows[:3].T).view(6, 3), labels)
+    assert torch.equal(loss, expected)
+    assert torch.allclose(found, torch.autograd.grad(expected, hidden)[0])
