@@ -90,6 +90,11 @@ def test_lines_cannot_be_broken() -> None:
     assert len(f"{escape_markdown(text)}{code_span(text)}{escape_latex(text)}".splitlines()) == 1
 
 
+def test_dollars_are_no_formula() -> None:
+    """Some readers of Markdown set what stands between two of them as TeX."""
+    assert "$" not in escape_markdown("from $5 to $x$")
+
+
 def test_plain_names_stay_readable() -> None:
     for name in ("de-en@wmt17", "my_model_2", "Größe (alt)", "x.y", "50 %", "中_文", "[+1, -2]", "p < 0.1", "R&D & co"):
         assert escape_markdown(name) == name
