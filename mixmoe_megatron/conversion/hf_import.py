@@ -34,7 +34,7 @@ from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata, write_metadata
 from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 
 # Buffers that old Llama checkpoints store beside their weights.
@@ -326,6 +326,6 @@ def write_checkpoint(
             copy_side_files(parent if is_hf else parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
             metadata.parent = {"path": str(parent), "stage": parent_stage, "weights_xxh128": digest}
             metadata.versions = versions.result()
-            (directory / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
+            write_metadata(directory, metadata)
 
         ranks.on_first(finish)
