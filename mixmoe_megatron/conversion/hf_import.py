@@ -130,6 +130,8 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
         MixMoEError: the fields are missing or out of range, or contradict each other.
     """
     recorded = config.get("mixmoe") or (shipped and shipped.options) or {}
+    if not isinstance(recorded, dict):
+        raise MixMoEError(f"config.json: mixmoe must be an object, not {recorded!r}.")
     values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
     try:
         values["num_experts_per_group"] = config["num_experts_per_group"]
@@ -137,18 +139,24 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
         values["group_combine"] = config["group_combine"]
         values["router_prob_scaling"] = config["router_prob_scaling"]
         values["router_bias"] = config["router_bias"]
-        layers, full_width = config["moe_layers"], config["moe_intermediate_size"] == config["intermediate_size"]
-        scale = config["expert_scale"]
+        layers, scale, width = config["moe_layers"], config["expert_scale"], config["moe_intermediate_size"]
     except KeyError as error:
         raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None
     for name, one in (("num_experts", "num_experts_per_group"), ("num_experts_per_tok", "topk_per_group")):
         if config.get(name) not in (None, config[one] * config["stage"]):
             raise MixMoEError(f"config.json: {name} must be {one} times stage, not {config[name]!r}; or leave it out.")
+    if not isinstance(layers, list):
+        raise MixMoEError(f"config.json: moe_layers must be a list of layer indices, not {layers!r}.")
     if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
         values["expert_scale"] = scale
     if values["num_experts_per_group"] > 1:
-        values["expert_init"] = "copy" if full_width else "slice"
+        values["expert_init"] = "copy" if width == config["intermediate_size"] else "slice"
     options = MixMoEOptions.from_dict(values)
+    widths = {config["intermediate_size"] // n for n in (1, options.num_experts_per_group)}
+    if width not in widths:
+        raise MixMoEError(
+            f"config.json: moe_intermediate_size must be {' or '.join(map(str, sorted(widths)))}, not {width!r}."
+        )
     num_layers = config["num_hidden_layers"]
     has_placement = "moe_layer_placement" in values or num_layers >= options.moe_every
     if not has_placement or resolve_moe_layers(options, num_layers) != layers:
