@@ -235,7 +235,7 @@ def _is_positive(value: Any, name: str) -> bool:
         MixMoEError: it is not a positive number.
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30):
-        raise MixMoEError(f"config.json: {name} must be a positive number, not {value!r}.")
+        raise MixMoEError(f"config.json: {name} must be a positive number (below 1e30), not {value!r}.")
     return value is not None
 
 

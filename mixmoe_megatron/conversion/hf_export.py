@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
 from mixmoe_megatron.conversion.hf_config import check_architecture, model_family
 from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card, published_name
@@ -191,4 +192,5 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))
     parameters = sum(math.prod(tensor.shape) for tensor in prepared.plan)
-    (directory / "README.md").write_text(model_card(metadata, base_model, parameters), encoding="utf-8")
+    with whole_file(directory / "README.md") as stream:
+        stream.write(model_card(metadata, base_model, parameters))

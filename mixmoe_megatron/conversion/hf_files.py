@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.markup import escape_markdown
 from mixmoe_megatron.metadata import Metadata
 
 TOKENIZER_DIR = "tokenizer"
@@ -92,11 +93,6 @@ def published_name(name: Any) -> str | None:
     return None if is_path or not name else name
 
 
-def _plain(text: str) -> str:
-    """Return text as Markdown shows it, in a cell of a table."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
-
-
 def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) -> str:
     """Return the README.md of an exported model.
 
@@ -111,21 +107,19 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
     tags = ["translation", *([] if dense else ["mixmoe", "mixture-of-experts"])]
     front_matter = yaml.safe_dump({**header, "tags": tags}, sort_keys=False, allow_unicode=True)
     title = "Dense model" if dense else f"Mix-MoE, {metadata.stage}"
-    base = _plain("not recorded" if base_model is None else base_model)
-    lines = [f"---\n{front_matter}---", "", f"# {title}", "", "| | |", "|---|---|", f"| base model | {base} |"]
-    rows: dict[str, Any] = {"stage": metadata.stage, "parameters": num_parameters}
-    if metadata.options is not None:
-        rows.update(metadata.options)
+    lines = [f"---\n{front_matter}---", "", f"# {escape_markdown(title)}", "", "| | |", "|---|---|"]
+    rows: dict[str, Any] = {"base model": base_model or "not recorded", "stage": metadata.stage}
+    rows |= {"parameters": num_parameters, **(metadata.options or {})}
     if metadata.parent:
         hashes = {k.removeprefix("weights_"): v for k, v in metadata.parent.items() if k.startswith("weights_")}
-        rows["made from"] = ", ".join([metadata.parent["stage"], *(f"weights {k} `{v}`" for k, v in hashes.items())])
+        rows["made from"] = ", ".join([metadata.parent["stage"], *(f"weights {k} {v}" for k, v in hashes.items())])
     rows["made by"] = ", ".join([metadata.created_by, *(f"{k} {v}" for k, v in metadata.versions.items())])
-    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += [f"| {escape_markdown(str(name))} | {escape_markdown(str(value))} |" for name, value in rows.items()]
     if metadata.data:
         lines += ["", "## Training data", "", "| stage | files | kind | tokens | sha256 of the manifest |"]
         lines += ["|---|---|---|---:|---|"]
         names = ("stage", "prefix", "kind", "tokens", "manifest_sha256")
-        cells = [[_plain(str(entry.get(name, ""))) for name in names] for entry in metadata.data]
+        cells = [[escape_markdown(str(entry.get(name, ""))) for name in names] for entry in metadata.data]
         lines += ["| " + " | ".join(row) + " |" for row in cells]
     if not dense:
         lines += [

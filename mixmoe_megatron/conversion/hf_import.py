@@ -34,7 +34,7 @@ from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata
+from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata, write_metadata
 from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 
 # Buffers that old Llama checkpoints store beside their weights.
@@ -130,6 +130,8 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
         MixMoEError: the fields are missing or out of range, or contradict each other.
     """
     recorded = config.get("mixmoe") or (shipped and shipped.options) or {}
+    if not isinstance(recorded, dict):
+        raise MixMoEError(f"config.json: mixmoe must be an object, not {recorded!r}.")
     values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
     try:
         values["num_experts_per_group"] = config["num_experts_per_group"]
@@ -137,18 +139,24 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
         values["group_combine"] = config["group_combine"]
         values["router_prob_scaling"] = config["router_prob_scaling"]
         values["router_bias"] = config["router_bias"]
-        layers, full_width = config["moe_layers"], config["moe_intermediate_size"] == config["intermediate_size"]
-        scale = config["expert_scale"]
+        layers, scale, width = config["moe_layers"], config["expert_scale"], config["moe_intermediate_size"]
     except KeyError as error:
         raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None
     for name, one in (("num_experts", "num_experts_per_group"), ("num_experts_per_tok", "topk_per_group")):
         if config.get(name) not in (None, config[one] * config["stage"]):
             raise MixMoEError(f"config.json: {name} must be {one} times stage, not {config[name]!r}; or leave it out.")
+    if not isinstance(layers, list):
+        raise MixMoEError(f"config.json: moe_layers must be a list of layer indices, not {layers!r}.")
     if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
         values["expert_scale"] = scale
     if values["num_experts_per_group"] > 1:
-        values["expert_init"] = "copy" if full_width else "slice"
+        values["expert_init"] = "copy" if width == config["intermediate_size"] else "slice"
     options = MixMoEOptions.from_dict(values)
+    widths = {config["intermediate_size"] // n for n in (1, options.num_experts_per_group)}
+    if width not in widths:
+        raise MixMoEError(
+            f"config.json: moe_intermediate_size must be {' or '.join(map(str, sorted(widths)))}, not {width!r}."
+        )
     num_layers = config["num_hidden_layers"]
     has_placement = "moe_layer_placement" in values or num_layers >= options.moe_every
     if not has_placement or resolve_moe_layers(options, num_layers) != layers:
@@ -326,6 +334,6 @@ def write_checkpoint(
             copy_side_files(parent if is_hf else parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
             metadata.parent = {"path": str(parent), "stage": parent_stage, "weights_xxh128": digest}
             metadata.versions = versions.result()
-            (directory / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
+            write_metadata(directory, metadata)
 
         ranks.on_first(finish)

@@ -51,7 +51,7 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
 
     Raises:
         MixMoEError: The file is missing, its compressed data is broken, it is no text file, or it is not UTF-8: a
-            single line (errors "strict"), or so many lines that the file as a whole is not (otherwise).
+            single line (errors "strict"), or so many lines that the file as a whole is not (otherwise, and for NUL).
     """
     number, compression = 0, ""
     ceiling = DamageCeiling(path, _NOT_TEXT)
@@ -60,8 +60,7 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
             check_is_text(path, stream, compression)
             for number, raw in enumerate(stream, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8", errors).rstrip("\r\n")
-                if errors != "strict":
-                    ceiling.count("\0" in line or not is_utf8(line))
+                ceiling.count("\0" in line or (errors != "strict" and not is_utf8(line)))
                 yield number, line
         ceiling.check()
     except UnicodeDecodeError as error:

@@ -257,7 +257,18 @@ def count_ids(directory: str | Path) -> int | None:
     Raises:
         MixMoEError: A file cannot be read.
     """
-    directory = Path(directory)
+    try:
+        return _count_ids(Path(directory))
+    except MixMoEError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise MixMoEError(
+            f"The tokenizer files in {directory} are not as transformers writes them "
+            f"({type(error).__name__}: {error}): save the tokenizer again with transformers."
+        ) from error
+
+
+def _count_ids(directory: Path) -> int | None:
     whole, slow, config = (
         _read_object(directory / name) for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
     )

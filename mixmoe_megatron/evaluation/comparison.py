@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.cli import whole_file, write_json
-from mixmoe_megatron.evaluation.markup import bold, escape_latex
 from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_text, table
+from mixmoe_megatron.markup import bold, escape_latex
 
 #: the columns of a direction, and what stands in for a metric that was not measured
 COLUMNS = (("bleu", "B", None), ("meteor", "M", "chrf"), ("comet", "C", "chrf_plus_plus"))

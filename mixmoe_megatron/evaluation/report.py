@@ -14,7 +14,6 @@ from mixmoe_megatron.evaluation.comparison import markdown_comparison
 from mixmoe_megatron.evaluation.figures import AUX_LOSSES, draw_loss_curves, draw_routing, draw_scores
 from mixmoe_megatron.evaluation.html_report import render_html
 from mixmoe_megatron.evaluation.interference import interference
-from mixmoe_megatron.evaluation.markup import code_span, escape_markdown
 from mixmoe_megatron.evaluation.routing import routing_from_dict, specialisation
 from mixmoe_megatron.evaluation.tables import (
     interference_table,
@@ -27,6 +26,7 @@ from mixmoe_megatron.evaluation.tables import (
     table,
 )
 from mixmoe_megatron.evaluation.training_log import Curves
+from mixmoe_megatron.markup import code_span, escape_markdown
 
 TOY_NOTE = (
     "**Toy-sized figures.** A small model was trained for minutes on a small corpus. The numbers show that every step "

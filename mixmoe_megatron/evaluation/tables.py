@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixmoe_megatron.evaluation.interference import interference
-from mixmoe_megatron.evaluation.markup import Markdown, escape_markdown
+from mixmoe_megatron.markup import Markdown, escape_markdown
 
 METRIC_TITLES = {
     "bleu": "BLEU", "chrf": "chrF", "chrf_plus_plus": "chrF++", "ter": "TER", "meteor": "METEOR", "comet": "COMET"

@@ -21,9 +21,9 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comparison import blocks
 from mixmoe_megatron.evaluation.figures import Gain, draw_gains
 from mixmoe_megatron.evaluation.html_report import render_html
-from mixmoe_megatron.evaluation.markup import bold, escape_markdown
 from mixmoe_megatron.evaluation.report import TOY_NOTE, check_evaluation
 from mixmoe_megatron.evaluation.tables import METRIC_TITLES, metrics_of, score_text, shown, signed, table
+from mixmoe_megatron.markup import bold, escape_markdown
 
 SIGNIFICANT = 0.05
 MIN_TESTED_SEGMENTS = 30  # below, resampling knows too little of what other segments would give

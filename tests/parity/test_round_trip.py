@@ -152,6 +152,19 @@ def test_the_card_names_the_base_but_no_path(
     assert given == (2 if name in PATHS else 0)
 
 
+def test_file_names_that_are_no_utf8(dense_checkpoint: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(dense_checkpoint)
+    metadata.data = [{"stage": "stage1", "prefix": "b\udce4d"}]
+    shutil.copytree(dense_checkpoint, tmp_path / "m\udce4")
+    write_metadata(tmp_path / "m\udce4", metadata)
+    out, back = tmp_path / "o\udce4", tmp_path / "b\udce4"
+    assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", tmp_path / "m\udce4", "--output-dir", out) == 0
+    assert "udce4" in (out / "README.md").read_text()
+    assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", back, "--dense") == 0
+    parent = read_metadata(back).parent
+    assert parent is not None and parent["path"] == str(out)
+
+
 def test_transformers_takes_the_carried_generation_config(tmp_path: Path) -> None:
     hf, checkpoint, out = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "out"
     save_tiny_dense(hf, "llama", **base_fields("llama"))

@@ -11,13 +11,15 @@ from typing import Any
 import markdown
 import pytest
 
+from mixmoe_megatron.conversion.hf_files import model_card
 from mixmoe_megatron.evaluation.comparison import latex_comparison, markdown_comparison
 from mixmoe_megatron.evaluation.figures import draw_scores
 from mixmoe_megatron.evaluation.html_report import render_html
-from mixmoe_megatron.evaluation.markup import bold, code_span, escape_latex, escape_markdown
 from mixmoe_megatron.evaluation.report import ReportInputs, render_report, write_report
 from mixmoe_megatron.evaluation.tables import table
 from mixmoe_megatron.evaluation.transfer import markdown_transfer, transfer_matrix
+from mixmoe_megatron.markup import bold, code_span, escape_latex, escape_markdown
+from mixmoe_megatron.metadata import Metadata
 
 TEXTS = [
     'Klick <script>document.title="x"</script>',
@@ -72,9 +74,25 @@ def test_a_paragraph_shows_its_text(text: str) -> None:
     assert html.unescape(markdown.markdown(f"Before: {code_span(text)}")) == f"<p>Before: <code>{text}</code></p>"
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_model_card_shows_its_texts(text: str) -> None:
+    """The card's names come from metadata and file names that others may have written."""
+    data = {"stage": text, "prefix": text, "kind": text, "tokens": 1, "manifest_sha256": text}
+    parent = {"stage": text, "weights_xxh128": "00"}
+    card = model_card(Metadata("dense", None, {}, {}, parent, {}, text, [data]), text, 7)
+    found = Cells(markdown.markdown(card.split("---\n", 2)[2], extensions=["tables"]))
+    assert [cell for cell in found.cells if text in cell] == [text, f"{text}, weights xxh128 00", *[text] * 5]
+    assert set(found.tags) <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td"}
+
+
 def test_lines_cannot_be_broken() -> None:
     text = "one\n\n# two\r| three\u2028- four"
     assert len(f"{escape_markdown(text)}{code_span(text)}{escape_latex(text)}".splitlines()) == 1
+
+
+def test_dollars_are_no_formula() -> None:
+    """Some readers of Markdown set what stands between two of them as TeX."""
+    assert "$" not in escape_markdown("from $5 to $x$")
 
 
 def test_plain_names_stay_readable() -> None:

@@ -48,6 +48,8 @@ BAD = {
     "seed: on": "seed is a whole number, not 'on'",
     "lines_per_language:": "lines_per_language is a whole number, not None",
     "filters: {max_words: many}": "filters: max_words is a whole number, not 'many'",
+    "filters: {max_words: '['}": "filters: max_words is a whole number, not '['",
+    "filters: {max_words: 'a: b: c'}": "filters: max_words is a whole number, not 'a: b: c'",
     "filters: {drop_copies: 1}": "filters: drop_copies is true or false, not '1'",
     "filters: {max_length_ratio: no}": "filters: max_length_ratio is a number, not 'no'",
     "monolingual: {no: {train: {files: a, max_rows: few}}}": "no.train: max_rows is a whole number, not 'few'",

@@ -21,7 +21,7 @@ from mixmoe_megatron.data.preparation.protocol import Protocol
 from mixmoe_megatron.data.preparation.sources import Source
 from mixmoe_megatron.data.text_files import format_of
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation.segments import read_test
+from mixmoe_megatron.evaluation.segments import read_monolingual, read_test
 from tools import prepare_data
 
 TEXT = "Grüße aus der Stadt\nEin Haus\n".encode() * 3
@@ -125,6 +125,15 @@ def test_mostly_undecodable_text_is_refused(tmp_path: Path, data: bytes) -> None
     with pytest.raises(MixMoEError, match=r"mono.txt: \d+ of its first \d+ lines are not UTF-8 text: give a text file"):
         prepare(protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_utf16_without_a_mark_is_refused_by_the_strict_readers(tmp_path: Path) -> None:
+    path = tmp_path / "mono.txt"
+    path.write_bytes("Ein Haus\nNoch eins\n".encode("utf-16-le"))
+    with pytest.raises(MixMoEError, match=r"mono.txt: 3 of its first 3 lines are not UTF-8 text"):
+        read_monolingual(path)
+    with pytest.raises(MixMoEError, match=r"mono.txt: 3 of its first 3 lines are not UTF-8 text"):
+        list(read_lines(path))
 
 
 @pytest.mark.parametrize(("good", "bad"), [(3, 2), (200, 20), (9_900, 900)])

@@ -78,6 +78,26 @@ def test_ids_are_counted_without_transformers(
     assert count_ids(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", '{"model": {"vocab": 5}}'),
+        ("tokenizer.json", '{"model": [1]}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 3}]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "u"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"bos_token": ["x"]}'),
+        ("added_tokens.json", '{"u": "70"}'),
+        ("tokenizer.model", "no sentencepiece"),
+    ],
+)
+def test_odd_tokenizer_files_are_told_in_a_sentence(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}' if name != "tokenizer.model" else "{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MixMoEError, match="are not as transformers writes them"):
+        count_ids(tmp_path)
+
+
 def test_a_tokenizer_beside_a_model_with_fewer_rows(tokenizers: dict[str, TextTokenizer], tmp_path: Path) -> None:
     """A Hugging Face directory, or the tokenizer directory of a checkpoint."""
     ids = tokenizers["bpe"].vocab_size

@@ -61,7 +61,10 @@ def typed_fields(value: Mapping[str, Any], kinds: Mapping[str, type], where: str
     """
     result = dict(value)
     for name in kinds.keys() & value.keys():
-        found = yaml.safe_load(str(value[name]))
+        try:
+            found = yaml.safe_load(str(value[name]))
+        except yaml.YAMLError:
+            found = None
         if isinstance(found, int) and not isinstance(found, bool) and kinds[name] is float:
             found = float(found)
         if type(found) is not kinds[name]:

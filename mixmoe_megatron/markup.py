@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 
 #: what means something in Markdown where it stands: an underscore between letters, a < before a blank mean themselves
-_MARKDOWN = re.compile(r"[\\`*|~]|\](?=[(\[])|&(?=[#\w]+;)|<(?=[\w/!?])|(?<![^\W_])_|_(?![^\W_])")
-_MARKDOWN_ENTITIES = {"&": "&amp;", "<": "&lt;", "~": "&#126;"}  # a backslash is not enough in every dialect
+_MARKDOWN = re.compile(r"[\\`*|~$]|\](?=[(\[])|&(?=[#\w]+;)|<(?=[\w/!?])|(?<![^\W_])_|_(?![^\W_])")
+_MARKDOWN_ENTITIES = {
+    "&": "&amp;",
+    "<": "&lt;",
+    "~": "&#126;",
+    "$": "&#36;",
+}  # a backslash is not enough in every dialect
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{sign: f"\\{sign}" for sign in "{}$&#_%"},
