@@ -202,15 +202,15 @@ class MixMoERouter(TopKRouter):
         Returns:
             `scores`, which carry the aux losses' gradient.
         """
-        tracker = recording_tracker(self)
-        if tracker is None and self.group_aux_loss_coeff == 0:
+        tracker, has_aux_loss = recording_tracker(self), self.group_aux_loss_coeff > 0
+        if tracker is None and not has_aux_loss:
             return scores
         if valid is not None:
             routing_map = routing_map & valid[:, None, None]
         counts = routing_map.sum(dim=0)
         if tracker is not None:
             tracker.record_routing(self.layer_number, scores.detach(), routing_map, counts)
-        if self.group_aux_loss_coeff == 0:
+        if not has_aux_loss:
             return scores
         slopes, num_tokens = self._aux_loss_slopes(counts, len(scores), valid)
         aux_losses = (scores.detach() * slopes).sum(dim=(0, 2))
@@ -231,8 +231,8 @@ class MixMoERouter(TopKRouter):
         if ranks > 1:
             counts = counts.clone()
             torch.distributed.all_reduce(counts, group=self.tp_cp_group)
-        if valid is None:
-            num_tokens = num_local_tokens * ranks
+        if valid is None:  # the ranks hold as many tokens each: no operation is needed
+            num_tokens = max(num_local_tokens * ranks, 1)
             return counts * (n / (k * num_tokens**2)), num_tokens
         valid_tokens = (counts[0].sum() / k).clamp_min(1)  # each token has k choices in a group
         return counts * (n / (k * valid_tokens**2)) * valid[:, None, None], valid_tokens

@@ -11,7 +11,9 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixmoe_megatron.metrics import install_metrics_tracker
 from mixmoe_megatron.router import MixMoERouter
 from mixmoe_megatron.spectral import fold_router_weight, fold_spectral_weight, random_projection, spectral_features
 from tests.helpers.megatron import initialize_megatron, make_config, make_layer, make_options
@@ -278,3 +280,31 @@ def test_the_loss_scale_scales_the_aux_loss() -> None:
         gradients.append(router.lm.weight.grad)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     torch.testing.assert_close(8 * gradients[0], gradients[1])
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that reach a device's kernels, views too: each costs the host some microseconds."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("stage", "most_forward", "most_backward"), [(1, 49, 32), (2, 52, 38)])
+def test_the_router_is_few_operations(stage: int, most_forward: int, most_backward: int) -> None:
+    """They, not its arithmetic, decide its time on a GPU. In bfloat16, in training, with aux losses and metrics."""
+    router = make_router(stage, coeff=AUX_COEFF).bfloat16()
+    if stage == 2:
+        router.lm.requires_grad_(False)
+    router.set_layer_number(2)
+    install_metrics_tracker(stage, [1], 4)
+    hidden = torch.randn(16, 2, 24, dtype=torch.bfloat16, requires_grad=True)
+    router(hidden)  # makes room for the metrics
+    with CountOperations() as forward:
+        probs, _ = router(hidden)
+    with CountOperations() as backward:
+        probs.backward(torch.ones_like(probs))
+    assert forward.count <= most_forward and backward.count <= most_backward, (forward.count, backward.count)
+    assert hidden.grad is not None and hidden.grad.abs().max() > 0
