@@ -94,9 +94,9 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             values: [G] float32, this rank's summands.
             ranks: number of ranks whose summands make up the aux losses.
         """
-        columns = self._row(layer_number, values.device)[:, self.num_experts :]
-        columns[:, _AUX].add_(values)
-        columns[:, _AUX_COUNT].add_(1.0 / ranks)
+        row = self._row(layer_number, values.device)
+        row[:, self.num_experts + _AUX].add_(values)
+        row[:, self.num_experts + _AUX_COUNT].add_(1.0 / ranks)
 
     def record_routing(
         self, layer_number: int, scores: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor
