@@ -86,35 +86,34 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         return self._sums[self.moe_layers.index(layer_number - 1)]
 
-    def record(
-        self, name: str, value: torch.Tensor, layer_number: int | None, num_layers: int, *args: Any, **kwargs: Any
-    ) -> None:
-        """Add a raw aux loss, a summand on each rank of kwargs["reduce_group"]. Called by Megatron's router class."""
-        if layer_number is not None:
-            group = [aux_loss_name(group) for group in self.groups].index(name)
-            columns = self._row(layer_number, value.device)[group, self.num_experts :]
-            columns[_AUX] += value.detach()
-            columns[_AUX_COUNT] += 1.0 / utils.get_pg_size(kwargs.get("reduce_group"))
+    def record_aux_losses(self, layer_number: int, values: torch.Tensor, ranks: int) -> None:
+        """Add a micro-batch's raw aux losses.
+
+        Args:
+            layer_number: 1-based.
+            values: [G] float32, this rank's summands.
+            ranks: number of ranks whose summands make up the aux losses.
+        """
+        row = self._row(layer_number, values.device)
+        row[:, self.num_experts + _AUX].add_(values)
+        row[:, self.num_experts + _AUX_COUNT].add_(1.0 / ranks)
 
     def record_routing(
-        self, layer_number: int, scores: torch.Tensor, routing_map: torch.Tensor, valid: torch.Tensor | None
+        self, layer_number: int, scores: torch.Tensor, routing_map: torch.Tensor, counts: torch.Tensor
     ) -> None:
         """Add a micro-batch's choices.
 
         Args:
             layer_number: 1-based.
-            scores: [T, G, n] float32, the groups' softmax.
-            routing_map: [T, G, n] bool.
-            valid: [T] bool, False = padding; None: no padding.
+            scores: [T, G, n] float32, the groups' softmax, without a gradient.
+            routing_map: [T, G, n] bool, False for padding.
+            counts: [G, n] integers, its sum over the tokens.
         """
-        if valid is not None:
-            routing_map = routing_map & valid[:, None, None]
         row = self._row(layer_number, scores.device)
-        counts = routing_map.sum(dim=0)
-        row[:, : self.num_experts] += counts
+        row[:, : self.num_experts].add_(counts)
+        row[:, self.num_experts + _PROB].add_((scores * routing_map).sum(dim=(0, 2)))
         if self._logs_next:
-            row[:, self.num_experts + _NORM_COUNT] += counts.sum(dim=-1)
-        row[:, self.num_experts + _PROB] += (scores.detach() * routing_map).sum(dim=(0, 2))
+            row[:, self.num_experts + _NORM_COUNT].add_(counts.sum(dim=-1))
 
     def record_output(
         self, layer_number: int, group: int, output: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
@@ -136,7 +135,8 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             output = output.clone()
             torch.distributed.all_reduce(output, group=tp_group)
         norm = torch.linalg.vector_norm(output, dtype=torch.float32)
-        self._row(layer_number, output.device)[group, self.num_experts + _SQUARED_NORM] += norm.square() / ranks
+        column = self._row(layer_number, output.device)[group, self.num_experts + _SQUARED_NORM]
+        column.add_(norm.square(), alpha=1.0 / ranks)
 
     def report(
         self,
@@ -225,6 +225,25 @@ def recording_tracker(module: torch.nn.Module) -> MixMoEMetricsTracker | None:
     """
     tracker = get_moe_metrics_tracker() if module.training and torch.is_grad_enabled() else None
     return tracker if isinstance(tracker, MixMoEMetricsTracker) else None
+
+
+def record_aux_losses(
+    values: torch.Tensor, layer_number: int | None, num_layers: int, reduce_group: torch.distributed.ProcessGroup | None
+) -> None:
+    """Tell the process's tracker, Mix-MoE's or Megatron's own, a micro-batch's raw aux losses.
+
+    Args:
+        values: [G] float32, summands on each rank of `reduce_group`.
+        layer_number: 1-based; None: of no layer, and told to nobody.
+        num_layers: of the model.
+        reduce_group: the ranks that share the batch's sequences.
+    """
+    tracker = get_moe_metrics_tracker()
+    if not isinstance(tracker, MixMoEMetricsTracker):
+        for group, value in zip(GROUPS, values, strict=False):
+            tracker.record(aux_loss_name(group), value, layer_number, num_layers, reduce_group=reduce_group)
+    elif layer_number is not None:
+        tracker.record_aux_losses(layer_number, values, utils.get_pg_size(reduce_group))
 
 
 def install_metrics_tracker(*args: Any, **kwargs: Any) -> MixMoEMetricsTracker:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mixmoe_megatron.config import options_and_stage
@@ -63,6 +64,7 @@ class MixMoELayer(MoELayer):
             **kwargs,
         )
         self.needs_input_gradient = _needs_input_gradient(config)
+        _sort_once(self.token_dispatcher)
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -93,6 +95,16 @@ class MixMoELayer(MoELayer):
             for (name, lm), (mt_name, mt) in zip(source.named_parameters(), target.named_parameters(), strict=True):
                 assert name == mt_name
                 mt.copy_(lm)
+
+
+def _sort_once(dispatcher: MoETokenDispatcher) -> None:
+    """Spare a rank that holds all experts the second of the all-to-all dispatcher's permutations, each way.
+
+    It brings what several ranks sent into the experts' order, in which one rank's own tokens are already: it would copy
+    them all, forward and backward. Megatron leaves it out for one expert, and asks for that number for nothing else.
+    """
+    if isinstance(dispatcher, MoEAlltoAllTokenDispatcher) and dispatcher.ep_size == dispatcher.tp_size == 1:
+        dispatcher.num_local_experts = 1
 
 
 def _needs_input_gradient(config: TransformerConfig) -> bool:

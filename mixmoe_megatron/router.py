@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from megatron.core import utils
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from mixmoe_megatron.config import MixMoEOptions, options_and_stage
-from mixmoe_megatron.metrics import GROUPS, aux_loss_name, recording_tracker
+from mixmoe_megatron.metrics import record_aux_losses, recording_tracker
 from mixmoe_megatron.spectral import fold_router_weight
 
 
@@ -65,20 +65,9 @@ class GroupRouter(torch.nn.Module):
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the folded weight and the bias. Called as a module: DDP's hook waits for gathered parameters there."""
-        return self.folded_weight(), self.float_bias()
-
-    def folded_weight(self) -> torch.Tensor:
-        """Return the plain weight that stands for (W_h, W_f): W_h + scale * W_f M, [n, H] float32, differentiable."""
-        o = self.options
-        return fold_router_weight(
-            self.weight, self.spectral_weight, o.spectral_transform, o.spectral_norm, o.spectral_scale, o.spectral_seed
-        )
-
-    def float_bias(self) -> torch.Tensor:
-        """Return the bias, [n] float32, zero when the router has none."""
-        return self.weight.new_zeros(self.weight.shape[0]).float() if self.bias is None else self.bias.float()
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the three parameters. Called as a module: DDP's hook waits for gathered parameters there."""
+        return self.weight, self.spectral_weight, self.bias
 
 
 class MixMoERouter(TopKRouter):
@@ -128,10 +117,24 @@ class MixMoERouter(TopKRouter):
         """Return the routers of the active groups, in logical order."""
         return [self.lm, self.mt] if self.stage == 2 else [self.lm]
 
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the linear layer that the groups' routers are, in logical order, differentiable.
+
+        Returns:
+            weight: W_h + scale * W_f M, [E, H] float32.
+            bias: [E] params_dtype; None without router_bias.
+        """
+        weight, spectral_weight, bias = map(_stack, zip(*(group() for group in self.group_routers()), strict=True))
+        assert weight is not None
+        o = self.options
+        folded_weight = fold_router_weight(
+            weight, spectral_weight, o.spectral_transform, o.spectral_norm, o.spectral_scale, o.spectral_seed
+        )
+        return folded_weight, bias
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return the logits of all experts in logical order: `[..., H]` any float dtype -> `[..., E]` float32."""
-        weights, biases = zip(*(group() for group in self.group_routers()), strict=True)
-        return _RouterLinear.apply(input, torch.cat(weights), torch.cat(biases))
+        return _RouterLinear.apply(input, *self.folded())
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -155,15 +158,13 @@ class MixMoERouter(TopKRouter):
         k = self.options.topk_per_group
         logits = logits.reshape(-1, self.stage, self.options.num_experts_per_group)  # [T, G, n]
         scores = logits.softmax(dim=-1)
-        chosen = logits.topk(k, dim=-1).indices  # not of the probabilities: several of them underflow to the same 0
+        # Not the top-k of the probabilities: several of them underflow to the same 0.
+        chosen = logits.topk(k, dim=-1, sorted=False).indices
         routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
         valid = None if padding_mask is None else ~padding_mask.reshape(-1)
+        if self.training and torch.is_grad_enabled():
+            scores = self._record_and_balance(scores, routing_map, valid)
         probs = self._scale(scores, routing_map, valid)
-        if tracker := recording_tracker(self):
-            tracker.record_routing(self.layer_number, scores, routing_map, valid)
-        if self.training and torch.is_grad_enabled() and self.group_aux_loss_coeff > 0:
-            for index in range(self.stage):
-                probs = self._attach_aux_loss(probs, scores[:, index], routing_map[:, index], valid, GROUPS[index])
         return self._to_physical_order(probs), self._to_physical_order(routing_map)
 
     def _scale(self, scores: torch.Tensor, routing_map: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -172,88 +173,116 @@ class MixMoERouter(TopKRouter):
         Padding (`valid` [T] is False) gets next to nothing, so that the norm of what experts give out is the tokens';
         not 0 (nor so small that it slows a CPU), because the flex dispatcher finds the chosen experts by their probs.
         """
-        combine = 1.0 / self.stage if self.options.group_combine == "mean" else 1.0
+        factor = 1.0 / self.stage if self.options.group_combine == "mean" else 1.0
         if self.options.router_prob_scaling:
-            # The flex dispatcher finds the chosen experts again by their probs: none may underflow to 0.
-            factor, smallest = self.options.resolved_expert_scale * combine, torch.finfo(torch.float32).tiny
-            scaled = (scores * factor).clamp_min(smallest)
+            factor *= self.options.resolved_expert_scale
+            # The same reason: none that is chosen may underflow to 0. To any other probability it adds nothing.
+            scores = scores + 2 * torch.finfo(torch.float32).tiny / min(factor, 1.0)
         else:
-            scaled = scores * 0.0 + combine  # a zero gradient, not none: DDP waits for every trained parameter
-        if valid is not None:
-            scaled = scaled.where(valid[:, None, None], 2.0**-60)
-        return scaled * routing_map
+            scores = scores * 0.0 + 1.0  # a zero gradient, not none: DDP waits for every trained parameter
+        probs = scores * (routing_map * factor)
+        return probs if valid is None else probs.where(valid[:, None, None], routing_map * 2.0**-60)
 
-    def _attach_aux_loss(
-        self,
-        probs: torch.Tensor,
-        scores: torch.Tensor,
-        routing_map: torch.Tensor,
-        valid: torch.Tensor | None,
-        group: str,
+    def _record_and_balance(
+        self, scores: torch.Tensor, routing_map: torch.Tensor, valid: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attach a group's aux loss n * sum_i f_i P_i to `probs` and record its raw value (1 when balanced).
+        """Attach each group's aux loss n * sum_i f_i P_i to `scores`; record it raw (1 when balanced), and the choices.
 
-        It is attached in stage 2 for the frozen LM router too: through h it trains MT experts of earlier layers.
+        f_i counts choices and has no gradient. So the loss is linear in the scores, and all that its backward pass does
+        is to add the constant d loss / d scores = n f_i / T, for all groups at once. It is attached in stage 2 for the
+        frozen LM router too: through h it trains MT experts of earlier layers.
 
         Source: Mix-MoE (arXiv:2605.24681) eq. 8-9. Deviates: README (normalisation, mean over layers).
 
         Args:
-            probs: [T, G, n] float32, the tensor that carries the gradient.
-            scores: [T, n] float32, the group's softmax.
-            routing_map: [T, n] bool.
+            scores: [T, G, n] float32, the groups' softmax.
+            routing_map: [T, G, n] bool.
             valid: [T] bool, False = padding; None: no padding.
-            group: "lm" or "mt".
+
+        Returns:
+            `scores`, which carry the aux losses' gradient.
         """
+        tracker, has_aux_loss = recording_tracker(self), self.group_aux_loss_coeff > 0
+        if tracker is None and not has_aux_loss:
+            return scores
         if valid is not None:
-            scores, routing_map = scores * valid.unsqueeze(-1), routing_map & valid.unsqueeze(-1)
-        num_local_tokens = scores.new_full((), len(scores), dtype=torch.long) if valid is None else valid.sum()
+            routing_map = routing_map & valid[:, None, None]
+        counts = routing_map.sum(dim=0)
+        if tracker is not None:
+            tracker.record_routing(self.layer_number, scores.detach(), routing_map, counts)
+        if not has_aux_loss:
+            return scores
+        slopes, num_tokens = self._aux_loss_slopes(counts, len(scores), valid)
+        aux_losses = (scores.detach() * slopes).sum(dim=(0, 2))
+        record_aux_losses(aux_losses, self.layer_number, self.config.num_layers, self.tp_cp_group)
+        if self.calculate_per_token_loss:  # Megatron divides all gradients by the number of tokens
+            slopes = slopes * num_tokens
+        return _AttachAuxLoss.apply(scores, slopes, self.group_aux_loss_coeff)
+
+    def _aux_loss_slopes(
+        self, counts: torch.Tensor, num_local_tokens: int, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """Return d raw aux loss / d scores, [G, n] or with padding [T, G, n] float32, and the number of tokens.
+
+        Tokens and `counts`, [G, n] int64, are those of all ranks that share this batch's sequences.
+        """
+        n, k = self.options.num_experts_per_group, self.options.topk_per_group
         ranks = utils.get_pg_size(self.tp_cp_group)
-        with torch.no_grad():
-            # Expert counts and the token count of all ranks that share this batch's sequences, in one reduction.
-            counts = torch.cat([routing_map.sum(dim=0), num_local_tokens.reshape(1)])
-            if ranks > 1:
-                torch.distributed.all_reduce(counts, group=self.tp_cp_group)
-        num_tokens = counts[-1].clamp_min(1)
-        aux_loss = switch_load_balancing_loss_func(
-            probs=scores,
-            tokens_per_expert=counts[:-1],
-            total_num_tokens=num_tokens,
-            topk=self.options.topk_per_group,
-            num_experts=self.options.num_experts_per_group,
-            moe_aux_loss_coeff=self.group_aux_loss_coeff,
-        )
-        return self.attach_and_log_load_balancing_loss(
-            probs,
-            self.group_aux_loss_coeff,
-            aux_loss,
-            aux_loss_name(group),
-            self.tp_cp_group,
-            # With --calculate-per-token-loss Megatron multiplies by this times the number of ranks. The mean, not this
-            # rank's own count: padding is not spread evenly over the sequence shards.
-            valid_token_count=num_tokens / ranks,
-        )
+        if ranks > 1:
+            counts = counts.clone()
+            torch.distributed.all_reduce(counts, group=self.tp_cp_group)
+        if valid is None:  # the ranks hold as many tokens each: no operation is needed
+            num_tokens = max(num_local_tokens * ranks, 1)
+            return counts * (n / (k * num_tokens**2)), num_tokens
+        valid_tokens = (counts[0].sum() / k).clamp_min(1)  # each token has k choices in a group
+        return counts * (n / (k * valid_tokens**2)) * valid[:, None, None], valid_tokens
 
     def _to_physical_order(self, columns: torch.Tensor) -> torch.Tensor:
         """Reorder experts from logical to physical: [T, G, n] -> [T, E]."""
+        if self.ep_size == 1:
+            return columns.flatten(1)
         tokens, groups, n = columns.shape
         per_rank = columns.reshape(tokens, groups, self.ep_size, n // self.ep_size).transpose(1, 2)
         return per_rank.reshape(tokens, groups * n)
+
+
+def _stack(parameters: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    """Put the groups' parameters of one kind below each other; None when the routers have none."""
+    present = [parameter for parameter in parameters if parameter is not None]
+    return torch.cat(present) if len(present) > 1 else parameters[0]
+
+
+class _AttachAuxLoss(torch.autograd.Function):
+    """Give back `scores`; on the way back add the gradient of the aux losses, coeff * Megatron's scale * `slopes`."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, slopes: torch.Tensor, coeff: float) -> torch.Tensor:
+        ctx.save_for_backward(slopes)
+        ctx.coeff = coeff
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slopes,), scale = ctx.saved_tensors, MoEAuxLossAutoScaler.main_loss_backward_scale
+        if scale is None:  # Megatron's schedules set it
+            return torch.add(grads[0], slopes, alpha=ctx.coeff), None, None
+        return torch.addcmul(grads[0], slopes, scale, value=ctx.coeff), None, None
 
 
 class _RouterLinear(torch.autograd.Function):
     """x W^T + b in float32 that keeps x in its own dtype for the backward pass (half the memory in bf16)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return functional.linear(x.float(), weight, bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return functional.linear(x.float(), weight, None if bias is None else bias.float())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grads[0]
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grads[0].reshape(-1, len(weight))
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x = (grad @ weight).to(x.dtype) if need_x else None
+        grad_x = (rows @ weight).to(x.dtype).view_as(x) if need_x else None
         grad_weight = rows.T @ x.reshape(-1, x.shape[-1]).float() if need_weight else None
-        return grad_x, grad_weight, rows.sum(dim=0) if need_bias else None
+        return grad_x, grad_weight, rows.sum(dim=0).to(ctx.bias_dtype) if need_bias else None

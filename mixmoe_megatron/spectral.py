@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -68,14 +69,7 @@ def fold_spectral_weight(
     Raises:
         ValueError: the transform is unknown.
     """
-    weight = spectral_weight.float()
-    if transform == "fft":
-        return scale * torch.fft.fft(weight, norm=norm).real
-    if transform == "dct":
-        return scale * _transposed_dct(weight, norm)
-    if transform == "random":
-        return scale * weight @ random_projection(weight.shape[-1], norm, seed, weight.device)
-    raise ValueError(f"unknown spectral transform {transform!r}.")
+    return scale * _rows_times_transform(spectral_weight.float(), transform, norm, seed)
 
 
 def fold_router_weight(
@@ -104,7 +98,31 @@ def fold_router_weight(
         raise ValueError(f"spectral transform {transform!r} does not go with the spectral weight given.")
     if spectral_weight is None:
         return weight.float()
-    return weight.float() + fold_spectral_weight(spectral_weight, transform, norm, scale, seed)
+    return torch.add(weight, _rows_times_transform(spectral_weight.float(), transform, norm, seed), alpha=scale).float()
+
+
+def _rows_times_transform(rows: torch.Tensor, transform: str, norm: str, seed: int) -> torch.Tensor:
+    """Return rows @ M, [..., H] float32, for the matrix M of a transform."""
+    if transform == "fft":
+        return _RealFFT.apply(rows, norm)
+    if transform == "dct":
+        return _transposed_dct(rows, norm)
+    if transform == "random":
+        return rows @ random_projection(rows.shape[-1], norm, seed, rows.device)
+    raise ValueError(f"unknown spectral transform {transform!r}.")
+
+
+class _RealFFT(torch.autograd.Function):
+    """Re FFT of each row. M is symmetric: the gradient takes the same way, at half the kernels of autograd's own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, norm: str) -> torch.Tensor:
+        ctx.norm = norm
+        return torch.fft.fft(rows, norm=norm).real
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.fft.fft(grads[0], norm=ctx.norm).real, None
 
 
 def _transposed_dct(rows: torch.Tensor, norm: str) -> torch.Tensor:

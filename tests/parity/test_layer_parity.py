@@ -25,14 +25,14 @@ def megatron() -> None:
 
 def reference_parameters(layer: MixMoELayer) -> dict[str, torch.Tensor]:
     """The block's parameters as differentiable functions of the layer's."""
-    routers, groups = layer.router.group_routers(), layer.experts.groups()
+    (weight, bias), groups = layer.router.folded(), layer.experts.groups()
     parameters = {
-        "router.weight": torch.cat([router.folded_weight() for router in routers]),
+        "router.weight": weight,
         "experts.gate_up_proj": torch.cat([group.linear_fc1.weight for group in groups]),
         "experts.down_proj": torch.cat([group.linear_fc2.weight for group in groups]),
     }
-    if routers[0].bias is not None:
-        parameters["router.bias"] = torch.cat([router.bias for router in routers])
+    if bias is not None:
+        parameters["router.bias"] = bias
     return parameters
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe import token_dispatcher
 
 from mixmoe_megatron.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.errors import MixMoEError
@@ -54,6 +55,14 @@ def test_one_dispatch_serves_both_groups(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     layer(torch.randn(5, 2, 24))
     assert calls == [2 * 10], "each token goes to one LM and one MT expert"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_rank_sorts_its_tokens_once(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Megatron's second permutation would copy all of them again, and again for each gradient."""
+    layer = make_layer(make_config(make_options(moe_every=2), stage))
+    monkeypatch.setattr(token_dispatcher, "sort_chunks_by_idxs", lambda *_, **__: pytest.fail("permuted again"))
+    layer(torch.randn(5, 2, 24))[0].sum().backward()
 
 
 def test_stage_2_starts_where_stage_1_ended() -> None:

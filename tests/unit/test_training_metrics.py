@@ -44,8 +44,10 @@ def direct(layer: MixMoELayer, hidden: torch.Tensor, valid: torch.Tensor) -> dic
     """The values of one micro-batch, [S, B, H] with valid [S, B], token by token."""
     o, n, values = layer.router.options, layer.router.options.num_experts_per_group, {}
     tokens = hidden[valid]
-    for index, (name, router) in enumerate(zip(GROUPS, layer.router.group_routers(), strict=True)):
-        scores = (tokens @ router.folded_weight().T + router.bias).softmax(-1)
+    weight, bias = layer.router.folded()
+    logits = (tokens @ weight.T + bias).split(n, dim=-1)
+    for index, name in enumerate(GROUPS):
+        scores = logits[index].softmax(-1)
         prob, expert = scores.max(-1)
         group = layer.experts.groups()[index]
         counts = [[len(tokens) if i == e else 0 for i in range(n)] for e in range(n)]
