@@ -78,7 +78,8 @@ def _sentence(error: Exception) -> str:
             return _as_flags(found.expand(sentence)) + "."
     if isinstance(error, AssertionError | ValueError) or type(error) is Exception:
         demand = _as_flags(re.sub(r"args\.(\w+)", r"--\1", line))
-        return f"Megatron refuses these arguments: {message or f'it demands: {demand}'}"
+        reason = (message or f"it demands: {demand}").removesuffix(".")
+        return f"Megatron refuses these arguments: {reason} (MIXMOE_TRACEBACK=1 shows where)."
     return (
         f"Megatron stopped before the first step ({type(error).__name__}: {message}); with MIXMOE_TRACEBACK=1 the same "
         "command shows where."
