@@ -100,8 +100,8 @@ def _keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors.
 
     By default it hands every tensor beyond 32 MiB back to the system, and each new one then costs a page fault for 4
-    KiB: a third of the time of experts with few tokens, whose gradients are as large as their weights. The price: memory
-    that was in use once stays with the process, and fragmentation comes on top.
+    KiB: a third of the time of experts with few tokens, whose gradients are as large as their weights. The price:
+    memory that was in use once stays with the process, and fragmentation comes on top.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none
     if mallopt is not None:
