@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from mixmoe_megatron.machine import prepare_megatron
 from mixmoe_megatron.training.arguments import STAGE_NAMES
 from mixmoe_megatron.training.engine_step import engine_step, random_batch
 
+_LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
 WARMUP = 2  # steps of each system that do not count
 
 
@@ -115,14 +117,23 @@ def _flops(stage: int, task: Task) -> float:
     return step_flops(sizes, MixMoEOptions().topk_per_group, task.batch_size * task.seq_length, task.seq_length).total
 
 
+def _context() -> Any:
+    """How processes are started: forks save an import of Megatron each, but a process that has used CUDA has none.
+
+    The server of forks listens at a socket below the temporary folder, and the path of a socket is short.
+    """
+    if torch.cuda.is_available() or len(tempfile.gettempdir()) > _LONGEST_TEMPORARY_FOLDER:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 class _Worker:
     """A process that builds one system and steps when it is asked to."""
 
     def __init__(self, system: System, task: Task):
-        # A process that has used CUDA cannot be forked; without CUDA forks save an import of Megatron each.
-        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        if not torch.cuda.is_available():
-            context.set_forkserver_preload([__name__])
+        context = _context()
         self.system, (self.connection, there) = system, context.Pipe()
         self.process = context.Process(target=_serve, args=(there, system, task), daemon=True)
         self.process.start()
