@@ -102,7 +102,7 @@ def measure(systems: tuple[System, ...], task: Task, count: int) -> dict[str, di
         peaks = [worker.ask("peak") for worker in workers]
     finally:
         for worker in workers:
-            worker.process.kill()
+            worker.end()
     rows = {}
     for index, system in enumerate(systems):
         wall, cpu = (median(row[index][kind] for row in times) for kind in (0, 1))
@@ -137,11 +137,19 @@ class _Worker:
         self.system, (self.connection, there) = system, context.Pipe()
         self.process = context.Process(target=_serve, args=(there, system, task), daemon=True)
         self.process.start()
+        self.is_done = False
         there.close()
 
     def ask(self, what: str) -> Any:
         self.connection.send(what)
-        return self.receive()
+        answer = self.receive()
+        self.is_done = what == "peak"
+        return answer
+
+    def end(self) -> None:
+        """Let a process that has told its peak end by itself, which removes its temporary files; stop any other."""
+        self.process.join(10.0 if self.is_done else 0.0)
+        self.process.kill()
 
     def receive(self) -> Any:
         try:
