@@ -398,14 +398,3 @@ def test_the_fused_activation_is_used_where_megatron_would(monkeypatch: pytest.M
     for fused in (True, False):
         run(make_group(False, bias_activation_fusion=fused), [3, 1, 5, 2])
     assert calls == [True, False]
-
-
-def test_few_rows_on_several_threads() -> None:
-    """The product of the transposed matrices takes the place of the rows' own."""
-    counts, threads = [3, 0, 5, 2], torch.get_num_threads()
-    one = run(make_group(False), counts)
-    torch.set_num_threads(2)
-    try:
-        assert_same(run(make_group(False), counts), one)
-    finally:
-        torch.set_num_threads(threads)
