@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
     from mixmoe_megatron.evaluation.generation_benchmark import build_models, measure_generation
-    from mixmoe_megatron.evaluation.provenance import cpu_model, git_commit
+    from mixmoe_megatron.evaluation.provenance import measured_on
     from mixmoe_megatron.metadata import package_versions
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported
@@ -53,9 +53,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'model':<10}{'tokens/s':>10}{'of dense':>10}")
     for name, rate in rates.items():
         print(f"{name:<10}{rate:>10.1f}{rate / rates['dense']:>10.3f}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
-    origin = {"commit": git_commit(), "versions": package_versions(), "threads": torch.get_num_threads()}
-    result = {"tokens_per_second": rates, **origin, "device": device, "command": sys.argv, "arguments": vars(args)}
+    origin = measured_on(package_versions())
+    result = {"tokens_per_second": rates, **origin, "command": sys.argv, "arguments": vars(args)}
     print(json.dumps(result))
     if args.output is not None:
         write_json(args.output, result)

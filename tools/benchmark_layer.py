@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")
         from mixmoe_megatron.backends import HAVE_TE
         from mixmoe_megatron.planning.layer_benchmark import LayerCase, measure_layer, start_megatron
-    from mixmoe_megatron.evaluation.provenance import cpu_model, git_commit
+    from mixmoe_megatron.evaluation.provenance import measured_on
     from mixmoe_megatron.metadata import package_versions
 
     hidden_size = args.hidden_size or SHAPES[args.shape][0]
@@ -86,9 +86,8 @@ def run(args: argparse.Namespace) -> None:
         row = measure_layer(case, args.turns)
         rows.append({**dataclasses.asdict(case), **row, "dtype": args.dtype})
         print(f"{experts:>7}{stage:>6}  {backend:<10}" + "".join(f"{text:>10}" for text in texts(row)), flush=True)
-    device = torch.cuda.get_device_name() if cuda else cpu_model()
-    origin = {"commit": git_commit(), "versions": package_versions(), "threads": torch.get_num_threads()}
-    result = {"cases": rows, **origin, "device": device, "command": sys.argv, "arguments": vars(args)}
+    origin = measured_on(package_versions())
+    result = {"cases": rows, **origin, "command": sys.argv, "arguments": vars(args)}
     print(json.dumps(result))
     if args.output is not None:
         write_json(args.output, result)

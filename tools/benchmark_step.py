@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
-    from mixmoe_megatron.evaluation.provenance import cpu_model, git_commit, package_versions
+    from mixmoe_megatron.evaluation.provenance import measured_on, package_versions
     from mixmoe_megatron.training.step_benchmark import ENGINE, PLAIN, Task, measure
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported before any process starts
@@ -61,9 +61,8 @@ def run(args: argparse.Namespace) -> None:
         columns = zip(("seconds", "peak_bytes", "flops"), (1.0, 1e6, 1e9), (3, 1, 1), strict=True)
         texts = [f"{row[key] / unit:>9.{digits}f}{row[key] / full[key]:>7.2f}" for key, unit, digits in columns]
         print(f"{name:<32}" + "".join(texts))
-    device = torch.cuda.get_device_name() if cuda else cpu_model()
-    origin = {"commit": git_commit(), "versions": package_versions(), "threads": torch.get_num_threads()}
-    result = {"systems": systems, **origin, "device": device, "command": sys.argv, "arguments": vars(args)}
+    origin = measured_on(package_versions())
+    result = {"systems": systems, **origin, "command": sys.argv, "arguments": vars(args)}
     print(json.dumps(result))
     if args.output is not None:
         write_json(args.output, result)

@@ -38,6 +38,18 @@ def cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
+def measured_on(versions: dict[str, str]) -> dict[str, Any]:
+    """Return what the reader of a measurement must know: commit, versions, threads, and the GPU's or processor's name.
+
+    Args:
+        versions: of the packages that matter to it.
+    """
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
+    return {"commit": git_commit(), "versions": versions, "threads": torch.get_num_threads(), "device": device}
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
