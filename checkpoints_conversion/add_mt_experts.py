@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.conversion.stage2 import Stage2Request, prepare_stage2, run_stage2
 
 

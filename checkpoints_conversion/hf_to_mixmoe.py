@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, run_import
-from mixmoe_megatron.conversion.ranks import joined_ranks
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
+from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mixmoe_megatron.checkpoint.ranks import joined_ranks
+from mixmoe_megatron.checkpoint.safetensors_io import parse_size
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
-from mixmoe_megatron.conversion.ranks import joined_ranks
-from mixmoe_megatron.conversion.safetensors_io import parse_size
 
 
 def build_parser() -> argparse.ArgumentParser:

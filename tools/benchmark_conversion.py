@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from mixmoe_megatron.cli import run_command, setup_logging, write_json
-from mixmoe_megatron.conversion.benchmark import MODELS, measure
+from mixmoe_megatron.planning.conversion_benchmark import MODELS, measure
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> None:
         raise MixMoEError("--batch-size, --prompt-length, --new-tokens and --turns must be positive.")
     import torch
 
+    from mixmoe_megatron.checkpoint.metadata import package_versions
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
-    from mixmoe_megatron.evaluation.generation_benchmark import build_models, measure_generation
     from mixmoe_megatron.evaluation.provenance import measured_on
-    from mixmoe_megatron.metadata import package_versions
+    from mixmoe_megatron.planning.generation_benchmark import build_models, measure_generation
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported
     models = build_models(args.hf_dir, getattr(torch, args.dtype))

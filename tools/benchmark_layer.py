@@ -60,17 +60,17 @@ def run(args: argparse.Namespace) -> None:
         raise MixMoEError("sizes, --experts, --topk, --tokens and --turns must be positive.")
     import torch
 
-    from mixmoe_megatron.cpu_mode import enable_cpu_mode
+    from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
     cuda = torch.cuda.is_available()
     enable_cpu_mode()
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # Megatron, of its own default
     with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
-        from mixmoe_megatron.backends import HAVE_TE
+        from mixmoe_megatron.model.backends import HAVE_TE
         from mixmoe_megatron.planning.layer_benchmark import LayerCase, measure_layer, start_megatron
+    from mixmoe_megatron.checkpoint.metadata import package_versions
     from mixmoe_megatron.evaluation.provenance import measured_on
-    from mixmoe_megatron.metadata import package_versions
 
     hidden_size = args.hidden_size or SHAPES[args.shape][0]
     start_megatron()

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
     from mixmoe_megatron.evaluation.provenance import measured_on, package_versions
-    from mixmoe_megatron.training.step_benchmark import ENGINE, PLAIN, Task, measure
+    from mixmoe_megatron.planning.step_benchmark import ENGINE, PLAIN, Task, measure
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported before any process starts
     cuda = torch.cuda.is_available()

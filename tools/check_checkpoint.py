@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mixmoe_megatron.checkpoint.health import find_damage, saved_iterations, whole_iteration
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.conversion.checkpoint_health import find_damage, saved_iterations, whole_iteration
 
 
 def build_parser() -> argparse.ArgumentParser:

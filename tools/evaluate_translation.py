@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from mixmoe_megatron.evaluation.generation import GenerationOptions
     from mixmoe_megatron.evaluation.runner import EvaluationPlan, evaluate
     from mixmoe_megatron.evaluation.segments import named_paths, read_monolingual
-    from mixmoe_megatron.evaluation.tables import format_tables
+    from mixmoe_megatron.study.tables import format_tables
 
     mono = named_paths(args.mono, "--mono")
     dtype, device = choose(args.dtype, args.device)

@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> None:
     from itertools import combinations
 
     from mixmoe_megatron.dtypes import choose
-    from mixmoe_megatron.evaluation.figures import draw_routing
     from mixmoe_megatron.evaluation.models import load_model
     from mixmoe_megatron.evaluation.routing import language_distance, measure_routing, specialisation
     from mixmoe_megatron.evaluation.segments import named_paths, read_monolingual
-    from mixmoe_megatron.evaluation.tables import routing_table, specialisation_table
+    from mixmoe_megatron.study.figures import draw_routing
+    from mixmoe_megatron.study.tables import routing_table, specialisation_table
 
     paths = named_paths(args.mono, "--mono")
     texts = {language: read_monolingual(path, limit=args.limit, seed=args.seed) for language, path in paths.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.options import add_option_arguments
+from mixmoe_megatron.model.options import add_option_arguments
 
 GPU_TYPES = ("A100-40G", "A100-80G", "H100")
 OPTIONS = ("num_experts_per_group", "topk_per_group", "moe_every", "moe_layer_placement")
@@ -46,11 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Make the plan and print it."""
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
-    from mixmoe_megatron.options import MixMoEOptions
+    from mixmoe_megatron.model.options import MixMoEOptions
+    from mixmoe_megatron.planning.cluster_plan import make_plan
     from mixmoe_megatron.planning.costs import GPUS, Cluster
     from mixmoe_megatron.planning.layouts import Batch, Model
-    from mixmoe_megatron.planning.plan import make_plan
-    from mixmoe_megatron.planning.report import describe_plan, plan_to_dict
+    from mixmoe_megatron.planning.plan_report import describe_plan, plan_to_dict
 
     for name in ("gpus", "global_batch_size", "micro_batch_size", "seq_length", "gpus_per_node", "show"):
         if getattr(args, name) < 1:

@@ -109,7 +109,7 @@ compile_binding() {
 
 verify() {
   CUDA_HOME=$VENV/include OMP_NUM_THREADS=1 "$VENV/bin/python" -W ignore -c '
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 enable_cpu_mode()
 import transformer_engine.pytorch
 from megatron.core.extensions.transformer_engine import HAVE_TE

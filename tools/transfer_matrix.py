@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Read the evaluation and write the matrix."""
     from mixmoe_megatron.evaluation.provenance import read_json
     from mixmoe_megatron.evaluation.segments import named_values
-    from mixmoe_megatron.evaluation.transfer import transfer_matrix, write_transfer
+    from mixmoe_megatron.study.transfer import transfer_matrix, write_transfer
 
     trained = named_values(args.trained, "--trained", "PAIR")
     write_transfer(transfer_matrix(read_json(args.evaluation), trained, args.stage1), args.output_dir, toy=args.toy)

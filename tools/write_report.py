@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Read the inputs and write the report."""
     from mixmoe_megatron.evaluation.provenance import read_json
-    from mixmoe_megatron.evaluation.report import ReportInputs, write_report
-    from mixmoe_megatron.evaluation.training_log import read_training_log
+    from mixmoe_megatron.study.report import ReportInputs, write_report
+    from mixmoe_megatron.study.training_log import read_training_log
 
     logs = {
         "Stage 1: monolingual text, LM experts": args.stage1_log,

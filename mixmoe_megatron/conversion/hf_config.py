@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.conversion.hf_files import own_file
+from mixmoe_megatron.checkpoint.hf_files import own_file
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata
 
 CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}

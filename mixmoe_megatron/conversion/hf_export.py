@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.checkpoint.health import whole_iteration
+from mixmoe_megatron.checkpoint.hf_files import TOKENIZER_DIR, copy_side_files, model_card, published_name
+from mixmoe_megatron.checkpoint.megatron_checkpoint import EMBEDDING, TorchDistReader, vocabulary_rows
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata
+from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
+from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
+from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.cli import whole_file
-from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
+from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.hf_config import check_architecture, model_family
-from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, model_card, published_name
-from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
-from mixmoe_megatron.conversion.megatron_checkpoint import EMBEDDING, TorchDistReader, vocabulary_rows
-from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_fold
-from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
-from mixmoe_megatron.conversion.progress import progress
-from mixmoe_megatron.conversion.ranks import ALONE, Ranks
-from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata
-from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.model.mapping import TABLES, Context, Sizes
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes, router_fold
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mixmoe_megatron.conversion.bits import Bits
-from mixmoe_megatron.conversion.fingerprint import HashedSource
+from mixmoe_megatron.checkpoint.bits import Bits
+from mixmoe_megatron.checkpoint.fingerprint import HashedSource
+from mixmoe_megatron.checkpoint.hf_files import TOKENIZER_DIR, copy_side_files, side_files
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, package_versions, read_metadata, write_metadata
+from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
+from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
+from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader
+from mixmoe_megatron.checkpoint.stored import Region
+from mixmoe_megatron.checkpoint.torch_dist_writer import write_torch_dist
+from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.hf_config import dense_config, megatron_args_from_hf, read_hf_config
-from mixmoe_megatron.conversion.hf_files import TOKENIZER_DIR, copy_side_files, side_files
-from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes, extra_state_keys
-from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
-from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, model_sizes, router_generators
-from mixmoe_megatron.conversion.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.conversion.plan import (
     LazyTensor,
     Source,
@@ -27,15 +31,11 @@ from mixmoe_megatron.conversion.plan import (
     make_plan,
     verify_written,
 )
-from mixmoe_megatron.conversion.progress import progress
-from mixmoe_megatron.conversion.ranks import ALONE, Ranks
-from mixmoe_megatron.conversion.safetensors_io import SafetensorsReader
-from mixmoe_megatron.conversion.stored import Region
-from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, package_versions, read_metadata, write_metadata
-from mixmoe_megatron.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
+from mixmoe_megatron.model.mapping import TABLES, Context, Sizes, extra_state_keys
+from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
+from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes, router_generators
 
 # Buffers that old Llama checkpoints store beside their weights.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")

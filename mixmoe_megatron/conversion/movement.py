@@ -15,9 +15,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from mixmoe_megatron.conversion.bits import Bits, bits_type
-from mixmoe_megatron.conversion.mappings import Context, Row, Sizes
-from mixmoe_megatron.conversion.stored import Region
+from mixmoe_megatron.checkpoint.bits import Bits, bits_type
+from mixmoe_megatron.checkpoint.stored import Region
+from mixmoe_megatron.model.mapping import Context, Row, Sizes
 
 
 class Movement:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig
-from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
-from mixmoe_megatron.conversion.megatron_checkpoint import NOT_WEIGHTS
-from mixmoe_megatron.conversion.model_sizes import STAGE_NUMBERS, padded_vocab_size
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.checkpoint.health import whole_iteration
+from mixmoe_megatron.checkpoint.megatron_checkpoint import NOT_WEIGHTS
+from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import Metadata, read_metadata
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.sizes import STAGE_NUMBERS, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def build_megatron_model(metadata: Metadata, dtype: torch.dtype = torch.float32,
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
+    from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 
     args = metadata.megatron_args
     config = transformer_config(metadata, dtype, **fields)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mixmoe_megatron.conversion.bits import FLOAT_DTYPES, ITEMSIZE, Bits, all_finite, as_bytes, from_torch, to_torch
-from mixmoe_megatron.conversion.mappings import Context, Row, Sizes, T
+from mixmoe_megatron.checkpoint.bits import FLOAT_DTYPES, ITEMSIZE, Bits, all_finite, as_bytes, from_torch, to_torch
+from mixmoe_megatron.checkpoint.stored import Region, in_order, whole
 from mixmoe_megatron.conversion.movement import movement
-from mixmoe_megatron.conversion.stored import Region, in_order, whole
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.mapping import Context, Row, Sizes, T
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,22 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixmoe_megatron.conversion.bits import Bits, from_torch
-from mixmoe_megatron.conversion.checkpoint_health import whole_iteration
-from mixmoe_megatron.conversion.fingerprint import HashedSource
+from mixmoe_megatron.checkpoint.bits import Bits, from_torch
+from mixmoe_megatron.checkpoint.fingerprint import HashedSource
+from mixmoe_megatron.checkpoint.health import whole_iteration
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, vocabulary_rows
+from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, require_stage
+from mixmoe_megatron.checkpoint.output_dir import check_output_dir
+from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
+from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.hf_import import write_checkpoint
-from mixmoe_megatron.conversion.mappings import TABLES, Sizes
-from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, vocabulary_rows
-from mixmoe_megatron.conversion.model_sizes import model_sizes, router_generators
-from mixmoe_megatron.conversion.output_dir import check_output_dir
 from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, describe_plan, expand
-from mixmoe_megatron.conversion.ranks import ALONE, Ranks
-from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import Metadata, read_metadata, require_stage
-from mixmoe_megatron.options import MixMoEOptions
-from mixmoe_megatron.upcycling import init_router_weight
+from mixmoe_megatron.model.mapping import TABLES, Sizes
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.sizes import model_sizes, router_generators
+from mixmoe_megatron.model.upcycling import init_router_weight
 
 if TYPE_CHECKING:
     import torch

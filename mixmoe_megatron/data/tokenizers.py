@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, read_metadata
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
 
 logger = logging.getLogger(__name__)
 

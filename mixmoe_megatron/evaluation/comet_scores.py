@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation.metrics import check_counts
+from mixmoe_megatron.evaluation.scores import check_counts
 
 logger = logging.getLogger(__name__)
 DEFAULT_COMET = "Unbabel/wmt22-comet-da"

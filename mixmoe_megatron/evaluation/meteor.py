@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation.metrics import bleu_of, check_counts
+from mixmoe_megatron.evaluation.scores import bleu_of, check_counts
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from mixmoe_megatron.checkpoint.metadata import package_versions as checkpoint_versions
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import package_versions as checkpoint_versions
 
 _SCORING_PACKAGES = ("sacrebleu", "tokenizers", "matplotlib")
 

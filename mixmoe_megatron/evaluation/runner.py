@@ -28,15 +28,15 @@ from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comet_scores import CometScorer
-from mixmoe_megatron.evaluation.comparison import COMPARISON_SUFFIXES, write_comparison
 from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
 from mixmoe_megatron.evaluation.meteor import meteor_is_installed, report_missing_parts, score_meteor
-from mixmoe_megatron.evaluation.metrics import METRIC_NAMES, bleu_of, compare, score
 from mixmoe_megatron.evaluation.models import LoadedModel, check_model, fingerprint, load_model
 from mixmoe_megatron.evaluation.perplexity import measure_perplexity
 from mixmoe_megatron.evaluation.provenance import git_commit, package_versions, read_json
 from mixmoe_megatron.evaluation.routing import is_mixmoe, measure_routing
+from mixmoe_megatron.evaluation.scores import METRIC_NAMES, bleu_of, compare, score
 from mixmoe_megatron.evaluation.segments import Direction, sha256_of_texts
+from mixmoe_megatron.study.comparison import COMPARISON_SUFFIXES, write_comparison
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per ele
 
 from __future__ import annotations
 
-from mixmoe_megatron.conversion.mappings import Sizes
+from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 
 _LOGIT_COPIES_BYTES = 4  # the float32 softmax, whose place its gradient takes (bfloat16's then takes the logits')

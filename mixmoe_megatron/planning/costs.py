@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from mixmoe_megatron.flops import peak_flops, step_flops
-from mixmoe_megatron.freezing import is_trained
+from mixmoe_megatron.model.flops import peak_flops, step_flops
+from mixmoe_megatron.model.freezing import is_trained
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 from mixmoe_megatron.planning.memory import rank_parameters
 

@@ -26,8 +26,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig
-from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.moe_layer import MixMoELayer
 
 _WARMUP = 2
 _STREAM_BYTES = 2**28  # of memory whose reading and writing are timed: more than caches hold

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from mixmoe_megatron.conversion.mappings import Sizes
-from mixmoe_megatron.conversion.model_sizes import model_sizes, padded_vocab_size
+from mixmoe_megatron.checkpoint.metadata import STAGES
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import STAGES
-from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.model.mapping import Sizes
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.sizes import model_sizes, padded_vocab_size
 
 #: stage -> its name among `metadata.STAGES`, which `model_sizes` takes
 _STAGE_NAMES = {0: STAGES[0], 1: STAGES[2], 2: STAGES[3]}

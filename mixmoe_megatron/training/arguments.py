@@ -13,13 +13,13 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mixmoe_megatron.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
 from mixmoe_megatron.conversion.hf_config import check_architecture
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.conversion.model_sizes import padded_vocab_size
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import this_machine
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
+from mixmoe_megatron.model.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
+from mixmoe_megatron.model.sizes import padded_vocab_size
 from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
 
 #: stage to train -> (stages of the checkpoint it may start from, how to get one)

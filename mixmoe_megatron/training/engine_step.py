@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from megatron.core.utils import get_attr_wrapped_model
 
-from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.frozen_prefix import set_frozen_prefix
-from mixmoe_megatron.metadata import Metadata, write_metadata
+from mixmoe_megatron.model.config import MixMoEOptions
+from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
 from mixmoe_megatron.training.arguments import PARENT_STAGES, add_mixmoe_args, apply_options, complete_arguments
 from mixmoe_megatron.training.pretrain import build_config, stand_alone_environment
 
@@ -62,10 +62,10 @@ def engine_step(
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
 
-    from mixmoe_megatron.training.optimizer_kernels import use_torch_kernels
+    from mixmoe_megatron.megatron_patches.optimizer_kernels import use_torch_kernels
+    from mixmoe_megatron.megatron_patches.throughput import install_metrics
     from mixmoe_megatron.training.startup import freeze_and_report
     from mixmoe_megatron.training.step import forward_step
-    from mixmoe_megatron.training.throughput import install_metrics
 
     args = _arguments(hf_config, batch["tokens"].shape, stage, flags)
     _start_megatron(args)

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import training
 from megatron.training.global_vars import set_args
 
-from mixmoe_megatron.conversion.megatron_checkpoint import RELEASE, iteration_directory
+from mixmoe_megatron.checkpoint.megatron_checkpoint import RELEASE, iteration_directory
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training.arguments import has_checkpoint
 from mixmoe_megatron.training.refusals import one_sentence

@@ -19,14 +19,14 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.training import training
 from torch import Tensor
 
+from mixmoe_megatron.checkpoint.megatron_checkpoint import LAYER, TRACKER_FILE
+from mixmoe_megatron.checkpoint.ranks import Ranks
 from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 from mixmoe_megatron.conversion.hf_import import ImportRequest, PreparedImport, read_hf_model
-from mixmoe_megatron.conversion.megatron_checkpoint import LAYER, TRACKER_FILE
 from mixmoe_megatron.conversion.plan import LazyTensor
-from mixmoe_megatron.conversion.ranks import Ranks
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.model.options import MixMoEOptions
 
 #: How `sharded_state_dict` names and cuts tensors when there is no checkpoint to ask.
 CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.checkpoint.metadata import Metadata
 from mixmoe_megatron.machine import order_device_queues, prepare_megatron
-from mixmoe_megatron.metadata import Metadata
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ def main() -> None:
         from megatron.training.arguments import parse_args
         from megatron.training.global_vars import set_global_variables
 
+    from mixmoe_megatron.megatron_patches.saving import check_start
     from mixmoe_megatron.training.arguments import STAGE_NAMES, add_mixmoe_args, apply_options, complete_arguments
     from mixmoe_megatron.training.datasets import configure_data, tell_of_another_order
     from mixmoe_megatron.training.going_on import check_schedule, is_finished, saved_run
     from mixmoe_megatron.training.refusals import check_loggers, one_sentence
-    from mixmoe_megatron.training.saving import check_start
     from mixmoe_megatron.training.startup import check_save_directory
 
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -70,15 +70,15 @@ def _train(args: Any, config: Any, metadata: Metadata) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    from mixmoe_megatron.megatron_patches.resume import mend_optimizers
+    from mixmoe_megatron.megatron_patches.saving import not_finite, secure_saving, where_to_go_on
+    from mixmoe_megatron.megatron_patches.throughput import install_metrics
     from mixmoe_megatron.training.arguments import STAGE_NAMES, has_checkpoint
     from mixmoe_megatron.training.datasets import datasets_provider, training_data
     from mixmoe_megatron.training.hf_directories import export_after_saves
     from mixmoe_megatron.training.refusals import one_sentence
-    from mixmoe_megatron.training.resume import mend_optimizers
-    from mixmoe_megatron.training.saving import not_finite, secure_saving, where_to_go_on
     from mixmoe_megatron.training.startup import prepare_save_directory
     from mixmoe_megatron.training.step import forward_step
-    from mixmoe_megatron.training.throughput import install_metrics
 
     source = Path(args.load if args.load and has_checkpoint(Path(args.load)) else args.init_from)
     data = [] if args.dry_run else training_data(args, STAGE_NAMES[args.mixmoe_stage])
@@ -131,7 +131,7 @@ def checked_config(args: Any) -> Any:
     from megatron.training.arguments import validate_args
 
     from mixmoe_megatron.training.datasets import has_variable_lengths
-    from mixmoe_megatron.training.layouts import check_layout
+    from mixmoe_megatron.training.layout_refusals import check_layout
     from mixmoe_megatron.training.refusals import one_sentence
 
     check_layout(args)
@@ -156,8 +156,8 @@ def build_config(args: Any) -> Any:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from mixmoe_megatron.config import MixMoETransformerConfig
-    from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
+    from mixmoe_megatron.model.config import MixMoETransformerConfig
+    from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 
     transformer = core_transformer_config_from_args(args, config_class=MixMoETransformerConfig)
     model = gpt_config_from_args(args, config=transformer)

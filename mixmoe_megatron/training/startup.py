@@ -17,15 +17,15 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.training import get_args
 
-from mixmoe_megatron.conversion.fingerprint import weights_xxh128
-from mixmoe_megatron.conversion.hf_files import copy_side_files
+from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
+from mixmoe_megatron.checkpoint.hf_files import copy_side_files
+from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
-from mixmoe_megatron.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
-from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.model.freezing import freeze_for_stage, parameter_report
+from mixmoe_megatron.model.moe_layer import MixMoELayer
 from mixmoe_megatron.training.arguments import STAGE_NAMES
 from mixmoe_megatron.training.hf_directories import CONTENT_METADATA, is_hf_directory, load_from_hf, open_hf_start
 

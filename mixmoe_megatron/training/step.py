@@ -23,7 +23,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
-from mixmoe_megatron.training.throughput import count_lengths
+from mixmoe_megatron.megatron_patches.throughput import count_lengths
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
 

@@ -19,14 +19,14 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.freezing import part_of
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
+from mixmoe_megatron.model.freezing import part_of
 from tests.te.pretend import pretend_cuda
 
 with pretend_cuda():  # Transformer Engine asks on import
     from megatron.bridge import AutoBridge
 
-    import mixmoe_megatron.conversion.megatron_bridge  # noqa: F401  (registers Mix-MoE)
+    import mixmoe_megatron.integrations.megatron_bridge  # noqa: F401  (registers Mix-MoE)
 
 
 def draw_spectral_weights(model: torch.nn.Module) -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixmoe_megatron.freezing import is_trained
 from mixmoe_megatron.hf import register_auto_classes
+from mixmoe_megatron.model.freezing import is_trained
 from tests.distributed.conftest import COMMON
 from tests.distributed.test_hf_training import contents
 from tests.distributed.test_n_equals_one import (

@@ -112,7 +112,7 @@ def test_ranks_share_the_work_and_write_the_same_bytes(converted: Path, tmp_path
 
 def set_file_bytes(value: int) -> None:
     """Cut a checkpoint into more files than its size asks for."""
-    from mixmoe_megatron.conversion import torch_dist_writer
+    from mixmoe_megatron.checkpoint import torch_dist_writer
 
     torch_dist_writer._FILE_BYTES = value
 
@@ -159,7 +159,8 @@ def test_a_disk_that_is_full_at_the_end_ends_all(converted: Path, tmp_path: Path
 
 def kill_at(number: int) -> None:
     """Let this process be killed when it converts its n-th block, or, for -1, before the result is renamed."""
-    from mixmoe_megatron.conversion import output_dir, plan
+    from mixmoe_megatron.checkpoint import output_dir
+    from mixmoe_megatron.conversion import plan
 
     blocks, seen = plan.LazyTensor.blocks, []
 

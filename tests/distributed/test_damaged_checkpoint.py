@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from mixmoe_megatron.checkpoint.health import find_damage
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.cli import EXIT_BAD_INPUT
-from mixmoe_megatron.conversion.checkpoint_health import find_damage
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
 from tests.helpers.forked import Job, run_job
 from tests.helpers.training import checkpoint_tensors, train_words
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
+from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.freezing import is_trained
-from mixmoe_megatron.metadata import Metadata, write_metadata
-from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.model.freezing import is_trained
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 from mixmoe_megatron.planning.memory import rank_parameters, stage_memory
 from tests.helpers.bases import BASES, GPUS, PARAMETERS

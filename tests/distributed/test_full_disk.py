@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mixmoe_megatron.conversion.checkpoint_health import find_damage
-from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.checkpoint.health import find_damage
+from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
 from tests.helpers.crashes import file_size_limit_from, full_disk_from
 from tests.helpers.forked import Job, run_job
 from tests.helpers.training import train_words

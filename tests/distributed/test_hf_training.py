@@ -17,9 +17,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mixmoe_megatron.conversion.fingerprint import weights_xxh128
+from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
+from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.metadata import read_metadata
 from mixmoe_megatron.training.hf_directories import HfLoadStrategy
 from tests.helpers.conversion import load_weights_of, run_conversion
 from tests.helpers.forked import run_job

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from mixmoe_megatron.conversion.checkpoint_health import find_damage
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE, iteration_directory
+from mixmoe_megatron.checkpoint.health import find_damage
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE, iteration_directory
 from tests.helpers.crashes import die_at_change, record_changes
 from tests.helpers.forked import Job
 from tests.helpers.training import checkpoint_tensors, train_words

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mixmoe_megatron.config import MixMoEOptions
-from mixmoe_megatron.conversion.model_sizes import model_sizes
-from mixmoe_megatron.evaluation.training_log import Curves, read_training_log
-from mixmoe_megatron.flops import step_flops
-from mixmoe_megatron.metadata import read_metadata
+from mixmoe_megatron.checkpoint.metadata import read_metadata
+from mixmoe_megatron.model.config import MixMoEOptions
+from mixmoe_megatron.model.flops import step_flops
+from mixmoe_megatron.model.sizes import model_sizes
+from mixmoe_megatron.study.training_log import Curves, read_training_log
 from tests.helpers.forked import run_job
 from tests.helpers.training import make_tiny_world, train_words
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
-from mixmoe_megatron.freezing import is_trained
+from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.model.freezing import is_trained
 from tests.distributed.conftest import COMMON, STEPS, Log
 from tests.helpers.training import checkpoint_tensors, train
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.metadata import read_metadata
-from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 from mixmoe_megatron.planning.memory import stage_memory
 from tests.helpers.forked import run_job

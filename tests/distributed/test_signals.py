@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE, iteration_directory
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE, iteration_directory
 from tests.helpers.forked import Job, run_job
 from tests.helpers.training import checkpoint_tensors, train, train_words
 

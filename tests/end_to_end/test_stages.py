@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.parity import build_megatron_model, load_weights, single_process
 from mixmoe_megatron.data.tokenizers import open_tokenizer
-from mixmoe_megatron.freezing import freeze_for_stage
-from mixmoe_megatron.metadata import read_metadata
+from mixmoe_megatron.model.freezing import freeze_for_stage
 from tests.end_to_end.conftest import Run
 from tests.helpers.training import TINY_RUN, run_command, train
 

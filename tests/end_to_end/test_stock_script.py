@@ -1,4 +1,4 @@
-"""A stock Megatron script with `--spec mixmoe_megatron.training.stock stageN` trains what our own command trains."""
+"""A stock Megatron script with our `--spec` trains what our own command trains."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmoe_megatron.freezing import is_trained
+from mixmoe_megatron.checkpoint.metadata import read_metadata
+from mixmoe_megatron.integrations.stock_megatron import stock_flags
 from mixmoe_megatron.machine import Machine
-from mixmoe_megatron.metadata import read_metadata
-from mixmoe_megatron.training.stock import stock_flags
+from mixmoe_megatron.model.freezing import is_trained
 from tests.end_to_end.conftest import Run
 from tests.helpers.conversion import run_conversion
 from tests.helpers.forked import Job, run_job
@@ -25,7 +25,13 @@ def stock_words(stage: int, parent: Path, data: Path, save: Path, extra: str = "
     own = f"--pretrained-checkpoint {parent} --load {save} --save {save} --save-interval 1000 --train-iters {STEPS} "
     own += f"--data-path 1 {data} --data-cache-path {save.parent}/cache {TINY_RUN} {extra}"
     flags = [*Machine().flags(), *stock_flags(stage, own.split()), *own.split()]
-    return ["tests/helpers/stock_entry.py", "--spec", "mixmoe_megatron.training.stock", f"stage{stage}", *flags]
+    return [
+        "tests/helpers/stock_entry.py",
+        "--spec",
+        "mixmoe_megatron.integrations.stock_megatron",
+        f"stage{stage}",
+        *flags,
+    ]
 
 
 def run_stock(stage: int, parent: Path, data: Path, save: Path, extra: str = "", processes: int = 1) -> Job:

@@ -41,7 +41,7 @@ def attention_error(kernel: Any, layout: str) -> float:
     from megatron.core.transformer.enums import AttnMaskType
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from mixmoe_megatron.attention import TorchCoreAttention
+    from mixmoe_megatron.model.attention import TorchCoreAttention
     from tests.gpu.layer import start_megatron
     from tests.helpers.megatron import make_config, make_options, process_groups
 

@@ -47,7 +47,7 @@ def relabel(upcycled: Path, stage1: Path) -> None:
     import shutil
     from dataclasses import replace
 
-    from mixmoe_megatron.metadata import read_metadata, write_metadata
+    from mixmoe_megatron.checkpoint.metadata import read_metadata, write_metadata
 
     shutil.copytree(upcycled, stage1)
     write_metadata(stage1, replace(read_metadata(upcycled), stage="stage1"))

@@ -34,7 +34,7 @@ def make_layer(backend: str, stage: int, n: int, dtype: Any) -> Any:
     """Return a layer on the device, its values the same for every backend."""
     import torch
 
-    from mixmoe_megatron.moe_layer import MixMoELayer
+    from mixmoe_megatron.model.moe_layer import MixMoELayer
     from tests.helpers.megatron import make_config, make_options, process_groups
 
     use_te = backend == "te"
@@ -113,7 +113,7 @@ def expected(layer: Any) -> dict[str, Any]:
     from torch.func import functional_call
 
     from mixmoe_megatron.hf.modeling_mixmoe import router_aux_loss
-    from mixmoe_megatron.spectral import fold_router_weight
+    from mixmoe_megatron.model.spectral import fold_router_weight
     from tests.helpers.reference import reference_block
 
     block, o = reference_block(layer, HIDDEN), layer.config.options()
@@ -186,7 +186,7 @@ def run(rows: Rows) -> None:
 
 def need(backend: str) -> None:
     """Raise NotRun where a backend is not there."""
-    from mixmoe_megatron.backends import HAVE_TE
+    from mixmoe_megatron.model.backends import HAVE_TE
 
     if backend == "te" and (not HAVE_TE or DEVICE == "cpu"):
         raise NotRun("Transformer Engine is not installed" if not HAVE_TE else "Transformer Engine needs a GPU")

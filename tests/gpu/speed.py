@@ -51,8 +51,8 @@ def run_syncs(rows: Rows) -> None:
     import torch
 
     from mixmoe_megatron.conversion.hf_config import read_hf_config
-    from mixmoe_megatron.cpu_mode import enable_cpu_mode
     from mixmoe_megatron.machine import prepare_megatron
+    from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
     if DEVICE == "cpu":
         raise NotRun("a CPU waits for nothing")
@@ -78,11 +78,11 @@ def run_syncs(rows: Rows) -> None:
 def run_step(rows: Rows) -> None:
     """Check 8: a training step of both stages beside full fine-tuning, at Llama-3.2-1B's width, 8 layers, bfloat16."""
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-    from mixmoe_megatron.options import MixMoEOptions
+    from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.activations import activation_bytes
     from mixmoe_megatron.planning.layouts import Batch, Layout, Model
     from mixmoe_megatron.planning.memory import stage_memory
-    from mixmoe_megatron.training.step_benchmark import ENGINE, Task, measure
+    from mixmoe_megatron.planning.step_benchmark import ENGINE, Task, measure
     from tests.helpers.bases import BASES
 
     if DEVICE == "cpu":

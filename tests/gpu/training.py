@@ -105,7 +105,7 @@ def check_frozen(before: dict[str, Any], after: dict[str, Any], stage: int) -> d
     """Hold every frozen tensor to its bits and every trained one to having moved."""
     import torch
 
-    from mixmoe_megatron.freezing import is_trained
+    from mixmoe_megatron.model.freezing import is_trained
 
     counts = {"frozen": 0, "trained": 0}
     for name, tensor in after.items():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixmoe_megatron.metadata import read_metadata, write_metadata
+from mixmoe_megatron.checkpoint.metadata import read_metadata, write_metadata
 
 Damage = Callable[[Path], object]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -61,7 +61,7 @@ def build_rank(args: Any, container: Any, rank: int) -> tuple[list[Any], Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import initialize, training
 
-    from mixmoe_megatron.freezing import freeze_for_stage
+    from mixmoe_megatron.model.freezing import freeze_for_stage
 
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mixmoe_megatron import cpu_mode
+from mixmoe_megatron.megatron_patches import cpu_mode
 
 #: Operations whose result, or the size of whose result, is known when the device has done all work before it.
 _VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

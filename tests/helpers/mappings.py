@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mixmoe_megatron.conversion.bits import Bits, from_torch
-from mixmoe_megatron.conversion.mappings import TABLES, Context, Sizes
+from mixmoe_megatron.checkpoint.bits import Bits, from_torch
+from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.conversion.plan import LazyTensor, expand
-from mixmoe_megatron.conversion.stored import Region
+from mixmoe_megatron.model.mapping import TABLES, Context, Sizes
 
 DENSE = Sizes(
     num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, kv_channels=3,

@@ -11,10 +11,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
-from mixmoe_megatron.config import MixMoEOptions, MixMoETransformerConfig
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
-from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
+from mixmoe_megatron.model.moe_layer import MixMoELayer
 
 VOCAB_SIZE = 64
 

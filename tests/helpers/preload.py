@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
 enable_cpu_mode()
 for name in (
@@ -18,7 +18,7 @@ for name in (
     "mixmoe_megatron.training.step",
     "mixmoe_megatron.training.datasets",
     "mixmoe_megatron.evaluation.runner",
-    "mixmoe_megatron.evaluation.tables",
+    "mixmoe_megatron.study.tables",
     "nltk.translate.meteor_score",
     "transformers.models.qwen2.modeling_qwen2",
 ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mixmoe_megatron.hf.configuration_mixmoe import MixMoEConfig
 from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock
-from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.model.moe_layer import MixMoELayer
 
 
 def reference_block(layer: MixMoELayer, hidden_size: int) -> MixMoEBlock:

@@ -17,10 +17,10 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE, iteration_directory
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, read_metadata
 from mixmoe_megatron.conversion import parity
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE, iteration_directory
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.metadata import METADATA_FILE, read_metadata
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
 
 def resave(checkpoint: Path, output: Path, sizes: dict[str, int]) -> None:

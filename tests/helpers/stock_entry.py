@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.machine import prepare_megatron
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
 enable_cpu_mode()
 prepare_megatron()

@@ -122,7 +122,7 @@ def logged(output: str) -> tuple[list[float], list[float]]:
 
 def checkpoint_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return the model tensors of the newest iteration of a checkpoint, by their names in the model."""
-    from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader, iteration_directory
+    from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iteration_directory
     from mixmoe_megatron.conversion.plan import read_tensor
 
     reader = TorchDistReader(iteration_directory(directory))
@@ -140,7 +140,7 @@ def saved_objects(directory: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    from mixmoe_megatron.conversion.megatron_checkpoint import iteration_directory
+    from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
 
     state: dict[str, Any] = {}
     reader = FileSystemReader(iteration_directory(directory))

@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 
 from mixmoe_megatron.hf.modeling_mixmoe import router_aux_loss
-from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.model.moe_layer import MixMoELayer
 from tests.helpers.megatron import initialize_megatron, make_config, make_layer, make_options
 from tests.helpers.reference import reference_block
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixmoe_megatron.config import MixMoEOptions
+from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata
 from mixmoe_megatron.conversion import parity
-from mixmoe_megatron.conversion.mappings import TABLES, extra_state_keys
-from mixmoe_megatron.conversion.model_sizes import model_sizes
 from mixmoe_megatron.conversion.plan import expand
 from mixmoe_megatron.hf import register_auto_classes
-from mixmoe_megatron.metadata import Metadata, read_metadata
+from mixmoe_megatron.model.config import MixMoEOptions
+from mixmoe_megatron.model.mapping import TABLES, extra_state_keys
+from mixmoe_megatron.model.sizes import model_sizes
 from tests.helpers.conversion import base_fields, run_conversion
 from tests.helpers.tiny_hf import save_tiny_dense
 
@@ -121,7 +121,7 @@ def save_random_model(checkpoint: Path, metadata: Metadata) -> torch.nn.Module:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from mixmoe_megatron.metadata import write_metadata
+    from mixmoe_megatron.checkpoint.metadata import write_metadata
 
     model = parity.build_megatron_model(metadata)
     generator = torch.Generator().manual_seed(5)

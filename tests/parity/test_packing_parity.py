@@ -12,10 +12,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch.nn import functional
 
-from mixmoe_megatron.attention import TorchCoreAttention
 from mixmoe_megatron.data.packing import collate_packs
 from mixmoe_megatron.data.parallel import collate
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.attention import TorchCoreAttention
 from mixmoe_megatron.training.step import document_bounds, packed_documents
 from tests.helpers.megatron import VOCAB_SIZE, gradients, initialize_megatron, make_config, make_model, make_options
 

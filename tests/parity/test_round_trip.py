@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mixmoe_megatron.conversion.fingerprint import weights_xxh128
+from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
+from mixmoe_megatron.checkpoint.metadata import read_metadata, write_metadata
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.conversion.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.conversion.plan import read_tensor
-from mixmoe_megatron.metadata import read_metadata, write_metadata
 from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
 from tests.helpers.tiny_hf import randomize, save_tiny_dense, tiny_mixmoe, tiny_mixmoe_config
 

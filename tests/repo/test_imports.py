@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,46 +12,31 @@ import pytest
 
 from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, is_within, module_name
 
-# megatron.core and torch, nothing above them
-MATHS_MODULES = [
-    "attention",
-    "backends",
-    "config",
-    "expert_ops",
-    "expert_sharding",
-    "experts",
-    "freezing",
-    "layer_specs",
-    "moe_layer",
-]
-MATHS_MODULES += ["router", "spectral", "upcycling"]
-MODEL_MODULES = [f"{PACKAGE}.{name}" for name in MATHS_MODULES if name not in ("config", "spectral")] + [
-    f"{PACKAGE}.hf"
-]
-# The one module whose import needs a package that is not installed: nothing imports it, `make test-bridge` tests it.
-OPTIONAL_MODULE = f"{PACKAGE}.conversion.megatron_bridge"
+# The modules whose import needs a package that is not installed: nothing imports it, `make test-bridge` tests it.
+OPTIONAL_MODULE = f"{PACKAGE}.integrations.megatron_bridge"
 NOT_THE_PACKAGE = ["tools", "examples", "checkpoints_conversion", "tests"]
+# What a model computes with; its sizes, options and operations are plain Python that every room may read.
+_COMPUTING = ("attention", "backends", "expert_ops", "experts", "freezing", "frozen_prefix", "layer_specs")
+MODEL_CODE = [f"{PACKAGE}.model.{name}" for name in (*_COMPUTING, "moe_layer", "router")]
+MODEL_CODE += [f"{PACKAGE}.hf"]
 
 # files -> what they may not import, with exceptions
 FORBIDDEN: list[tuple[str, list[str], list[str]]] = [
     ("mixmoe_megatron/**", NOT_THE_PACKAGE, []),
-    *(
-        (f"mixmoe_megatron/{name}.py", ["megatron.training", "transformers", f"{PACKAGE}.training"], [])
-        for name in MATHS_MODULES
-    ),
-    ("mixmoe_megatron/data/**", ["megatron", *MODEL_MODULES], ["megatron.core.datasets"]),
-    ("mixmoe_megatron/evaluation/**", ["megatron", *MODEL_MODULES], ["megatron.core.datasets", f"{PACKAGE}.hf"]),
+    ("mixmoe_megatron/model/**", ["megatron.training", "transformers"], []),
+    ("mixmoe_megatron/data/**", ["megatron", *MODEL_CODE], ["megatron.core.datasets"]),
+    ("mixmoe_megatron/evaluation/**", ["megatron", *MODEL_CODE], ["megatron.core.datasets", f"{PACKAGE}.hf"]),
+    ("mixmoe_megatron/study/**", ["megatron", *MODEL_CODE], []),
 ]
 
 # files -> the only modules outside the standard library that they may import
 ALLOWED: list[tuple[str, list[str]]] = [
     ("mixmoe_megatron/hf/**", ["torch", "transformers", f"{PACKAGE}.hf"]),
-    ("mixmoe_megatron/upcycling.py", ["torch", f"{PACKAGE}.errors"]),
-    (
-        "mixmoe_megatron/conversion/*mapping*.py",
-        ["torch", "numpy", f"{PACKAGE}.errors", f"{PACKAGE}.upcycling", f"{PACKAGE}.conversion"],
-    ),
+    ("mixmoe_megatron/model/upcycling.py", ["torch", f"{PACKAGE}.errors"]),
+    ("mixmoe_megatron/model/mapping.py", ["torch", "numpy", f"{PACKAGE}.errors", f"{PACKAGE}.model"]),
 ]
+# The rooms that may import megatron.training; the benchmarks of planning/ run what training/ runs.
+ON_MEGATRON_TRAINING = ("training/", "megatron_patches/", "integrations/", "planning/")
 
 
 def package_files(pattern: str) -> list[str]:
@@ -85,15 +71,15 @@ def test_nothing_imports_the_optional_module() -> None:
     assert not [file for file in files for name, _ in imported_names(file) if is_within(name, OPTIONAL_MODULE)]
 
 
-def test_only_training_imports_megatron_training() -> None:
-    """The one exception replaces Megatron functions on a machine without CUDA, and imports them when it is asked to."""
-    cpu_mode = f"{PACKAGE}/cpu_mode.py"
+def test_few_rooms_import_megatron_training() -> None:
+    """CPU mode replaces Megatron functions on a machine without CUDA, and imports them only when it is asked to."""
+    cpu_mode = f"{PACKAGE}/megatron_patches/cpu_mode.py"
     at_module_level = [name for name, _ in imported_names(cpu_mode, module_level_only=True)]
     assert not any(is_within(name, "megatron.training") for name in at_module_level)
     found = [
         f"{file}:{line} imports {name}"
         for file in package_files("*")
-        if not file.startswith((f"{PACKAGE}/training/", cpu_mode))
+        if not file.startswith(tuple(f"{PACKAGE}/{room}" for room in ON_MEGATRON_TRAINING))
         for name, line in imported_names(file)
         if is_within(name, "megatron.training") or is_within(name, f"{PACKAGE}.training")
     ]
@@ -183,3 +169,14 @@ def test_every_module_imports_without_gpu_libraries_warnings_or_side_effects() -
     problems = json.loads(answer)
     assert not problems, "\n".join(problems)
     assert not printed.strip(), f"importing prints: {printed}"
+
+
+@pytest.mark.parametrize(("old", "name"), [("training.stock", "stage1"), ("conversion.megatron_bridge", "__doc__")])
+def test_old_import_paths_answer_with_a_warning(old: str, name: str) -> None:
+    module = importlib.import_module(f"{PACKAGE}.{old}")
+    if name.startswith("__"):  # Megatron-Bridge is not installed here
+        assert PACKAGE in getattr(module, name)
+    else:
+        with pytest.warns(FutureWarning, match="is now mixmoe_megatron.integrations.stock_megatron"):
+            assert callable(getattr(module, name))
+    assert not hasattr(module, "__path__")

@@ -21,10 +21,10 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
+from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, write_metadata
 from mixmoe_megatron.conversion import parity
-from mixmoe_megatron.conversion.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.freezing import freeze_for_stage, parameter_report
-from mixmoe_megatron.metadata import Metadata, read_metadata, write_metadata
+from mixmoe_megatron.model.freezing import freeze_for_stage, parameter_report
 from mixmoe_megatron.training.startup import load_parent
 from tests.te.pretend import pretend_cuda
 

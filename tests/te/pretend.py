@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
 enable_cpu_mode()  # before torch.cuda.is_available() tells lies
 

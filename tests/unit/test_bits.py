@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixmoe_megatron.conversion.bits import (
+from mixmoe_megatron.checkpoint.bits import (
     FLOAT_DTYPES,
     ITEMSIZE,
     all_finite,

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixmoe_megatron.checkpoint.health import find_damage, saved_iterations, whole_iteration
+from mixmoe_megatron.checkpoint.megatron_checkpoint import COMMON_STATE_KEY, TRACKER_FILE, stored_entries
+from mixmoe_megatron.checkpoint.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.cli import EXIT_BAD_INPUT, whole_file
-from mixmoe_megatron.conversion.checkpoint_health import find_damage, saved_iterations, whole_iteration
-from mixmoe_megatron.conversion.megatron_checkpoint import COMMON_STATE_KEY, TRACKER_FILE, stored_entries
-from mixmoe_megatron.conversion.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.errors import MixMoEError
 from tests.helpers.mappings import lazy
 from tools.check_checkpoint import main

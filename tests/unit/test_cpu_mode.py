@@ -96,7 +96,7 @@ def test_cuda_stays_away_where_lightning_lets_torch_ask_nvml() -> None:
     run_program(
         """
         import os
-        from mixmoe_megatron.cpu_mode import enable_cpu_mode
+        from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         assert enable_cpu_mode() and torch.cuda.device_count() == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixmoe_megatron import expert_ops
+from mixmoe_megatron.model import expert_ops
 
 
 @pytest.mark.parametrize("few_rows", [0, 512])  # never, or wherever it may, the product of the transposed matrices

@@ -13,11 +13,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.backends import LocalSpecProvider
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixmoe_megatron import backends
-from mixmoe_megatron.backends import choose_experts_backend
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.expert_ops import weighted_swiglu
-from mixmoe_megatron.experts import ExpertGroup, MixMoEExperts
+from mixmoe_megatron.model import backends
+from mixmoe_megatron.model.backends import choose_experts_backend
+from mixmoe_megatron.model.expert_ops import weighted_swiglu
+from mixmoe_megatron.model.experts import ExpertGroup, MixMoEExperts
 from tests.helpers.megatron import gradients, initialize_megatron, make_config, make_options, process_groups
 
 N, H = 4, 24
@@ -315,7 +315,7 @@ def test_a_backend_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     backends._log_once.cache_clear()
-    with caplog.at_level("INFO", logger="mixmoe_megatron.backends"):
+    with caplog.at_level("INFO", logger="mixmoe_megatron.model.backends"):
         make_experts("torch")
         make_experts("torch")
     assert [record.message for record in caplog.records] == ["Mix-MoE experts run on the backend torch: asked for."]
@@ -338,7 +338,7 @@ def test_te_groups_are_megatrons_grouped_mlps(monkeypatch: pytest.MonkeyPatch) -
 
     spec = SimpleNamespace(grouped_mlp_modules=lambda grouped: GroupedMLP)
     monkeypatch.setattr(provider, "TESpecProvider", lambda: spec)
-    monkeypatch.setattr("mixmoe_megatron.experts.choose_experts_backend", lambda config, n: "te")
+    monkeypatch.setattr("mixmoe_megatron.model.experts.choose_experts_backend", lambda config, n: "te")
     experts = MixMoEExperts(8, config_for(stage=2), pg_collection=process_groups(), name="mlp.experts")
     hidden = torch.randn(10, H)
     output, bias = experts(hidden, torch.tensor([1, 2, 0, 0, 3, 4, 0, 0]), torch.rand(10))
@@ -393,8 +393,8 @@ def test_weighted_swiglu(fused: bool, dtype: torch.dtype) -> None:
 
 
 def test_the_fused_activation_is_used_where_megatron_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr("mixmoe_megatron.experts.weighted_swiglu", lambda x, p, fused: calls.append(fused) or x[:, ::2])
+    target, calls = "mixmoe_megatron.model.experts.weighted_swiglu", []
+    monkeypatch.setattr(target, lambda x, p, fused: calls.append(fused) or x[:, ::2])
     for fused in (True, False):
         run(make_group(False, bias_activation_fusion=fused), [3, 1, 5, 2])
     assert calls == [True, False]

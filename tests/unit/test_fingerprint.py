@@ -11,10 +11,10 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixmoe_megatron.conversion.fingerprint import HashedSource, weights_xxh128
+from mixmoe_megatron.checkpoint.fingerprint import HashedSource, weights_xxh128
+from mixmoe_megatron.checkpoint.ranks import Ranks
+from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.conversion.ranks import Ranks
-from mixmoe_megatron.conversion.stored import Region
 from tests.helpers.conversion import base_fields, run_conversion
 from tests.helpers.mappings import CountedMemory, Memory
 from tests.helpers.tiny_hf import save_tiny_dense
@@ -68,7 +68,7 @@ READ_AGAIN = {"nothing": 60, "backwards": 30, "a part": 20, "a part and some of 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_was_read_in_order_is_not_read_again(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    monkeypatch.setattr("mixmoe_megatron.conversion.fingerprint.BLOCK_BYTES", 40)  # a row
+    monkeypatch.setattr("mixmoe_megatron.checkpoint.fingerprint.BLOCK_BYTES", 40)  # a row
     counted = CountedMemory(TENSORS)
     source = HashedSource(counted)
     for region in ORDERS[order]:
@@ -91,7 +91,7 @@ def test_parts_of_experts_are_in_order_too() -> None:
 
 def test_blocks_smaller_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fingerprint()
-    monkeypatch.setattr("mixmoe_megatron.conversion.fingerprint.BLOCK_BYTES", 12)
+    monkeypatch.setattr("mixmoe_megatron.checkpoint.fingerprint.BLOCK_BYTES", 12)
     source = HashedSource(Memory(TENSORS))
     source.read_region("a", rows(0, 1))
     assert source.fingerprint() == expected

@@ -8,10 +8,10 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmoe_megatron.conversion.mappings import Sizes
-from mixmoe_megatron.conversion.model_sizes import model_sizes
-from mixmoe_megatron.flops import StepFlops, step_flops
-from mixmoe_megatron.freezing import freeze_for_stage
+from mixmoe_megatron.model.flops import StepFlops, step_flops
+from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.model.mapping import Sizes
+from mixmoe_megatron.model.sizes import model_sizes
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options, model_loss
 
 BATCH, LENGTH = 3, 8

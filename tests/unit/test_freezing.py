@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.freezing import fingerprint, freeze_for_stage, is_trained, parameter_report, part_of
-from mixmoe_megatron.frozen_prefix import set_frozen_prefix
+from mixmoe_megatron.model.freezing import fingerprint, freeze_for_stage, is_trained, parameter_report, part_of
+from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
 from tests.helpers.megatron import gradients, initialize_megatron, make_config, make_model, make_options, model_loss
 
 OPTIONS = make_options(moe_layer_placement="2,3", num_experts_per_group=4)
@@ -221,5 +221,5 @@ def test_a_model_from_other_specs_is_refused() -> None:
 
     config = make_config(OPTIONS, 0)
     model = make_model(config, spec=get_gpt_layer_local_spec(normalization="RMSNorm"))
-    with pytest.raises(MixMoEError, match=r"do not come from mixmoe_megatron.layer_specs"):
+    with pytest.raises(MixMoEError, match=r"do not come from mixmoe_megatron.model.layer_specs"):
         freeze_for_stage(model, 0)

@@ -19,8 +19,8 @@ from megatron.training import training
 
 from mixmoe_megatron.data.packing import collate_packs
 from mixmoe_megatron.data.parallel import collate
-from mixmoe_megatron.freezing import freeze_for_stage
-from mixmoe_megatron.metrics import install_metrics_tracker
+from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.model.metrics import install_metrics_tracker
 from mixmoe_megatron.training import step
 from tests.helpers.host_syncs import HostSync, refused_syncs
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options

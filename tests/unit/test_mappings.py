@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmoe_megatron.conversion.bits import Bits
-from mixmoe_megatron.conversion.mappings import TABLES, Sizes, extra_state_keys
+from mixmoe_megatron.checkpoint.bits import Bits
+from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
-from mixmoe_megatron.conversion.stored import Region
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.mapping import TABLES, Sizes, extra_state_keys
 from tests.helpers.mappings import CONTEXT, DENSE, MOE, Memory, random_hf, values
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import markdown
 import pytest
 
-from mixmoe_megatron.conversion.hf_files import model_card
-from mixmoe_megatron.evaluation.comparison import latex_comparison, markdown_comparison
-from mixmoe_megatron.evaluation.figures import draw_scores
-from mixmoe_megatron.evaluation.html_report import render_html
-from mixmoe_megatron.evaluation.report import ReportInputs, render_report, write_report
-from mixmoe_megatron.evaluation.tables import table
-from mixmoe_megatron.evaluation.transfer import markdown_transfer, transfer_matrix
+from mixmoe_megatron.checkpoint.hf_files import model_card
+from mixmoe_megatron.checkpoint.metadata import Metadata
 from mixmoe_megatron.markup import bold, code_span, escape_latex, escape_markdown
-from mixmoe_megatron.metadata import Metadata
+from mixmoe_megatron.study.comparison import latex_comparison, markdown_comparison
+from mixmoe_megatron.study.figures import draw_scores
+from mixmoe_megatron.study.html_report import render_html
+from mixmoe_megatron.study.report import ReportInputs, render_report, write_report
+from mixmoe_megatron.study.tables import table
+from mixmoe_megatron.study.transfer import markdown_transfer, transfer_matrix
 
 TEXTS = [
     'Klick <script>document.title="x"</script>',

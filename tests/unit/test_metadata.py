@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import (
+from mixmoe_megatron.checkpoint.metadata import (
     METADATA_FILE,
     Metadata,
     read_metadata,
     require_stage,
     write_metadata,
 )
+from mixmoe_megatron.errors import MixMoEError
 
 
 def make_metadata(**fields) -> Metadata:

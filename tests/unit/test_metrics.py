@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation.metrics import compare, score
+from mixmoe_megatron.evaluation.scores import compare, score
 
 REFERENCES = ["The house is old.", "Children play in the garden.", "The river runs through the town, slowly.", "Yes!"]
 BASELINE = ["The home is old", "Kids in garden", "A river goes past that city", ""]

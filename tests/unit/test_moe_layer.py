@@ -9,10 +9,10 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe import token_dispatcher
 
-from mixmoe_megatron.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.layer_specs import mixmoe_decoder_block_spec
-from mixmoe_megatron.moe_layer import MixMoELayer
+from mixmoe_megatron.model.attention import TorchCoreAttention, TorchRMSNorm
+from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
+from mixmoe_megatron.model.moe_layer import MixMoELayer
 from tests.helpers.megatron import (
     gradients,
     initialize_megatron,

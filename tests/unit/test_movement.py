@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixmoe_megatron.conversion.bits import to_torch
+from mixmoe_megatron.checkpoint.bits import to_torch
+from mixmoe_megatron.checkpoint.safetensors_io import SINGLE_FILE, SafetensorsReader
+from mixmoe_megatron.checkpoint.stored import Region, in_order
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
-from mixmoe_megatron.conversion.mappings import TABLES, Sizes
 from mixmoe_megatron.conversion.plan import LazyTensor, Unit, expand, make_plan, read_tensor
-from mixmoe_megatron.conversion.safetensors_io import SINGLE_FILE, SafetensorsReader
-from mixmoe_megatron.conversion.stored import Region, in_order
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.mapping import TABLES, Sizes
 from tests.helpers.conversion import base_fields
 from tests.helpers.mappings import CONTEXT, DENSE, MOE, CountedMemory, random_hf
 from tests.helpers.tiny_hf import save_tiny_dense

@@ -11,8 +11,8 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as base_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixmoe_megatron.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.training.optimizer_kernels import use_torch_kernels
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.megatron_patches.optimizer_kernels import use_torch_kernels
 
 
 def needs_cuda(*args: Any, **kwargs: Any) -> None:

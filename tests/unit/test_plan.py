@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.freezing import freeze_for_stage
-from mixmoe_megatron.options import MixMoEOptions
+from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.activations import activation_bytes
+from mixmoe_megatron.planning.cluster_plan import make_plan, rank_memory, usable_memory
 from mixmoe_megatron.planning.costs import GPUS, Cluster, step_costs
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model, layouts
-from mixmoe_megatron.planning.plan import make_plan, rank_memory, usable_memory
 from tests.helpers.bases import BASES
 from tests.helpers.bases import GPUS as EXAMPLE_GPUS
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options, model_loss

@@ -14,12 +14,12 @@ import pytest
 from matplotlib.image import imread
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation.comparison import latex_comparison, markdown_comparison, write_comparison
-from mixmoe_megatron.evaluation.figures import smooth
-from mixmoe_megatron.evaluation.interference import bits_per_byte_change
-from mixmoe_megatron.evaluation.report import TOY_NOTE, ReportInputs, build_summary, render_report, write_report
-from mixmoe_megatron.evaluation.tables import format_tables, p_value_text, signed, table
-from mixmoe_megatron.evaluation.training_log import read_training_log
+from mixmoe_megatron.study.comparison import latex_comparison, markdown_comparison, write_comparison
+from mixmoe_megatron.study.figures import smooth
+from mixmoe_megatron.study.interference import bits_per_byte_change
+from mixmoe_megatron.study.report import TOY_NOTE, ReportInputs, build_summary, render_report, write_report
+from mixmoe_megatron.study.tables import format_tables, p_value_text, signed, table
+from mixmoe_megatron.study.training_log import read_training_log
 from tests.helpers.browser import BROWSER, Page
 
 SYSTEMS = ("base", "stage1", "mixmoe")

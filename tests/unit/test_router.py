@@ -13,9 +13,14 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixmoe_megatron.metrics import install_metrics_tracker
-from mixmoe_megatron.router import MixMoERouter
-from mixmoe_megatron.spectral import fold_router_weight, fold_spectral_weight, random_projection, spectral_features
+from mixmoe_megatron.model.metrics import install_metrics_tracker
+from mixmoe_megatron.model.router import MixMoERouter
+from mixmoe_megatron.model.spectral import (
+    fold_router_weight,
+    fold_spectral_weight,
+    random_projection,
+    spectral_features,
+)
 from tests.helpers.megatron import initialize_megatron, make_config, make_layer, make_options
 
 TRANSFORMS = ["fft", "dct", "random"]

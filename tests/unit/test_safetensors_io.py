@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixmoe_megatron.conversion.output_dir import whole_directory
-from mixmoe_megatron.conversion.plan import LazyTensor, read_tensor
-from mixmoe_megatron.conversion.safetensors_io import (
+from mixmoe_megatron.checkpoint.output_dir import whole_directory
+from mixmoe_megatron.checkpoint.safetensors_io import (
     INDEX_FILE,
     SINGLE_FILE,
     SafetensorsReader,
     parse_size,
     write_safetensors,
 )
+from mixmoe_megatron.conversion.plan import LazyTensor, read_tensor
 from mixmoe_megatron.errors import MixMoEError
 from tests.helpers.mappings import lazy
 

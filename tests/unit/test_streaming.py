@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mixmoe_megatron.conversion import streaming
-from mixmoe_megatron.conversion.streaming import FileView, in_parallel, opened
+from mixmoe_megatron.checkpoint import streaming
+from mixmoe_megatron.checkpoint.streaming import FileView, in_parallel, opened
 
 
 def test_results_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.data.tokenizers import (
     Prompt,
     TextTokenizer,
@@ -19,7 +20,6 @@ from mixmoe_megatron.data.tokenizers import (
     open_tokenizer,
 )
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.metadata import Metadata, write_metadata
 from tests.helpers.tiny_tokenizers import KINDS, make_tokenizer
 
 

@@ -15,11 +15,11 @@ import torch
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 
-from mixmoe_megatron.conversion import torch_format
-from mixmoe_megatron.conversion.bits import ITEMSIZE, from_torch, to_torch
-from mixmoe_megatron.conversion.stored import whole
-from mixmoe_megatron.conversion.streaming import FileView, opened
-from mixmoe_megatron.conversion.torch_format import find_tensor, write_object, write_tensor
+from mixmoe_megatron.checkpoint import torch_format
+from mixmoe_megatron.checkpoint.bits import ITEMSIZE, from_torch, to_torch
+from mixmoe_megatron.checkpoint.stored import whole
+from mixmoe_megatron.checkpoint.streaming import FileView, opened
+from mixmoe_megatron.checkpoint.torch_format import find_tensor, write_object, write_tensor
 
 SHAPES: list[tuple[int, ...]] = [(), (0, 3), (5,), (4, 6), (2, 3, 4)]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mixmoe_megatron.evaluation.transfer import (
+from mixmoe_megatron.study.transfer import (
     csv_transfer,
     gain_cells,
     markdown_transfer,

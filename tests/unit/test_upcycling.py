@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mixmoe_megatron import upcycling
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model import upcycling
 
 HIDDEN, FFN, EXPERTS = 6, 12, 4
 

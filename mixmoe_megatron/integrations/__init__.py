@@ -1,0 +1,1 @@
+"""Mix-MoE inside other programs: an unmodified Megatron-LM script, Megatron-Bridge."""

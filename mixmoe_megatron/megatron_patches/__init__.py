@@ -1,0 +1,1 @@
+"""Every change that is made to stock Megatron-LM."""

@@ -1,0 +1,305 @@
+"""Expert groups on grouped GEMMs, and the container that gives each group its tokens.
+
+Shape legend: T tokens of a group on this rank (a token counts once per chosen expert), H hidden_size, F
+moe_ffn_hidden_size / expert tensor parallel size, n experts of a group on this rank, E = 2 n (stage 2) or n (stage 1).
+
+Two modules, not one: the LM group is frozen in stage 2, and a grouped linear layer is frozen as a whole or not at all.
+A frozen group computes no weight gradient: autograd asks its layers for the input gradient only.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import utils
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.backends import choose_experts_backend
+from mixmoe_megatron.model.config import options_and_stage
+from mixmoe_megatron.model.expert_ops import grouped_linear, looped_linear, weighted_swiglu
+from mixmoe_megatron.model.metrics import recording_tracker
+from mixmoe_megatron.model.sharding import StackedWeight
+
+
+class GroupedLinear(torch.nn.Module):
+    """One bias-free linear layer per expert, in one stacked weight; y_e = x_e W_e^T.
+
+    Args:
+        num_local_experts: n, experts of the group on this rank.
+        input_size: full (unsharded) input width.
+        output_size: full output width.
+        config: a MixMoETransformerConfig.
+        init_method: fills an [output_size, input_size] float32 tensor in place.
+        parallel_axis: weight axis that expert tensor parallelism splits: 0 (column) or 1 (row).
+        stride: 2 when the output is a gate and an up projection, each split on its own, else 1.
+        pg_collection: Megatron's process groups (ep, expt_tp).
+        use_grouped_mm: one grouped GEMM instead of a GEMM per expert.
+
+    Attributes:
+        weight: [n, output_size, input_size] params_dtype, one of the two sizes divided by the expert TP size.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Any,
+        parallel_axis: int,
+        stride: int,
+        pg_collection: ProcessGroupCollection,
+        use_grouped_mm: bool,
+    ):
+        super().__init__()
+        self.use_grouped_mm = use_grouped_mm
+        self.parallel_axis, self.stride = parallel_axis, stride
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        full_shape = [output_size, input_size]
+        shape = list(full_shape)
+        shape[parallel_axis] //= utils.get_pg_size(self.tp_group)
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
+        set_tensor_model_parallel_attributes(self.weight, True, parallel_axis + 1, stride)
+        if config.perform_initialization:
+            self._initialize(init_method, full_shape, config)
+        self.register_load_state_dict_pre_hook(_drop_extra_state)
+
+    @torch.no_grad()
+    def _initialize(self, init_method: Any, full_shape: list[int], config: TransformerConfig) -> None:
+        if not config.use_cpu_initialization:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                for expert in self.weight:
+                    init_method(expert)
+            return
+        # On the CPU every rank draws all experts, so that the model does not depend on the parallel sizes.
+        n, ep_rank, ep_size = len(self.weight), utils.get_pg_rank(self.ep_group), utils.get_pg_size(self.ep_group)
+        tp_rank, tp_size = utils.get_pg_rank(self.tp_group), utils.get_pg_size(self.tp_group)
+        for index in range(n * ep_size):
+            full = torch.empty(full_shape, dtype=torch.float32, device="cpu")
+            init_method(full)
+            if index // n == ep_rank:
+                blocks = full.chunk(self.stride * tp_size, dim=self.parallel_axis)
+                self.weight[index % n].copy_(torch.cat(blocks[tp_rank::tp_size], dim=self.parallel_axis))
+
+    def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+        """Apply each expert's layer to its rows: [T, in] sorted by expert -> [T, out].
+
+        Args:
+            x: [T, in], the experts' tokens one after the other; params_dtype.
+            tokens_per_expert: n counts, their sum T.
+        """
+        use_grouped_mm = self.use_grouped_mm and len(self.weight) > 1 and len(x) > 0
+        return (grouped_linear if use_grouped_mm else looped_linear)(x, self.weight, tokens_per_expert)
+
+
+def _drop_extra_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Drop Transformer Engine's `_extra_state` entries (empty without fp8), which this backend does not have."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}_extra_state")]:
+        del state_dict[key]
+
+
+class ExpertGroup(MegatronModule):
+    """The experts of one group: y = p * down(act(gate(h)) * up(h)), each token with its expert.
+
+    As in Megatron's own experts, p multiplies the activation before the second layer, which is the same (the layer is
+    linear). Under expert tensor parallelism the result is this rank's summand; the token dispatcher adds them up.
+
+    Source: Mix-MoE (arXiv:2605.24681) eq. 1-2.
+
+    Args:
+        num_local_experts: n, experts of this group on this rank.
+        config: a MixMoETransformerConfig.
+        pg_collection: Megatron's process groups (ep, expt_tp, expt_dp).
+        use_grouped_mm: one grouped GEMM per layer instead of a GEMM per expert.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        use_grouped_mm: bool,
+    ):
+        super().__init__(config=config)
+        self.pg_collection = pg_collection
+        build = partial(
+            GroupedLinear,
+            num_local_experts,
+            config=config,
+            pg_collection=pg_collection,
+            use_grouped_mm=use_grouped_mm,
+        )
+        hidden_size, ffn_size = config.hidden_size, config.moe_ffn_hidden_size
+        assert ffn_size is not None
+        self.linear_fc1 = build(hidden_size, 2 * ffn_size, init_method=config.init_method, parallel_axis=0, stride=2)
+        self.linear_fc2 = build(
+            ffn_size, hidden_size, init_method=config.output_layer_init_method, parallel_axis=1, stride=1
+        )
+        self.recompute_activation = config.recompute_granularity == "selective" and "moe_act" in (
+            config.recompute_modules or []
+        )
+
+    def _activation(self, gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        """Return p * SiLU(gate) * up: [T, 2 F], [T] float32 -> [T, F] in gate_up's dtype."""
+        return weighted_swiglu(gate_up, probs, fused=self.config.bias_activation_fusion)
+
+    def forward(self, hidden_states: torch.Tensor, tokens_per_expert: list[int], probs: torch.Tensor) -> torch.Tensor:
+        """Run the group.
+
+        Args:
+            hidden_states: [T, H] params_dtype, sorted by expert.
+            tokens_per_expert: n counts of tokens, their sum T.
+            probs: [T] float32, the factor of each token's output.
+
+        Returns:
+            [T, H] params_dtype.
+        """
+        gate_up = self.linear_fc1(hidden_states, tokens_per_expert)
+        if not self.recompute_activation:
+            return self.linear_fc2(self._activation(gate_up, probs), tokens_per_expert)
+        return self._recomputed_fc2(gate_up, tokens_per_expert, probs)
+
+    def _recomputed_fc2(self, gate_up: torch.Tensor, tokens_per_expert: list[int], probs: torch.Tensor) -> torch.Tensor:
+        """Return fc2(activation), keeping gate_up alone for the backward pass: the activation is computed again.
+
+        Megatron's CheckpointWithoutOutput does the same, but compiles C++ at run time.
+        """
+        activation = self._activation(gate_up, probs)  # keeps its inputs alone
+        storage = activation.untyped_storage().data_ptr()
+        again: list[torch.Tensor] = []
+
+        def pack(saved: torch.Tensor) -> Any:
+            if saved.untyped_storage().data_ptr() != storage:
+                return saved
+            return saved.size(), saved.stride(), saved.storage_offset()
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if torch.is_tensor(packed):
+                return packed
+            if not again:
+                with torch.no_grad():
+                    again.append(self._activation(gate_up, probs))
+            return again[0].as_strided(*packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.linear_fc2(activation, tokens_per_expert)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Return the sharded weights under the keys of Megatron's TEGroupedMLP and SequentialMLP."""
+        own_keys = bool((metadata or {}).get("singleton_local_shards", False))
+        result: ShardedStateDict = {}
+        for name, layer in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            axis, stride, groups = layer.parallel_axis, layer.stride, self.pg_collection
+            stacked = StackedWeight(name, layer.weight, axis, stride, groups, tuple(sharded_offsets), own_keys)
+            result.update(stacked.sharded_state_dict(prefix))
+        return result
+
+    def backward_dw(self) -> None:
+        """Do nothing: weight gradients are computed in the ordinary backward pass."""
+
+
+class MixMoEExperts(MegatronModule):
+    """The LM group and, in stage 2, the MT group on this rank.
+
+    Args:
+        num_local_experts: E, experts of both groups on this rank.
+        config: a MixMoETransformerConfig.
+        pg_collection: Megatron's process groups.
+        name: instance name, for Transformer Engine's modules.
+
+    Attributes:
+        layer_number: 1-based, for the log; set by the layer.
+
+    Raises:
+        MixMoEError: the backend asked for is not there or does not support the config.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(config=config)
+        if pg_collection is None:
+            raise MixMoEError("MixMoEExperts needs Megatron's process groups (pg_collection).")
+        _, self.stage = options_and_stage(config)
+        self.num_per_group = num_local_experts // self.stage
+        self.layer_number: int | None = None
+        self.tp_group = pg_collection.expt_tp
+        self.backend = choose_experts_backend(config, self.num_per_group)
+        self.lm_experts = self._build_group(pg_collection, f"{name}.lm_experts" if name else None)
+        if self.stage == 2:
+            self.mt_experts = self._build_group(pg_collection, f"{name}.mt_experts" if name else None)
+
+    def _build_group(self, pg_collection: ProcessGroupCollection, name: str | None) -> MegatronModule:
+        group: MegatronModule
+        if self.backend == "te":
+            from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+            build = TESpecProvider().grouped_mlp_modules(True)
+            group = build(self.num_per_group, self.config, pg_collection=pg_collection, name=name)
+        else:
+            group = ExpertGroup(self.num_per_group, self.config, pg_collection, use_grouped_mm=self.backend == "torch")
+        for weight in group.parameters():
+            # Experts belong to Megatron's expert process groups under every layout, also where these equal the dense
+            # ones: the optimizer then has the same parts, and its checkpoint loads under any layout.
+            weight.allreduce = False
+        return group
+
+    def groups(self) -> list[MegatronModule]:
+        """Return the groups in the order of their experts on this rank."""
+        return [self.lm_experts, self.mt_experts] if self.stage == 2 else [self.lm_experts]
+
+    def forward(
+        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Split the tokens once into the groups, run each, put the outputs back together.
+
+        Args:
+            hidden_states: [T, H] params_dtype, sorted by expert: LM tokens, then MT tokens.
+            tokens_per_expert: [E] integer counts; on the CPU they cost no synchronisation.
+            probs: [T] float32.
+
+        Returns:
+            output: [T, H]. bias: None.
+        """
+        counts, n = tokens_per_expert.tolist(), self.num_per_group
+        group_counts = [counts[start : start + n] for start in range(0, len(counts), n)]
+        sizes = [sum(group) for group in group_counts]
+        outputs = [
+            self._run_group(*work)
+            for work in zip(self.groups(), hidden_states.split(sizes), group_counts, probs.split(sizes), strict=True)
+        ]
+        if (tracker := recording_tracker(self)) and self.layer_number is not None:
+            for index, output in enumerate(outputs):
+                tracker.record_output(self.layer_number, index, output, self.tp_group)
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]), None
+
+    def _run_group(
+        self, group: MegatronModule, hidden_states: torch.Tensor, counts: list[int], probs: torch.Tensor
+    ) -> torch.Tensor:
+        if self.backend == "te":
+            return group(hidden_states, torch.tensor(counts), probs)[0]
+        return group(hidden_states, counts, probs)
+
+    def backward_dw(self) -> None:
+        """Compute delayed weight gradients (Transformer Engine only; the other backends delay none)."""
+        for group in self.groups():
+            if any(parameter.requires_grad for parameter in group.parameters()):
+                group.backward_dw()

@@ -1,0 +1,118 @@
+"""The Mix-MoE layer: Megatron's MoELayer with the group router and the two expert groups.
+
+Per token, with L the chosen LM experts, M the chosen MT experts, s the expert scale and p the groups' softmax:
+
+    stage 1:  y = sum_L s p E(h)
+    stage 2:  y = c (sum_L s p E(h) + sum_M s p E(h)),   c = 1/2 ("mean") or 1 ("sum")
+
+The groups combine in the router's probs, which carry c s p: one dispatch takes each token to its experts of both
+groups, and the dispatcher's sum over a token's experts is y. All else (dispatchers, recomputation, overlap) is
+Megatron's.
+
+Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mixmoe_megatron.model.config import options_and_stage
+from mixmoe_megatron.model.experts import MixMoEExperts
+from mixmoe_megatron.model.router import MixMoERouter
+
+
+class MixMoELayer(MoELayer):
+    """A Mix-MoE layer in place of a dense FFN.
+
+    Args:
+        config: a MixMoETransformerConfig.
+        submodules: router and experts; None: Mix-MoE's.
+        layer_number: 1-based, or None until `set_layer_number`.
+        pg_collection: Megatron's process groups; None: the global ones.
+        is_mtp_layer, name: passed on to Megatron.
+        kwargs: arguments of other Megatron versions, passed on.
+
+    Raises:
+        MixMoEError: the config does not go with Mix-MoE, for one num_experts_per_group not divisible by the
+            expert-parallel size.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ):
+        _, self.stage = options_and_stage(config)
+        super().__init__(
+            config=config,
+            submodules=submodules or MoESubmodules(experts=MixMoEExperts, router=MixMoERouter),
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+            **kwargs,
+        )
+        self.needs_input_gradient = _needs_input_gradient(config)
+        _sort_once(self.token_dispatcher)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the layer, [S, B, H] -> ([S, B, H], no bias). Further arguments are Megatron's."""
+        if self.needs_input_gradient and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the 1-based number of the layer, which is told when it is known."""
+        super().set_layer_number(layer_number)
+        self.experts.layer_number = layer_number
+
+    @torch.no_grad()
+    def initialize_mt_from_lm(self) -> None:
+        """Start the MT group as a copy of the LM group: experts always, the router unless mt_router_init is "random".
+
+        With the group combination "mean", stage 2 then begins exactly where stage 1 ended.
+
+        Source: Mix-MoE (arXiv:2605.24681) section III-A, MT Experts.
+        """
+        assert self.stage == 2, "only stage 2 has an MT group"
+        pairs = [(self.experts.lm_experts, self.experts.mt_experts)]
+        if self.router.options.mt_router_init == "copy":
+            pairs.append((self.router.lm, self.router.mt))
+        for source, target in pairs:
+            for (name, lm), (mt_name, mt) in zip(source.named_parameters(), target.named_parameters(), strict=True):
+                assert name == mt_name
+                mt.copy_(lm)
+
+
+def _sort_once(dispatcher: MoETokenDispatcher) -> None:
+    """Spare a rank that holds all experts the second of the all-to-all dispatcher's permutations, each way.
+
+    It brings what several ranks sent into the experts' order, in which one rank's own tokens are already: it would copy
+    them all, forward and backward. Megatron leaves it out for one expert, and asks for that number for nothing else.
+    """
+    if isinstance(dispatcher, MoEAlltoAllTokenDispatcher) and dispatcher.ep_size == dispatcher.tp_size == 1:
+        dispatcher.num_local_experts = 1
+
+
+def _needs_input_gradient(config: TransformerConfig) -> bool:
+    """Whether the layer's own gradients hang on that of its input, which the first MoE layer, above frozen ones, lacks.
+
+    Asking for it costs that layer the gradient of its input, which nothing below uses.
+    """
+    # A checkpoint runs its backward pass only when one of its inputs wants a gradient.
+    recomputes = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or [])
+    # Transformer Engine up to 2.14 permutes the gradient of the probs only where it permutes that of the tokens.
+    return recomputes or config.moe_permute_fusion

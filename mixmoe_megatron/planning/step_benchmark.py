@@ -1,0 +1,218 @@
+"""Time and peak memory of training steps, several systems side by side, each in a process of its own.
+
+The processes live together and take turns, so that all meet the same machine; a peak is that of one system alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.machine import prepare_megatron
+from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.model.config import MixMoEOptions
+from mixmoe_megatron.model.flops import step_flops
+from mixmoe_megatron.model.sizes import model_sizes
+from mixmoe_megatron.training.arguments import STAGE_NAMES
+from mixmoe_megatron.training.engine_step import engine_step, random_batch
+
+_LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
+WARMUP = 2  # steps of each system that do not count
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every system trains on.
+
+    Attributes:
+        hf_dir: holds config.json of the dense base.
+        batch_size: sequences a step.
+        seq_length: tokens a sequence.
+        flags: more flags of the training command.
+    """
+
+    hf_dir: str
+    batch_size: int
+    seq_length: int
+    flags: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """Something whose training step is measured.
+
+    Attributes:
+        name: in the table.
+        stage: 0 (dense, all is trained), 1 or 2.
+        engine: in the engine of this package; False: in plain transformers, stage 0 only.
+        frozen_prefix: the frozen layers below the first MoE layer build no graph.
+        fused: transformers with torch's fused AdamW.
+    """
+
+    name: str
+    stage: int = 0
+    engine: bool = True
+    frozen_prefix: bool = True
+    fused: bool = False
+
+
+PLAIN = (System("transformers, AdamW", engine=False), System("transformers, fused AdamW", engine=False, fused=True))
+ENGINE = (
+    System("engine, dense, all trained"),
+    System("engine, stage 1", 1),
+    System("engine, stage 2", 2),
+    System("stage 1, graph from the bottom", 1, frozen_prefix=False),
+    System("stage 2, graph from the bottom", 2, frozen_prefix=False),
+)
+
+
+def measure(systems: tuple[System, ...], task: Task, count: int) -> dict[str, dict[str, float]]:
+    """Run all systems' steps in turn.
+
+    Args:
+        systems: what to measure.
+        task: what they train on.
+        count: measured steps of each.
+
+    Returns:
+        For each name: `seconds` and `cpu_seconds` of a step (medians), `peak_bytes` (most memory in a step, over what
+        the process held before the model was built), `built_bytes` (of it before the first step: weights and gradient
+        buffers), `flops` (the least that the step has to do, `flops.step_flops`).
+
+    Raises:
+        MixMoEError: a process failed; its reason stands above.
+    """
+    workers = [_Worker(system, task) for system in systems]
+    try:
+        built = [worker.receive() for worker in workers]
+        times = [[worker.ask("step") for worker in workers] for _ in range(WARMUP + count)][WARMUP:]
+        peaks = [worker.ask("peak") for worker in workers]
+    finally:
+        for worker in workers:
+            worker.end()
+    rows = {}
+    for index, system in enumerate(systems):
+        wall, cpu = (median(row[index][kind] for row in times) for kind in (0, 1))
+        rows[system.name] = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peaks[index]}
+        rows[system.name] |= {"built_bytes": built[index], "flops": _flops(system.stage, task)}
+    return rows
+
+
+def _flops(stage: int, task: Task) -> float:
+    options = MixMoEOptions() if stage else None
+    sizes = model_sizes(megatron_args_from_hf(read_hf_config(task.hf_dir)), options, STAGE_NAMES[stage])
+    return step_flops(sizes, MixMoEOptions().topk_per_group, task.batch_size * task.seq_length, task.seq_length).total
+
+
+def _context() -> Any:
+    """How processes are started: forks save an import of Megatron each, but a process that has used CUDA has none.
+
+    The server of forks listens at a socket below the temporary folder, and the path of a socket is short.
+    """
+    if torch.cuda.is_available() or len(tempfile.gettempdir()) > _LONGEST_TEMPORARY_FOLDER:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+class _Worker:
+    """A process that builds one system and steps when it is asked to."""
+
+    def __init__(self, system: System, task: Task):
+        context = _context()
+        self.system, (self.connection, there) = system, context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, system, task), daemon=True)
+        self.process.start()
+        self.is_done = False
+        there.close()
+
+    def ask(self, what: str) -> Any:
+        self.connection.send(what)
+        answer = self.receive()
+        self.is_done = what == "peak"
+        return answer
+
+    def end(self) -> None:
+        """Let a process that has told its peak end by itself, which removes its temporary files; stop any other."""
+        self.process.join(10.0 if self.is_done else 0.0)
+        self.process.kill()
+
+    def receive(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise MixMoEError(f"the process of {self.system.name!r} failed; its error stands above.") from None
+
+
+def _serve(connection: Connection, system: System, task: Task) -> None:
+    """The process: report what the built model takes, then answer "step" and "peak"."""
+    try:
+        os.dup2(2, 1)  # what Megatron and gloo print is no result
+        enable_cpu_mode()
+        prepare_megatron()
+        before = _memory()[0]
+        step = _make_step(system, task)
+        connection.send(_memory()[0] - before)
+        _reset_peak()
+        while connection.recv() == "step":
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            torch.cuda.synchronize()  # in CPU mode it does nothing
+            connection.send((time.perf_counter() - wall, time.process_time() - cpu))
+        connection.send(_memory()[1] - before)
+    except Exception:
+        traceback.print_exc()
+
+
+def _make_step(system: System, task: Task) -> Callable[[], Any]:
+    config = read_hf_config(task.hf_dir)
+    batch = random_batch(config["vocab_size"], task.batch_size, task.seq_length)
+    if system.engine:
+        return engine_step(config, batch, system.stage, task.flags, system.frozen_prefix)
+    return _plain_step(task.hf_dir, batch, system.fused)
+
+
+def _plain_step(hf_dir: str, batch: dict[str, torch.Tensor], fused: bool) -> Callable[[], None]:
+    """Return a training step of the dense model in plain transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf_dir), dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused or None)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=batch["tokens"], labels=batch["tokens"], use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _memory() -> tuple[int, int]:
+    """Return the bytes held now and at the peak: of the GPU's memory, without CUDA of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
+    now, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # VmHWM := VmRSS
