@@ -25,7 +25,7 @@ from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, m
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES, Context, Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes, router_fold
+from mixmoe_megatron.model.sizes import model_sizes, router_fold
 
 
 @dataclass(frozen=True)
@@ -82,37 +82,37 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
     metadata = read_metadata(request.checkpoint_dir)
     check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
-    options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
+    options = MixMoEOptions.from_dict(metadata.options or {})
     reader = TorchDistReader(directory)
     rows = vocabulary_rows(reader, directory)
     if rows < metadata.megatron_args["vocab_size"]:
         raise MixMoEError(
             f"{EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
         )
-    sizes = model_sizes(metadata.megatron_args, options, metadata.stage, padded_vocab=rows)
-    _check_stage(metadata, reader)
-    context = Context(fold=None if options is None else router_fold(options))
+    sizes = model_sizes(metadata.megatron_args, options, metadata.phase.stage, padded_vocab=rows)
+    _check_experts(metadata, reader)
+    context = Context(fold=router_fold(options))
     plan = make_plan(
         expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype, None, request.check_finite
     )
     return PreparedExport(request, metadata, sizes, plan)
 
 
-def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:
-    """Raise if the checkpoint's experts are not those of the stage its metadata tells."""
+def _check_experts(metadata: Metadata, reader: TorchDistReader) -> None:
+    """Raise if the checkpoint's experts are not those of the phase its metadata tells."""
     found = (
         2 if any(".mt_experts." in n for n in reader.names()) else int(any(".lm_experts." in n for n in reader.names()))
     )
-    if found != STAGE_NUMBERS[metadata.stage]:
+    if found != metadata.phase.stage:
         held = ("no experts (a dense model)", "LM experts only", "LM and MT experts")[found]
-        raise MixMoEError(f"{METADATA_FILE} says stage {metadata.stage!r}, but the weights hold {held}.")
+        raise MixMoEError(f"{METADATA_FILE} says phase {metadata.phase.name!r}, but the weights hold {held}.")
 
 
 def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
     metadata = prepared.metadata
     dtype = _declared_dtype(prepared)
-    config = dict(metadata.hf_config) if metadata.options is None else _mixmoe_config(metadata, prepared.sizes)
+    config = _mixmoe_config(metadata, prepared.sizes) if metadata.phase.groups else dict(metadata.hf_config)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
         config[name] = dtype
     return config
@@ -131,15 +131,14 @@ def _declared_dtype(prepared: PreparedExport) -> str:
 def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
     from mixmoe_megatron.hf import AUTO_MAP, MixMoEConfig
 
-    assert metadata.options is not None
-    options = MixMoEOptions.from_dict(metadata.options)
+    options = MixMoEOptions.from_dict(metadata.options or {})
     base = {**metadata.hf_config, "model_type": model_family(metadata.hf_config)}
     if base["model_type"] == "mistral":  # whose sliding window does not act, else it would have been refused
         base |= {"model_type": "llama", "sliding_window": None}
     config = MixMoEConfig.from_base_config(
         base,
         moe_layers=list(sizes.moe_layers),
-        stage=STAGE_NUMBERS[metadata.stage],
+        stage=metadata.phase.stage,
         num_experts_per_group=options.num_experts_per_group,
         topk_per_group=options.topk_per_group,
         moe_intermediate_size=sizes.moe_ffn_hidden_size,
@@ -185,7 +184,7 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
     request, metadata, source = prepared.request, prepared.metadata, Path(prepared.request.checkpoint_dir)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files(source / TOKENIZER_DIR, directory)
-    if metadata.options is not None:
+    if metadata.phase.groups:
         from mixmoe_megatron.hf import copy_code
 
         copy_code(directory)

@@ -33,9 +33,10 @@ from mixmoe_megatron.conversion.plan import (
 )
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
 from mixmoe_megatron.model.mapping import TABLES, Context, Sizes, extra_state_keys
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes, router_generators
+from mixmoe_megatron.model.sizes import model_sizes, router_generators
 
 # Buffers that old Llama checkpoints store beside their weights.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -176,8 +177,8 @@ def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     if not (Path(hf_dir) / METADATA_FILE).is_file():
         return None
     metadata = read_metadata(hf_dir)
-    if STAGE_NUMBERS[metadata.stage] != number:
-        raise MixMoEError(f"{METADATA_FILE} says {metadata.stage!r}, but config.json says stage {number}.")
+    if metadata.phase.stage != number:
+        raise MixMoEError(f"{METADATA_FILE} says {metadata.phase.name!r}, but config.json says stage {number}.")
     return metadata
 
 
@@ -228,18 +229,16 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
             )
         shipped = _shipped_metadata(request.hf_dir, config)
         options: MixMoEOptions | None = options_from_hf(config, shipped)
-        stage = shipped.stage if shipped else f"stage{config['stage']}"
+        phase = shipped.phase if shipped else phase_of_stage(config["stage"])
         base_config = dense_config(config)
         if shipped and shipped.hf_config.get("_name_or_path"):
             base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
     else:
         shipped, options, base_config = None, request.options, config
-        stage = "dense" if options is None else "upcycled"
+        phase = PHASES["dense" if options is None else "upcycled"]
     if options is not None:
-        mixmoe_megatron_args(
-            options, STAGE_NUMBERS[stage], megatron_args["num_layers"], megatron_args["ffn_hidden_size"]
-        )
-    sizes = model_sizes(megatron_args, options, stage)
+        mixmoe_megatron_args(options, phase.stage, megatron_args["num_layers"], megatron_args["ffn_hidden_size"])
+    sizes = model_sizes(megatron_args, options, phase.stage)
     table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
     source = HashedSource(open_weights(Path(request.hf_dir)))
     context = Context(generator=router_generators(request.seed))
@@ -248,7 +247,7 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
         units, source, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS, check_finite=request.check_finite
     )
     metadata = Metadata(
-        stage=stage,
+        phase=phase,
         options=None if options is None else options.to_dict(),
         megatron_args=megatron_args,
         hf_config=base_config,
@@ -269,9 +268,9 @@ def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
         MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
     """
     request, metadata = prepared.request, prepared.metadata
-    parent_stage = "dense" if metadata.stage in ("dense", "upcycled") else metadata.stage
+    parent_phase = "dense" if metadata.phase.name == "upcycled" else metadata.phase.name
     parent = Path(request.hf_dir)
-    write_checkpoint(prepared.plan, metadata, prepared.sizes, prepared.source, parent, parent_stage, request, ranks)
+    write_checkpoint(prepared.plan, metadata, prepared.sizes, prepared.source, parent, parent_phase, request, ranks)
 
 
 class OutputRequest(Protocol):
@@ -292,7 +291,7 @@ def write_checkpoint(
     sizes: Sizes,
     source: HashedSource,
     parent: Path,
-    parent_stage: str,
+    parent_phase: str,
     request: OutputRequest,
     ranks: Ranks = ALONE,
 ) -> None:
@@ -304,7 +303,7 @@ def write_checkpoint(
         sizes: of the model.
         source: of the weights, which the plan reads.
         parent: their directory: a Hugging Face one, or a checkpoint's.
-        parent_stage: of those weights.
+        parent_phase: name of the phase of those weights.
         request: where to.
         ranks: those that share the work; all of them must call this.
 
@@ -312,10 +311,9 @@ def write_checkpoint(
         MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
     """
     args = {**metadata.megatron_args, "padded_vocab_size": sizes.padded_vocab_size}
-    if metadata.options is not None:
-        options = MixMoEOptions.from_dict(metadata.options)
-        number = STAGE_NUMBERS[metadata.stage]
-        args.update(mixmoe_megatron_args(options, number, sizes.num_layers, sizes.ffn_hidden_size))
+    if metadata.phase.groups:
+        options = MixMoEOptions.from_dict(metadata.options or {})
+        args.update(mixmoe_megatron_args(options, metadata.phase.stage, sizes.num_layers, sizes.ffn_hidden_size))
     total = sum(tensor.num_bytes for tensor in plan)
     ranks.on_first(lambda: check_space(request.output_dir, total))
     with (
@@ -332,7 +330,7 @@ def write_checkpoint(
             verify_written(plan, TorchDistReader(iteration))
             is_hf = (parent / "config.json").is_file()
             copy_side_files(parent if is_hf else parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
-            metadata.parent = {"path": str(parent), "stage": parent_stage, "weights_xxh128": digest}
+            metadata.parent = {"path": str(parent), "phase": parent_phase, "weights_xxh128": digest}
             metadata.versions = versions.result()
             write_metadata(directory, metadata)
 

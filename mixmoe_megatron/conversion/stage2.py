@@ -15,7 +15,7 @@ from mixmoe_megatron.checkpoint.bits import Bits, from_torch
 from mixmoe_megatron.checkpoint.fingerprint import HashedSource
 from mixmoe_megatron.checkpoint.health import whole_iteration
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, vocabulary_rows
-from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, require_stage
+from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, require_phase
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.stored import Region
@@ -23,6 +23,7 @@ from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.hf_import import write_checkpoint
 from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, describe_plan, expand
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.mixmoe import STAGE1, STAGE2
 from mixmoe_megatron.model.mapping import TABLES, Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes, router_generators
@@ -74,14 +75,14 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
     """
     check_output_dir(request.output_dir, request.force)
     metadata = read_metadata(request.checkpoint_dir)
-    require_stage(metadata, "stage1", "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1).")
+    require_phase(metadata, STAGE2.starts_from)
     options = MixMoEOptions.from_dict(metadata.options or {})
     check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
     stored = TorchDistReader(directory)
     reader = HashedSource(stored)
     rows = vocabulary_rows(stored, directory)
-    sizes = model_sizes(metadata.megatron_args, options, "stage2", padded_vocab=rows)
+    sizes = model_sizes(metadata.megatron_args, options, STAGE2.stage, padded_vocab=rows)
     generators = router_generators(request.seed)
     plan = []
     for name, shape in (tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.megatron):
@@ -95,7 +96,7 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
         else:
             read = functools.partial(reader.read_region, source)
         plan.append(LazyTensor(name, shape, dtype, read))
-    child = replace(metadata, stage="stage2", versions={}, created_by="add_mt_experts.py")
+    child = replace(metadata, phase=STAGE2, versions={}, created_by="add_mt_experts.py")
     return PreparedStage2(request, child, sizes, plan, reader)
 
 
@@ -126,5 +127,5 @@ def run_stage2(prepared: PreparedStage2, ranks: Ranks = ALONE) -> None:
     """
     request, parent = prepared.request, Path(prepared.request.checkpoint_dir)
     write_checkpoint(
-        prepared.plan, prepared.metadata, prepared.sizes, prepared.source, parent, "stage1", request, ranks
+        prepared.plan, prepared.metadata, prepared.sizes, prepared.source, parent, STAGE1.name, request, ranks
     )

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model import upcycling
 from mixmoe_megatron.model.upcycling import Array, concatenate, library
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-GROUPS = ("lm", "mt")
 
 
 @dataclass(frozen=True)

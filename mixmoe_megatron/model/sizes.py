@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-STAGE_NUMBERS = {"dense": 0, "upcycled": 1, "stage1": 1, "stage2": 2}
-
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     """Return the vocabulary rounded up to a multiple."""
@@ -23,14 +21,14 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 def model_sizes(
-    megatron_args: dict[str, Any], options: MixMoEOptions | None, stage: str, padded_vocab: int | None = None
+    megatron_args: dict[str, Any], options: MixMoEOptions | None, stage: int, padded_vocab: int | None = None
 ) -> Sizes:
     """Return the sizes of a model.
 
     Args:
         megatron_args: of the dense architecture (hf_config.megatron_args_from_hf).
-        options: None for a dense model.
-        stage: one of `metadata.STAGES`.
+        options: the Mix-MoE options; not used in stage 0.
+        stage: 0 (dense), 1 or 2, see `methods.Phase.stage`.
         padded_vocab: rows of the embedding in a checkpoint; default: as Megatron pads without tensor parallelism.
 
     Raises:
@@ -38,10 +36,11 @@ def model_sizes(
     """
     args = megatron_args
     moe: dict[str, Any] = {}
-    if options is not None:
+    if stage:
+        assert options is not None, "experts have options"
         moe = {
             "moe_layers": tuple(resolve_moe_layers(options, args["num_layers"])),
-            "num_groups": STAGE_NUMBERS[stage],
+            "num_groups": stage,
             "num_experts_per_group": options.num_experts_per_group,
             "moe_ffn_hidden_size": expert_ffn_hidden_size(
                 args["ffn_hidden_size"], options.num_experts_per_group, options.expert_init
