@@ -67,9 +67,10 @@ def model_sizes(
 
 def router_fold(options: MixMoEOptions) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return the function (W_h, W_f) -> plain router weight, [n, H] float32, of these options."""
-    from mixmoe_megatron.model.spectral import fold_router_weight
 
     def fold(weight: Tensor, spectral_weight: Tensor | None) -> Tensor:
+        from mixmoe_megatron.model.spectral import fold_router_weight
+
         return fold_router_weight(
             weight,
             spectral_weight,
