@@ -64,7 +64,7 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         choices=sorted(STAGES),
         required=True,
-        help="; ".join(f"{n}: {' and '.join(p.trains)}, {' or '.join(p.data)} text" for n, p in STAGES.items()),
+        help="; ".join(f"{n}: {' and '.join(p.trains)} on {' or '.join(p.data)} text" for n, p in STAGES.items()),
     )
     group.add_argument(
         "--init-from",
