@@ -114,9 +114,7 @@ class TorchCoreAttention(MegatronModule):
                 raise MixMoEError("context parallelism is for causal attention over the whole sequence.")
             key, value, allowed = self._gather(key, value)
         context = functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
             attn_mask=allowed,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal and allowed is None,

@@ -33,7 +33,10 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> 
     """
     offsets = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(x.device, non_blocking=True)
     grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
-    return _ContiguousGrad.apply(grouped_mm(x.contiguous(), weight.transpose(-2, -1), offs=offsets))
+    output = grouped_mm(x.contiguous(), weight.transpose(-2, -1), offs=offsets)
+    if output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)  # grouped_mm's own backward pass demands it
+    return output
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -75,18 +78,6 @@ def _multiply(rows: torch.Tensor, matrix: torch.Tensor, result: torch.Tensor) ->
         result.copy_(torch.mm(matrix.T, rows.T).T)
     else:
         torch.mm(rows, matrix, out=result)
-
-
-class _ContiguousGrad(torch.autograd.Function):
-    """The identity; makes the gradient contiguous, which grouped_mm's backward demands."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0].contiguous()
 
 
 def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor, fused: bool) -> torch.Tensor:

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.upcycling import EXPERT_INITS, expert_ffn_hidden_size
+
+#: Coefficient of the aux loss in the paper (lambda of eq. 8-9). Megatron's own flag is --moe-aux-loss-coeff.
+PAPER_AUX_LOSS_COEFF = 0.01
 
 _PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom")
 _PAPER = {"preset": "paper", "spectral_norm": "backward", "group_combine": "sum", "expert_scale": 1.0}
@@ -58,7 +62,7 @@ class MixMoEOptions:
     router_prob_scaling: bool = _option(True, "scale an expert's output by s times its probability p")
     expert_scale: float | None = _option(None, "s; left out it is n, so that s * p = 1 at uniform p")
     expert_init: str = _option(
-        "slice", "slice cuts the dense FFN into n experts of width F / n; copy gives each all of it", ("slice", "copy")
+        "slice", "slice cuts the dense FFN into n experts of width F / n; copy gives each all of it", EXPERT_INITS
     )
     mt_router_init: str = _option(
         "copy", "how the MT router starts: as a copy of the LM router, or random", ("copy", "random")
@@ -232,16 +236,11 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
     if stage == 0:
         return {"num_experts": None, "moe_layer_freq": 1}
     n = options.num_experts_per_group
-    if options.expert_init == "slice" and ffn_hidden_size % n:
-        raise MixMoEError(
-            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={n}: "
-            "slicing the FFN into experts needs that (or use expert_init=copy)."
-        )
     layers = set(resolve_moe_layers(options, num_layers))
     return {
         "num_experts": n * stage,
         "moe_router_topk": options.topk_per_group * stage,
-        "moe_ffn_hidden_size": ffn_hidden_size // n if options.expert_init == "slice" else ffn_hidden_size,
+        "moe_ffn_hidden_size": expert_ffn_hidden_size(ffn_hidden_size, n, options.expert_init),
         "moe_layer_freq": [int(i in layers) for i in range(num_layers)],
         "moe_router_pre_softmax": True,
         "moe_router_score_function": "softmax",

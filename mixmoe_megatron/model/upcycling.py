@@ -52,8 +52,8 @@ def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: 
         return ffn_hidden_size
     if ffn_hidden_size % num_experts:
         raise MixMoEError(
-            f"ffn_hidden_size {ffn_hidden_size} is not divisible by {num_experts} experts per group; "
-            "choose a divisor with --num-experts-per-group, or use --expert-init copy."
+            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts}: "
+            "choose a divisor of it (--num-experts-per-group), or --expert-init copy."
         )
     return ffn_hidden_size // num_experts
 

@@ -12,9 +12,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.config import MixMoETransformerConfig
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.model.moe_layer import MixMoELayer
+from mixmoe_megatron.model.options import MixMoEOptions
 
 VOCAB_SIZE = 64
 
