@@ -168,7 +168,8 @@ def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
 class MixMoEBlock(nn.Module):
     """The FFN of a Mix-MoE layer: y = s * p * E(h) of the LM group; in stage 2 its mean or sum with the MT group's.
 
-    Source: Mix-MoE (arXiv:2605.24681) section III-A; the scale s and the mean are additions.
+    Source: Mix-MoE (arXiv:2605.24681) section III-A; the scale s and the mean are additions, D1 and D2 of
+    mixmoe_megatron/model/README.md.
     """
 
     def __init__(self, config: MixMoEConfig):

@@ -13,7 +13,6 @@ this rank (K divides A), D head size.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -66,9 +65,7 @@ class TorchCoreAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.cp_group = pg_collection.cp if pg_collection is not None else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        head_size = config.kv_channels
-        assert head_size is not None
-        self.softmax_scale = 1.0 / math.sqrt(head_size) if softmax_scale is None else softmax_scale
+        self.softmax_scale = softmax_scale
         if config.apply_query_key_layer_scaling:
             # Megatron divides by the layer number and multiplies back after the mask: no change in exact maths.
             raise MixMoEError("apply_query_key_layer_scaling is not supported by the torch attention.")
@@ -107,8 +104,8 @@ class TorchCoreAttention(MegatronModule):
         causal = mask_type == AttnMaskType.causal and query.shape[0] > 1
         if causal and query.shape[0] != key.shape[0]:
             raise MixMoEError("causal attention of several queries over a longer cache needs Transformer Engine.")
-        use_mask = attention_mask is not None and mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask)
-        allowed = ~attention_mask if use_mask and attention_mask is not None else None
+        ignores_mask = attention_mask is None or mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
+        allowed = None if ignores_mask else ~attention_mask  # type: ignore[operator]
         if utils.get_pg_size(self.cp_group) > 1:
             if not causal:
                 raise MixMoEError("context parallelism is for causal attention over the whole sequence.")
@@ -143,12 +140,6 @@ class TorchCoreAttention(MegatronModule):
         positions = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=1).view(ranks, -1)
         key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         return key, value, positions[rank].unsqueeze(1) >= positions.flatten()
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Return nothing: the module has no state."""
-        return {}
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):

@@ -67,7 +67,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
 
 
 def _derived_fields(options: MixMoEOptions, stage: int, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:
-    """Return the fields of a config that follow from the options; one has another name than the argument of Megatron's."""
+    """Return the fields of a config that follow from the options; one is named otherwise than Megatron's argument."""
     fields = mixmoe_megatron_args(options, stage, num_layers, ffn_hidden_size)
     fields["num_moe_experts"] = fields.pop("num_experts")
     return fields

@@ -41,9 +41,9 @@ class StepFlops:
         backward_weights: for gradients of weights.
     """
 
-    forward: float
-    backward_inputs: float
-    backward_weights: float
+    forward: float = 0.0
+    backward_inputs: float = 0.0
+    backward_weights: float = 0.0
 
     @property
     def total(self) -> float:

@@ -56,14 +56,7 @@ def mixmoe_decoder_block_spec(
     """
     config = getattr(config, "transformer", config)
     use_te = uses_transformer_engine(config)
-    block = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=use_te,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-        pp_rank=pp_rank,
-    )
+    block = get_gpt_decoder_block_spec(config, use_te, config.normalization, config.qk_l2_norm, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
         layer_specs=[_mixmoe_layer_spec(spec, use_te) for spec in block.layer_specs],
         layer_norm=block.layer_norm if use_te else SeparateRMSNorm,

@@ -9,7 +9,7 @@ The groups combine in the router's probs, which carry c s p: one dispatch takes 
 groups, and the dispatcher's sum over a token's experts is y. All else (dispatchers, recomputation, overlap) is
 Megatron's.
 
-Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7.
+Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7. Deviates: D1, D2 (model/README.md).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MixMoELayer(MoELayer):
 
         With the group combination "mean", stage 2 then begins exactly where stage 1 ended.
 
-        Source: Mix-MoE (arXiv:2605.24681) section III-A, MT Experts.
+        Source: Mix-MoE (arXiv:2605.24681) section III-A, MT Experts. Deviates: D6 (model/README.md).
         """
         assert self.stage == 2, "only stage 2 has an MT group"
         pairs = [(self.experts.lm_experts, self.experts.mt_experts)]

@@ -39,7 +39,7 @@ def _option(default: Any, meaning: str, choices: tuple[str, ...] = (), shown: st
 class MixMoEOptions:
     """What the paper leaves open, and what it fixes. The defaults are the preset `recommended`.
 
-    Source: Mix-MoE (arXiv:2605.24681) section III. Deviates: README, table of decisions.
+    Source: Mix-MoE (arXiv:2605.24681) section III. Deviates: D1 to D10 (model/README.md).
 
     Args: each is explained where it stands below, and in `hf_to_mixmoe.py --help`.
 
@@ -194,7 +194,7 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
     With m = num_layers // moe_every: "last" takes the last layer of each `moe_every`, "uniform-first" the first of
     each, "bottom" the first m layers, "top" the last m, "dense_bottom" the first 2 m (layers 1-8 of 16).
 
-    Source: Mix-MoE (arXiv:2605.24681) section III-A ("every 4") and Table VI.
+    Source: Mix-MoE (arXiv:2605.24681) section III-A ("every 4") and Table VI. Deviates: D8 (model/README.md).
 
     Raises:
         MixMoEError: there is no MoE layer, or a listed index is not a layer of the model.

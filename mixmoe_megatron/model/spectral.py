@@ -4,7 +4,8 @@ A spectral transform is linear, f = scale * M h with M an [H, H] matrix, so that
 never transforms activations, it folds the [n, H] weight once per step.
 
 Shape legend: n experts of a group, H hidden_size, ... any leading dimensions.
-Source: Mix-MoE (arXiv:2605.24681) eq. 3 (FFT) and Table V (DCT, random projection, no transform).
+Source: Mix-MoE (arXiv:2605.24681) eq. 3 (FFT) and Table V (DCT, random projection, no transform). Deviates: D3, D4
+(model/README.md).
 """
 
 from __future__ import annotations
