@@ -26,7 +26,7 @@ def looped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> t
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Return the same with torch's grouped GEMM, one kernel where `backends.grouped_mm_slowness` has nothing to say.
+    """Return the same with torch's grouped GEMM, one kernel where `choose_experts_backend` takes it by itself.
 
     Args:
         x, weight, counts: as in `looped_linear`.

@@ -47,6 +47,8 @@ class GroupedLinear(torch.nn.Module):
         weight: [n, output size, input size] params_dtype.
         parallel_axis: axis of [output size, input size] that expert tensor parallelism splits.
         stride: 2 when the output is a gate and an up projection, each split on its own, else 1.
+        ep_rank, ep_size, tp_rank, tp_size, dp_rank: this rank among those that share out the experts, each expert's
+            weight, and among those that hold the same.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class GroupedLinear(torch.nn.Module):
         use_grouped_mm: bool,
     ):
         super().__init__()
-        self.name, self.use_grouped_mm, self.pg_collection = name, use_grouped_mm, pg_collection
+        self.name, self.use_grouped_mm = name, use_grouped_mm
+        self.ep_rank, self.ep_size = utils.get_pg_rank(pg_collection.ep), utils.get_pg_size(pg_collection.ep)
+        self.tp_rank, self.tp_size = utils.get_pg_rank(pg_collection.expt_tp), utils.get_pg_size(pg_collection.expt_tp)
+        self.dp_rank = utils.get_pg_rank(pg_collection.expt_dp)
         hidden_size, ffn_size = config.hidden_size, config.moe_ffn_hidden_size
         assert ffn_size is not None
         if name == "linear_fc1":
@@ -68,7 +73,7 @@ class GroupedLinear(torch.nn.Module):
             full_shape, init_method = [hidden_size, ffn_size], config.output_layer_init_method
             self.parallel_axis, self.stride = 1, 1
         shape = list(full_shape)
-        shape[self.parallel_axis] //= utils.get_pg_size(pg_collection.expt_tp)
+        shape[self.parallel_axis] //= self.tp_size
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device)
         self.weight = torch.nn.Parameter(weight)
@@ -85,15 +90,13 @@ class GroupedLinear(torch.nn.Module):
                     init_method(expert)
             return
         # On the CPU every rank draws all experts, so that the model does not depend on the parallel sizes.
-        n, groups = len(self.weight), self.pg_collection
-        ep_rank, ep_size = utils.get_pg_rank(groups.ep), utils.get_pg_size(groups.ep)
-        tp_rank, tp_size = utils.get_pg_rank(groups.expt_tp), utils.get_pg_size(groups.expt_tp)
-        for index in range(n * ep_size):
+        n = len(self.weight)
+        for index in range(n * self.ep_size):
             full = torch.empty(full_shape, dtype=torch.float32, device="cpu")
             init_method(full)
-            if index // n == ep_rank:
-                blocks = full.chunk(self.stride * tp_size, dim=self.parallel_axis)
-                self.weight[index % n].copy_(torch.cat(blocks[tp_rank::tp_size], dim=self.parallel_axis))
+            if index // n == self.ep_rank:
+                blocks = full.chunk(self.stride * self.tp_size, dim=self.parallel_axis)
+                self.weight[index % n].copy_(torch.cat(blocks[self.tp_rank :: self.tp_size], dim=self.parallel_axis))
 
     def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
         """Apply each expert's layer to its rows: [T, in] sorted by expert -> [T, out].
@@ -170,9 +173,6 @@ class ExpertGroup(MegatronModule):
         own_keys = bool((metadata or {}).get("singleton_local_shards", False))
         layers = (StackedWeight(layer, sharded_offsets, own_keys) for layer in (self.linear_fc1, self.linear_fc2))
         return {key: entry for layer in layers for key, entry in layer.sharded_state_dict(prefix).items()}
-
-    def backward_dw(self) -> None:
-        """Do nothing: weight gradients are computed in the ordinary backward pass."""
 
 
 class MixMoEExperts(MegatronModule):
@@ -264,6 +264,6 @@ class MixMoEExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Compute delayed weight gradients (Transformer Engine only; the other backends delay none)."""
-        for group in self.groups():
+        for group in self.groups() if self.backend == "te" else []:
             if any(parameter.requires_grad for parameter in group.parameters()):
                 group.backward_dw()

@@ -36,9 +36,9 @@ class StepFlops:
     """Operations of one training step of the whole model, all ranks together.
 
     Attributes:
-        forward: of the forward pass.
-        backward_inputs: for gradients of activations.
-        backward_weights: for gradients of weights.
+        forward: operations of the forward pass.
+        backward_inputs: operations for the gradients of activations.
+        backward_weights: operations for the gradients of weights.
     """
 
     forward: float = 0.0
@@ -68,9 +68,9 @@ def step_flops(
     """Count the operations of one training step.
 
     Args:
-        sizes: of the model (`conversion.model_sizes.model_sizes`); num_groups 0, 1 or 2 is the stage.
+        sizes: the model's sizes (`sizes.model_sizes`); num_groups 0, 1 or 2 is the stage.
         topk_per_group: k, experts chosen per token and group.
-        tokens: in the step, all data-parallel ranks together.
+        tokens: tokens of the step, all data-parallel ranks together.
         seq_length: tokens that attend to each other, causally. For sequences of lengths l: sum(l^2) / sum(l).
         layers: only these layers (a pipeline stage); the output layer goes with the last one. None: the whole model.
     """

@@ -48,11 +48,6 @@ class Rates(Protocol):
         ...
 
 
-def aux_loss_name(group: str) -> str:
-    """Return the name under which a group's raw aux loss is logged."""
-    return f"{group}_{_AUX_LOSS}"
-
-
 class MixMoEMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker of MoE metrics, for expert groups.
 
@@ -206,7 +201,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             routed = counts.sum(dim=1, keepdim=True)
             share = counts / routed
             if columns[:, _AUX_COUNT].all():
-                values[aux_loss_name(group)] = columns[:, _AUX] / columns[:, _AUX_COUNT]
+                values[f"{group}_{_AUX_LOSS}"] = columns[:, _AUX] / columns[:, _AUX_COUNT]
             values[f"{group}_load_max"] = share.amax(dim=1, keepdim=True)
             values[f"{group}_load_entropy"] = torch.special.entr(share).sum(dim=1, keepdim=True)
             values[f"{group}_load_variation"] = share.std(dim=1, keepdim=True, correction=0) * self.num_experts
@@ -241,7 +236,7 @@ def record_aux_losses(
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, MixMoEMetricsTracker):
         for group, value in zip(GROUPS, values, strict=False):
-            tracker.record(aux_loss_name(group), value, layer_number, num_layers, reduce_group=reduce_group)
+            tracker.record(f"{group}_{_AUX_LOSS}", value, layer_number, num_layers, reduce_group=reduce_group)
     elif layer_number is not None:
         tracker.record_aux_losses(layer_number, values, utils.get_pg_size(reduce_group))
 

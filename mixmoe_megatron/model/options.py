@@ -27,10 +27,10 @@ def _option(default: Any, meaning: str, choices: tuple[str, ...] = (), shown: st
     """Make a field that knows what `--help` and the checks need.
 
     Args:
-        default: its value in the preset `recommended`.
-        meaning: of the option.
-        choices: the only values.
-        shown: what stands for the value in `--help`, where neither choices nor type say it.
+        default: the option's value in the preset `recommended`.
+        meaning: what the option does, for `--help`.
+        choices: the only values that the option takes; empty: any value of its type.
+        shown: what stands for the value in `--help` where neither the choices nor the type say it.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices, "shown": shown})
 
@@ -110,6 +110,11 @@ class MixMoEOptions:
         """The factor s of s * p * E(h)."""
         return float(self.num_experts_per_group if self.expert_scale is None else self.expert_scale)
 
+    @property
+    def spectral(self) -> tuple[str, str, float, int]:
+        """The transform, its norm, the factor and the seed: what the functions of `spectral.py` take."""
+        return self.spectral_transform, self.spectral_norm, self.spectral_scale, self.spectral_seed
+
     def validate(self) -> None:
         """Raise MixMoEError at the first option whose value is outside its range."""
         for name in ("num_experts_per_group", "topk_per_group", "moe_every"):
@@ -150,8 +155,8 @@ def add_option_arguments(parser: argparse._ActionsContainer, names: tuple[str, .
     """Add one flag for each option: values and default come from its field. Flags that are not given leave nothing.
 
     Args:
-        parser: an argparse parser or a group of one.
-        names: of the options; the preset is not among them, as the others go over it.
+        parser: an argparse parser, or a group of one.
+        names: the options to add. The preset is not among them, because the other options override it.
     """
     for name in names:
         field = _FIELDS[name]
@@ -226,8 +231,11 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
     Args:
         options: the Mix-MoE options.
         stage: 0 (dense: the arguments that switch experts off), 1 or 2.
-        num_layers: L.
+        num_layers: L, the layers of the whole model.
         ffn_hidden_size: F, the width of the dense FFN.
+
+    Returns:
+        Argument -> value, for stages 1 and 2 among them the number and the width of the experts and the MoE layers.
 
     Raises:
         MixMoEError: F is not divisible by n, there is no MoE layer, or the stage is unknown.

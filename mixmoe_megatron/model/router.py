@@ -116,11 +116,7 @@ class MixMoERouter(TopKRouter):
         """
         weight, spectral_weight, bias = map(_stack, zip(*(group() for group in self.group_routers()), strict=True))
         assert weight is not None
-        o = self.options
-        folded_weight = fold_router_weight(
-            weight, spectral_weight, o.spectral_transform, o.spectral_norm, o.spectral_scale, o.spectral_seed
-        )
-        return folded_weight, bias
+        return fold_router_weight(weight, spectral_weight, *self.options.spectral), bias
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return the logits of all experts in logical order: `[..., H]` any float dtype -> `[..., E]` float32."""

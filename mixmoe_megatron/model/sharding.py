@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import utils
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
@@ -35,12 +34,9 @@ class StackedWeight:
     own_keys: bool
 
     def __post_init__(self) -> None:
-        groups, n = self.layer.pg_collection, len(self.layer.weight)
-        self.tp_rank, self.tp_size = utils.get_pg_rank(groups.expt_tp), utils.get_pg_size(groups.expt_tp)
-        self.dp_rank = utils.get_pg_rank(groups.expt_dp)
-        first = utils.get_pg_rank(groups.ep) * n
-        self.experts = range(first, first + n)  # of this rank, by their numbers in the whole group
-        self.num_experts = n * utils.get_pg_size(groups.ep)
+        n = len(self.layer.weight)
+        self.num_experts = n * self.layer.ep_size  # of the whole group
+        self.experts = range(n * self.layer.ep_rank, n * self.layer.ep_rank + n)  # this rank's numbers in it
 
     def sharded_state_dict(self, prefix: str) -> ShardedStateDict:
         """Return `{prefix}{name}.weight`, and the empty `_extra_state` entries that Transformer Engine looks for.
@@ -49,7 +45,7 @@ class StackedWeight:
             prefix: prefix of the group module, ending in a dot.
         """
         name = self.layer.name
-        key, replica_id = f"{prefix}experts.{name}.weight", (0, 0, self.dp_rank)
+        key, replica_id = f"{prefix}experts.{name}.weight", (0, 0, self.layer.dp_rank)
         weight = ShardedTensorFactory(key, self.layer.weight, self._shards, self._merge, replica_id)
         result: ShardedStateDict = {f"{prefix}{name}.weight": weight}
         for index, expert in enumerate(self.experts):
@@ -57,7 +53,7 @@ class StackedWeight:
                 None,
                 self._key(f"{prefix}experts.{name}._extra_state", expert),
                 (*self.offsets, *self._place(expert)),
-                replica_id=(0, self.tp_rank, self.dp_rank),
+                replica_id=(0, self.layer.tp_rank, self.layer.dp_rank),
             )
         return result
 
@@ -78,13 +74,14 @@ class StackedWeight:
         Each is contiguous, as `--ckpt-fully-parallel-load` broadcasts them: an expert's matrix, or its gate and its up
         half. Under one key the halves lie one after the other, under own keys each is a whole.
         """
-        result, stride, parallel_axis = [], self.layer.stride, self.layer.parallel_axis
+        stride, parallel_axis = self.layer.stride, self.layer.parallel_axis
+        tp_rank, tp_size, result = self.layer.tp_rank, self.layer.tp_size, []
         for expert, matrix in zip(self.experts, tensor if self.own_keys else tensor.split(1), strict=True):
             offsets = (*self.offsets, *self._place(expert))
             for half, block in enumerate(matrix.chunk(stride, dim=parallel_axis - 2)):
-                suffix, position, parts = "", half * self.tp_size + self.tp_rank, stride * self.tp_size
+                suffix, position, parts = "", half * tp_size + tp_rank, stride * tp_size
                 if self.own_keys and stride == 2:
-                    suffix, position, parts = ("_w", "_v")[half], self.tp_rank, self.tp_size
+                    suffix, position, parts = ("_w", "_v")[half], tp_rank, tp_size
                 result.append(
                     ShardedTensor.from_rank_offsets(
                         self._key(key, expert) + suffix,
