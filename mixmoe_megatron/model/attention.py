@@ -42,7 +42,7 @@ class TorchCoreAttention(MegatronModule):
         pg_collection: Megatron's process groups (cp).
 
     Raises:
-        MixMoEError: a sliding window or a softmax variant, which need Transformer Engine.
+        MixMoEError: a sliding window or a softmax variant, which need Transformer Engine, or query-key layer scaling.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class TorchCoreAttention(MegatronModule):
             packed_seq_params: where the documents of a packed row begin (qkv_format "thd"); each attends to itself.
 
         Returns:
-            [S, B, A * D].
+            [S, B, A * D], the dtype of the query.
 
         Raises:
-            MixMoEError: attention_bias is given, or what needs Transformer Engine.
+            MixMoEError: attention_bias is given, or the case needs Transformer Engine.
         """
         if attention_bias is not None:
             raise MixMoEError("attention bias needs Transformer Engine.")

@@ -165,7 +165,10 @@ def parameter_report(models: Models, stage: int) -> ParameterReport:
 
     Args:
         models: a model or this rank's list of model chunks, wrapped or not.
-        stage: 0, 1 or 2; recorded.
+        stage: 0, 1 or 2; it stands in the report.
+
+    Returns:
+        The counts of each part that has parameters anywhere in the model, trained and frozen ones apart.
     """
     names = [*(name for name, _ in _PARTS), "other"]
     parts = {(name, trained): PartReport(name, trained) for name in names for trained in (True, False)}

@@ -2,7 +2,7 @@
 
 The only file that knows how Megatron 0.19 describes a model. `mixmoe_decoder_block_spec(config, vp_stage=...)` serves
 any stage, dense included, and has the form that Megatron's GPTModelBuilder calls. For a stock `pretrain_gpt.py --spec`
-see `training.stock`, which adds the options, freezing and weights.
+see `integrations.stock_megatron`, which adds the options, freezing and weights.
 
 Without Transformer Engine the local modules are used, with this package's attention core and RMSNorm.
 """

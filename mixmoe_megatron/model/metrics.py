@@ -38,7 +38,7 @@ _NUM_COLUMNS = 5
 
 
 class Rates(Protocol):
-    """Values a second for the log (`training.throughput.Throughput`)."""
+    """Values a second for the log (`megatron_patches.throughput.Throughput`)."""
 
     def end_step(self) -> None:
         """Count the step that ended."""
@@ -54,9 +54,9 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
     Args:
         stage: 1 (LM) or 2 (LM and MT).
         moe_layers: 0-based indices of the MoE layers of the whole model.
-        num_experts_per_group: n.
+        num_experts_per_group: n, the experts of each group.
         log_interval: steps between log lines.
-        rates: gives values a second to the log.
+        rates: what gives values a second to the log; None: nothing does.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         Args:
             layer_number: 1-based.
             group: index in GROUPS.
-            output: of this rank's experts; under expert tensor parallelism a summand.
+            output: [T, H], what this rank's experts give; under expert tensor parallelism a summand of the output.
             tp_group: the expert tensor parallel group.
         """
         if not self._logs_next:
@@ -148,11 +148,11 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
 
         Args:
             loss_scale: not used, micro-batches are counted.
-            iteration: of the step that ended.
-            writer: TensorBoard's, on one rank.
-            wandb_writer: W&B's, on one rank.
-            per_layer_logging: write each layer's values too.
-            kwargs: Megatron's other arguments, not needed here.
+            iteration: number of the step that ended.
+            writer: TensorBoard's writer, on one rank.
+            wandb_writer: W&B's writer, on one rank.
+            per_layer_logging: whether each layer's values are written too.
+            kwargs: Megatron's other arguments, which are not needed here.
 
         Returns:
             The part of the log line, "" between log lines.
@@ -230,7 +230,7 @@ def record_aux_losses(
     Args:
         values: [G] float32, summands on each rank of `reduce_group`.
         layer_number: 1-based; None: of no layer, and told to nobody.
-        num_layers: of the model.
+        num_layers: layers of the whole model.
         reduce_group: the ranks that share the batch's sequences.
     """
     tracker = get_moe_metrics_tracker()
@@ -242,10 +242,10 @@ def record_aux_losses(
 
 
 def install_metrics_tracker(*args: Any, **kwargs: Any) -> MixMoEMetricsTracker:
-    """Make a MixMoEMetricsTracker the process's tracker and return it. Call before training starts.
+    """Make a MixMoEMetricsTracker the process's tracker and return it. Call this before training starts.
 
     Args:
-        args, kwargs: as MixMoEMetricsTracker.
+        args, kwargs: the arguments of MixMoEMetricsTracker.
     """
     tracker = MixMoEMetricsTracker(*args, **kwargs)
     set_moe_metrics_tracker(tracker)

@@ -144,6 +144,12 @@ def _transposed_dct(rows: torch.Tensor, norm: str) -> torch.Tensor:
 def random_projection(hidden_size: int, norm: str, seed: int, device: torch.device) -> torch.Tensor:
     """Return the fixed Gaussian projection R of a seed: the same on every rank and device, made on the CPU.
 
+    Args:
+        hidden_size: H.
+        norm: "ortho" or "backward".
+        seed: what R depends on beside H.
+        device: where R is put.
+
     Returns:
         [H, H] float32, entries of standard deviation 1 / sqrt(H) ("ortho") or 1 ("backward").
     """

@@ -1,8 +1,8 @@
 """Upcycling: where the tensors of a Mix-MoE layer come from. Pure functions of torch tensors or numpy arrays.
 
-Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN. Sizes come as arguments;
-nothing here knows Megatron or Hugging Face. The cuts only move values: conversions run them on the numbers of slices,
-as numpy arrays, and no torch is imported for that.
+Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN. Deviates: D5
+(model/README.md). Sizes come as arguments; nothing here knows Megatron or Hugging Face. The cuts only move values:
+conversions run them on the numbers of slices, as numpy arrays, and no torch is imported for that.
 
 Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice`, F for
 `copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
