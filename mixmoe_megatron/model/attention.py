@@ -38,8 +38,8 @@ class TorchCoreAttention(MegatronModule):
         attention_type: "self" or "cross"; unused.
         attention_dropout: None: the config's.
         softmax_scale: None: 1 / sqrt(D).
-        cp_comm_type: unused: keys and values are gathered, whatever it says.
         pg_collection: Megatron's process groups (cp).
+        kwargs: arguments of Megatron's other attentions, unused: keys and values are gathered whatever cp_comm_type is.
 
     Raises:
         MixMoEError: a sliding window or a softmax variant, which need Transformer Engine, or query-key layer scaling.
@@ -53,7 +53,6 @@ class TorchCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ):

@@ -55,13 +55,13 @@ class _LoopedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        grad_rows = grads[0].split(ctx.counts)
-        grad_x = weight.new_empty(len(grads[0]), weight.shape[2]) if need_x else None
-        if grad_x is not None:
+        grad_rows, grad_x, grad_weight = grads[0].split(ctx.counts), None, None
+        if need_x:
+            grad_x = weight.new_empty(len(grads[0]), weight.shape[2])
             for grad, matrix, result in zip(grad_rows, weight, grad_x.split(ctx.counts), strict=True):
                 _multiply(grad, matrix, result)
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        if grad_weight is not None:
+        if need_weight:
+            grad_weight = torch.empty_like(weight)
             for grad, rows, result in zip(grad_rows, x.split(ctx.counts), grad_weight, strict=True):
                 torch.mm(grad.T, rows, out=result)  # zero where an expert has no rows
         return grad_x, grad_weight, None

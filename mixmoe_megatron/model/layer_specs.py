@@ -64,8 +64,8 @@ def mixmoe_decoder_block_spec(
 
 
 def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
-    """Return a copy of a Megatron layer spec (they are shared) with this package's modules in it."""
-    submodules: TransformerLayerSubmodules = copy.copy(spec.submodules)
+    """Return a copy of a Megatron layer spec (layers share them) with this package's modules in it."""
+    submodules: TransformerLayerSubmodules = copy.deepcopy(spec.submodules)
     is_moe = isinstance(submodules.mlp, partial) and submodules.mlp.func is MoELayer
     if is_moe:
         submodules.mlp = MixMoELayer
@@ -77,14 +77,12 @@ def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
 def _use_torch_modules(submodules: TransformerLayerSubmodules, is_moe: bool) -> None:
     submodules.input_layernorm = TorchRMSNorm
     submodules.pre_mlp_layernorm = SeparateRMSNorm if is_moe else TorchRMSNorm
-    attention = copy.copy(submodules.self_attention)
-    attention.submodules = copy.copy(attention.submodules)
-    if attention.submodules.core_attention is DotProductAttention:
-        attention.submodules.core_attention = TorchCoreAttention
+    attention = submodules.self_attention.submodules
+    if attention.core_attention is DotProductAttention:
+        attention.core_attention = TorchCoreAttention
     for name in ("q_layernorm", "k_layernorm"):
-        if getattr(attention.submodules, name, IdentityOp) is not IdentityOp:
-            setattr(attention.submodules, name, SeparateRMSNorm)
-    submodules.self_attention = attention
+        if getattr(attention, name, IdentityOp) is not IdentityOp:
+            setattr(attention, name, SeparateRMSNorm)
     if is_moe:
         # Transformer Engine fuses the norm before a dense FFN into it, never the one before experts: same keys there.
         keys = submodules.sharded_state_dict_keys_map
