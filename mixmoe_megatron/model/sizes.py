@@ -71,7 +71,14 @@ def router_fold(options: MixMoEOptions) -> Callable[[Tensor, Tensor | None], Ten
     from mixmoe_megatron.model.spectral import fold_router_weight
 
     def fold(weight: Tensor, spectral_weight: Tensor | None) -> Tensor:
-        return fold_router_weight(weight, spectral_weight, *options.spectral)
+        return fold_router_weight(
+            weight,
+            spectral_weight,
+            options.spectral_transform,
+            options.spectral_norm,
+            options.spectral_scale,
+            options.spectral_seed,
+        )
 
     return fold
 
