@@ -109,13 +109,16 @@ class TorchCoreAttention(MegatronModule):
             if not causal:
                 raise MixMoEError("context parallelism is for causal attention over the whole sequence.")
             key, value, allowed = self._gather(key, value)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = functional.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            query,
+            key,
+            value,
             attn_mask=allowed,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal and allowed is None,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 

@@ -97,7 +97,7 @@ class MixMoERouter(TopKRouter):
         if self.stage == 2:
             self.mt = GroupRouter(config, self.options)
         self.ep_size = utils.get_pg_size(pg_collection.ep if pg_collection is not None else None)
-        num_terms = sum(config.moe_layer_freq) if self.options.lb_reduction == "mean" else 1  # type: ignore[arg-type]
+        num_terms = sum(config.moe_layer_freq) if self.options.lb_reduction == "mean" else 1
         self.group_aux_loss_coeff = self.get_aux_loss_coeff("aux_loss") / num_terms
 
     def reset_parameters(self) -> None:
