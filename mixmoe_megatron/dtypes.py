@@ -39,12 +39,10 @@ def fastest_dtype(gpu_bfloat16: bool | None, cpu_flags: Collection[str]) -> Choi
         gpu_bfloat16: Whether the GPU that computes has bfloat16 in hardware; None: the CPU computes.
         cpu_flags: Instruction sets of the CPU, as Linux names them; empty where they are unknown.
     """
+    if gpu_bfloat16:
+        return Choice("bfloat16", "the GPU has it")
     if gpu_bfloat16 is not None:
-        return (
-            Choice("bfloat16", "the GPU has it")
-            if gpu_bfloat16
-            else Choice("float32", "no bfloat16 is known of the GPU")
-        )
+        return Choice("float32", "no bfloat16 is known of the GPU")
     found = [flag for flag in FAST_BFLOAT16_FLAGS if flag in cpu_flags]
     if found:
         return Choice("bfloat16", f"the CPU has {found[0]}")

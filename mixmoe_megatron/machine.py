@@ -9,12 +9,12 @@ Source: none in the paper; the demands are those of megatron-core 0.19.2.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import sysconfig
 from dataclasses import dataclass
@@ -103,8 +103,8 @@ def _read_machine() -> Machine:
         gpu=torch.cuda.get_device_name(),
         capability=torch.cuda.get_device_capability(),
         transformer_engine=_transformer_engine(),
-        fused_wgrad=_imports("fused_weight_gradient_mlp_cuda"),
-        flash_attention=_imports("flash_attn"),
+        fused_wgrad=can_import("fused_weight_gradient_mlp_cuda"),
+        flash_attention=can_import("flash_attn"),
         compiler=_has_compiler(),
     )
 
@@ -128,7 +128,8 @@ def _transformer_engine() -> str | None:
     return str(transformer_engine.__version__)
 
 
-def _imports(module: str) -> bool:
+def can_import(module: str) -> bool:
+    """Whether a module can be imported; it is, then."""
     try:
         importlib.import_module(module)
     except ImportError:
@@ -157,25 +158,6 @@ def check_megatron_version() -> None:
         )
 
 
-def prepare_megatron() -> None:
-    """Make the installed Megatron start on this machine; call it before Megatron's own modules are imported.
-
-    - Its start-up calls `make` for the dataset helpers; its wheel has them compiled, and no Makefile.
-    - It compiles small functions with torch.compile as soon as it is imported, whatever --disable-jit-fuser says later.
-
-    Raises:
-        MixMoEError: another Megatron than the supported one, or a Transformer Engine that cannot be imported.
-    """
-    machine = this_machine()
-    if machine.gpu is not None and not machine.compiler:
-        importlib.import_module("torch._dynamo").config.disable = True
-    check_megatron_version()
-    if _imports("megatron.core.datasets.helpers_cpp"):
-        from megatron.core.datasets import utils
-
-        utils.compile_helpers = lambda: None
-
-
 def order_device_queues(words: list[str]) -> None:
     """Set CUDA_DEVICE_MAX_CONNECTIONS=1 where the user has not, and tensor or context parallelism wants it.
 
@@ -185,13 +167,6 @@ def order_device_queues(words: list[str]) -> None:
     Args:
         words: the command line.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    sizes = ("--tensor-model-parallel-size", "--context-parallel-size")
-    for flag in sizes:
-        parser.add_argument(flag, dest=flag, default="1")
-    try:
-        known, _ = parser.parse_known_args(words)
-    except argparse.ArgumentError:
-        return  # a size without a number: Megatron's parser says so
-    if any(vars(known)[flag] != "1" for flag in sizes):
+    sizes = dict(re.findall(r"--(tensor-model|context)-parallel-size[ =](\S+)", " ".join(words)))
+    if any(size != "1" for size in sizes.values()):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -13,24 +13,21 @@ run: the options come from the checkpoint's metadata, and the hooks that load th
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import check_megatron_version, this_machine
-from mixmoe_megatron.megatron_patches.resume import mend_optimizers
-from mixmoe_megatron.megatron_patches.throughput import install_metrics
-from mixmoe_megatron.model.config import MixMoETransformerConfig, check_transformer_config
+from mixmoe_megatron.megatron_patches.install import install
+from mixmoe_megatron.model.config import check_transformer_config
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.training.arguments import apply_options, has_checkpoint, model_arguments, source_checkpoint
 from mixmoe_megatron.training.going_on import keep_saved_rates, saved_run
-from mixmoe_megatron.training.pretrain import add_hooks
+from mixmoe_megatron.training.run import add_hooks
 from mixmoe_megatron.training.startup import prepare_save_directory
 
 
@@ -62,15 +59,14 @@ def stock_flags(stage: int, words: list[str]) -> list[str]:
     Raises:
         MixMoEError: as `stage1`.
     """
-    own = ["--mixmoe-stage", str(stage), *words]
-    names = {"--pretrained-checkpoint": "--init-from"}
-    own = [names.get(word, word) for word in own]
+    own = ["--init-from" if word == "--pretrained-checkpoint" else word for word in words]
+    model, _ = model_arguments(["--mixmoe-stage", str(stage), *own])
     machine = this_machine()
-    return (machine.flags() if machine.gpu is not None else []) + model_arguments(own)[0]
+    return model if machine.gpu is None else machine.flags() + model
 
 
 def _decoder(model_config: Any, stage: int, vp_stage: int | None) -> TransformerBlockSubmodules:
-    if not isinstance(model_config.transformer, MixMoETransformerConfig):  # the first model chunk
+    if not hasattr(model_config.transformer, "mixmoe_stage"):  # the first model chunk
         _become_mixmoe_run(model_config, stage)
     return mixmoe_decoder_block_spec(model_config, vp_stage=vp_stage)
 
@@ -79,7 +75,7 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     check_megatron_version()
     args = get_args()
     parent = args.pretrained_checkpoint
-    if parent is None and not (args.load and has_checkpoint(Path(args.load))):
+    if parent is None and not has_checkpoint(args.load):
         raise MixMoEError(
             f"stage {stage} needs --pretrained-checkpoint DIR, the checkpoint to start from, or --load DIR, a run of "
             "this stage to go on with."
@@ -94,20 +90,14 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     ids = count_ids(args.tokenizer_model) if args.tokenizer_model else None
     if ids is not None:
         check_number_of_ids(f"The tokenizer in {args.tokenizer_model}", ids, metadata.megatron_args["vocab_size"])
-    _become_mixmoe_config(model_config.transformer, MixMoEOptions.from_dict(metadata.options or {}), stage)
+    config, options = model_config.transformer, MixMoEOptions.from_dict(metadata.options or {})
+    # In place: Megatron's wrappers hold this very object already.
+    vars(config).update(options.to_dict(), mixmoe_stage=stage, experts_backend="auto", moe_grouped_gemm=True)
+    check_transformer_config(config)
     add_hooks(model_config, args)
     args.pretrained_checkpoint = None  # a hook loads it; Megatron knows neither MT := LM nor other stages' keys
     if args.rank == 0:
         prepare_save_directory(args.save, source, metadata, stage)
     if args.use_checkpoint_opt_param_scheduler:
         keep_saved_rates(args, saved_run(args))
-    install_metrics(args)
-    mend_optimizers()
-
-
-def _become_mixmoe_config(config: TransformerConfig, options: MixMoEOptions, stage: int) -> None:
-    """Give a TransformerConfig the Mix-MoE fields in place: Megatron's wrappers hold this very object already."""
-    config.__class__ = MixMoETransformerConfig
-    vars(config).update(options.to_dict(), mixmoe_stage=stage, experts_backend="auto", moe_grouped_gemm=True)
-    assert isinstance(config, MixMoETransformerConfig)
-    check_transformer_config(config)
+    install(args, saving=False)

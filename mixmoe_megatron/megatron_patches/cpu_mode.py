@@ -4,14 +4,14 @@ Megatron-Core 0.19 asks for CUDA devices, streams, events and random states by n
 stand-ins where those names are looked up, once, before Megatron is initialised. It does nothing when CUDA is there.
 Only factory functions and module attributes are replaced, so that an ordinary tensor operation pays nothing.
 
-Source: none in the paper; what had to be bridged was found by running megatron-core 0.19.2 over gloo.
+Source: `torch.cuda`, torch's factories, `megatron.core.tensor_parallel` (random, mappings), the token dispatcher, the
+writer of asynchronous checkpoints and `megatron.training.initialize`; what had to be bridged was found by running
+megatron-core 0.19.2 over gloo.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib
 import os
 import time
 import types
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mixmoe_megatron.machine import check_megatron_version
+from mixmoe_megatron.megatron_patches.wrapping import wrap
 
 _FACTORIES = (
     "tensor", "as_tensor", "zeros", "ones", "empty", "empty_like", "full", "rand", "randn", "randint", "arange", "eye",
@@ -66,7 +67,7 @@ class _Stream:
 
 def is_cpu_mode() -> bool:
     """Whether `enable_cpu_mode` has put its stand-ins in place in this process."""
-    return bool(getattr(torch.cuda, "_mixmoe_cpu_mode", False))
+    return torch.cuda.Stream is _Stream
 
 
 def enable_cpu_mode() -> bool:
@@ -89,10 +90,12 @@ def enable_cpu_mode() -> bool:
         os.environ.pop(name, None)
     _keep_freed_memory()
     _replace_cuda_functions()
-    _replace_factories()
-    _replace_tensor_methods()
+    for name in _FACTORIES:
+        wrap(torch, name, _make_on_cpu)
+    wrap(torch.Tensor, "type", _type_with_cuda_name)
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
     _replace_megatron_functions()
-    torch.cuda._mixmoe_cpu_mode = True  # type: ignore[attr-defined]
     return True
 
 
@@ -118,71 +121,48 @@ def _replace_cuda_functions() -> None:
     properties = types.SimpleNamespace(major=0, minor=0, multi_processor_count=1, total_memory=0, name="cpu")
     stream = _Stream()
     replacements: dict[str, Any] = {
-        "is_available": lambda: False,  # torch's own asks device_count when Lightning has set its NVML variable
+        "is_available": _always(False),  # torch's own asks device_count when Lightning has set its NVML variable
         "current_device": lambda: _CPU,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "get_device_capability": lambda *a: (0, 0),
-        "get_device_properties": lambda *a: properties,
-        "get_device_name": lambda *a: "cpu",
+        "get_device_capability": _always((0, 0)),
+        "get_device_properties": _always(properties),
+        "get_device_name": _always("cpu"),
         "Stream": _Stream,
         "Event": _Stream,
         "stream": lambda s: stream if s is None else s,
-        "current_stream": lambda *a: stream,
-        "default_stream": lambda *a: stream,
+        "current_stream": _always(stream),
+        "default_stream": _always(stream),
         "get_rng_state": lambda *a: torch.get_rng_state(),
         "set_rng_state": lambda state, *a: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.manual_seed(seed) and None,
         "memory_stats": lambda *a: {},
-        "is_current_stream_capturing": lambda: False,
-        "FloatTensor": torch.FloatTensor,
-        "HalfTensor": torch.HalfTensor,
-        "BFloat16Tensor": torch.BFloat16Tensor,
-        "IntTensor": torch.IntTensor,
-        "LongTensor": torch.LongTensor,
+        "is_current_stream_capturing": _always(False),
     }
+    for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor"):
+        replacements[name] = getattr(torch, name)
     for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         replacements[name] = _always(None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         replacements[name] = _always(0)
-    for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _always(None))
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _always(None))
 
 
-def _on_cpu(device: Any) -> Any:
-    """`device`, or the CPU where `device` names CUDA."""
-    if isinstance(device, str) and device.startswith("cuda"):
-        return _CPU
-    return _CPU if isinstance(device, torch.device) and device.type == "cuda" else device
+def _make_on_cpu(factory: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Call one of torch's factories for the CPU where it is called for CUDA."""
+    device = kwargs.get("device")
+    if isinstance(device, str | torch.device) and torch.device(device).type == "cuda":
+        kwargs["device"] = _CPU
+    kwargs.pop("pin_memory", None)
+    return factory(*args, **kwargs)
 
 
-def _replace_factories() -> None:
-    def wrap(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(factory)
-        def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if "device" in kwargs:
-                kwargs["device"] = _on_cpu(kwargs["device"])
-            kwargs.pop("pin_memory", None)
-            return factory(*args, **kwargs)
-
-        return on_cpu
-
-    for name in _FACTORIES:
-        setattr(torch, name, wrap(getattr(torch, name)))
-
-
-def _replace_tensor_methods() -> None:
-    tensor_type = torch.Tensor.type
-
-    def type_with_cuda_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Megatron's optimizers compare the type's name with "torch.cuda.FloatTensor".
-        result = tensor_type(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
-
-    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+def _type_with_cuda_name(tensor_type: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Name a tensor's type as on a GPU: Megatron's optimizers compare it with "torch.cuda.FloatTensor"."""
+    result = tensor_type(self, *args, **kwargs)
+    return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
 
 def _numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -190,34 +170,34 @@ def _numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Megatron's gather along the first axis, for shards of different lengths too: gloo gathers equal ones only."""
+def _gather_uneven(
+    gather: Callable[..., torch.Tensor],
+    shard: torch.Tensor,
+    group: Any,
+    output_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Gather along the first axis as Megatron does, shards of different lengths too: gloo gathers equal ones only."""
+    if output_split_sizes is None:
+        return gather(shard, group, None, use_global_buffer)
+    longest = max(output_split_sizes)
+    gathered = gather(_lengthen(shard, longest), group).split(longest)
+    return torch.cat([part[:size] for part, size in zip(gathered, output_split_sizes, strict=True)])
 
-    def padded_gather(
-        shard: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
-        if output_split_sizes is None:
-            return gather(shard, group, None, use_global_buffer)
-        longest = max(output_split_sizes)
-        gathered = gather(_lengthen(shard, longest), group).split(longest)
-        return torch.cat([part[:size] for part, size in zip(gathered, output_split_sizes, strict=True)])
 
-    return padded_gather
-
-
-def _reduce_scatter_uneven(reduce_scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Megatron's reduce-scatter along the first axis, for shards of different lengths too."""
-
-    def padded_reduce_scatter(
-        whole: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
-    ) -> torch.Tensor:
-        if input_split_sizes is None:
-            return reduce_scatter(whole, group, None, use_global_buffer)
-        longest = max(input_split_sizes)
-        padded = torch.cat([_lengthen(part, longest) for part in whole.split(input_split_sizes)])
-        return reduce_scatter(padded, group)[: input_split_sizes[group.rank()]]
-
-    return padded_reduce_scatter
+def _reduce_scatter_uneven(
+    reduce_scatter: Callable[..., torch.Tensor],
+    whole: torch.Tensor,
+    group: Any,
+    input_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> torch.Tensor:
+    """Reduce and scatter along the first axis as Megatron does, into shards of different lengths too."""
+    if input_split_sizes is None:
+        return reduce_scatter(whole, group, None, use_global_buffer)
+    longest = max(input_split_sizes)
+    padded = torch.cat([_lengthen(part, longest) for part in whole.split(input_split_sizes)])
+    return reduce_scatter(padded, group)[: input_split_sizes[group.rank()]]
 
 
 def _lengthen(tensor: torch.Tensor, length: int) -> torch.Tensor:
@@ -235,29 +215,19 @@ def _async_loop(*args: Any, **kwargs: Any) -> None:
 
 
 def _replace_megatron_functions() -> None:
-    def replace(module: str, **functions: Any) -> None:
-        for name, function in functions.items():
-            setattr(importlib.import_module(f"megatron.{module}"), name, function)
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe import token_dispatcher
 
-    replace(
-        "core.tensor_parallel.random",
-        _get_cuda_rng_state=lambda *a, **k: torch.get_rng_state(),
-        _set_cuda_rng_state=lambda state, *a, **k: torch.set_rng_state(state),
-    )
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    replace(
-        "core.tensor_parallel.mappings",
-        _gather_along_first_dim=_gather_uneven(mappings._gather_along_first_dim),
-        _reduce_scatter_along_first_dim=_reduce_scatter_uneven(mappings._reduce_scatter_along_first_dim),
-    )
-    replace("core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_numpy_if_asked)
-    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.async_utils").PersistentAsyncCaller
-    writer.async_loop = staticmethod(_async_loop)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # Megatron's optional packages, on import
         warnings.simplefilter("ignore")
-        initialize = importlib.import_module("megatron.training.initialize").initialize_megatron
-        replace(
-            "training.training",
-            initialize_megatron=functools.partial(initialize, allow_no_cuda=True),
-            set_jit_fusion_options=_always(None),
-        )
+        from megatron.training import training
+
+    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    wrap(mappings, "_gather_along_first_dim", _gather_uneven)
+    wrap(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven)
+    token_dispatcher.maybe_move_tensor_to_cpu = _numpy_if_asked
+    PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
+    wrap(training, "initialize_megatron", lambda initialize, *a, **k: initialize(*a, allow_no_cuda=True, **k))
+    training.set_jit_fusion_options = _always(None)

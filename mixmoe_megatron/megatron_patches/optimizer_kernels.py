@@ -4,7 +4,8 @@ Megatron takes its Adam, norms and scalings from Transformer Engine or Apex as s
 kernels, on a machine without CUDA too. Without them its own norm makes the host wait for the GPU once a tensor (60
 times a step in a model of 8 layers, as `make test-gpu` counts it).
 
-Source: none in the paper; megatron-core 0.19.2.
+Source: `megatron.core.optimizer` (its modules, `clip_grads` and `distrib_optimizer`) and
+`megatron.training.utils.common_utils`, read at megatron-core 0.19.2.
 """
 
 from __future__ import annotations

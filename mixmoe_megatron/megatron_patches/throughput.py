@@ -3,11 +3,12 @@
 Megatron counts every weight as trained and every layer as run backward, whatever is frozen, and a batch as full
 whatever its padding. `Throughput.count_step` takes the place of its count, so that Megatron's own line of
 --log-throughput is right too.
+
+Source: `megatron.training.training.num_floating_point_operations` and `update_seqlen_stats_from_cu_seqlens`, read at
+megatron-core 0.19.2.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from megatron.core.utils import get_attr_wrapped_model
@@ -15,8 +16,9 @@ from megatron.training import get_timers, training
 
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.metrics import install_metrics_tracker
-from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
+from mixmoe_megatron.training.megatron_args import MegatronArgs
 
 
 class Throughput:
@@ -26,11 +28,10 @@ class Throughput:
         args: Megatron's validated namespace, Mix-MoE options applied.
     """
 
-    def __init__(self, args: Any):
-        defaults = MixMoEOptions().to_dict()  # stand in a dense run, which uses none of them
-        options = MixMoEOptions(**{name: getattr(args, name, default) for name, default in defaults.items()})
+    def __init__(self, args: MegatronArgs):
+        options = MixMoEOptions(**{name: getattr(args, name) for name in OPTION_NAMES}) if args.mixmoe_stage else None
         self.sizes = model_sizes(vars(args), options, args.mixmoe_stage, args.padded_vocab_size)
-        self.topk = options.topk_per_group
+        self.topk = options.topk_per_group if options else 1
         self.world_size = args.world_size
         self.peak = None
         if torch.cuda.is_available() and (args.bf16 or args.fp16):
@@ -40,7 +41,7 @@ class Throughput:
 
     def count_step(
         self,
-        args: Any,
+        args: MegatronArgs,
         batch_size: int,
         seqlen_squared_sum_in_batch: float | None = None,
         total_real_tokens_in_batch: float | None = None,
@@ -87,7 +88,7 @@ def count_lengths(lengths: torch.Tensor, model: torch.nn.Module) -> None:
         training.update_seqlen_stats_from_cu_seqlens(bounds.cuda(non_blocking=True))
 
 
-def install_metrics(args: Any) -> None:
+def install_metrics(args: MegatronArgs) -> None:
     """Put the count and the metrics of Mix-MoE in Megatron's log, TensorBoard and W&B. Call before training starts.
 
     Args:
@@ -96,6 +97,7 @@ def install_metrics(args: Any) -> None:
     throughput = Throughput(args)
     training.num_floating_point_operations = throughput.count_step
     if args.mixmoe_stage:
-        moe_layers = throughput.sizes.moe_layers
-        n, interval = args.num_experts_per_group, args.log_interval
-        install_metrics_tracker(args.mixmoe_stage, moe_layers, n, interval, throughput)
+        sizes = throughput.sizes
+        install_metrics_tracker(
+            args.mixmoe_stage, sizes.moe_layers, sizes.num_experts_per_group, args.log_interval, throughput
+        )

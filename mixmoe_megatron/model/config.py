@@ -64,7 +64,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
 
     def options(self) -> MixMoEOptions:
         """Return the Mix-MoE options alone."""
-        return MixMoEOptions.from_dict({name: getattr(self, name) for name in OPTION_NAMES})
+        return options_and_stage(self)[0]
 
 
 def _derived_fields(options: MixMoEOptions, stage: int, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:
@@ -78,14 +78,14 @@ def options_and_stage(config: TransformerConfig) -> tuple[MixMoEOptions, int]:
     """Return the Mix-MoE options and the stage (1 or 2) that a module's config carries.
 
     Raises:
-        MixMoEError: it is a plain TransformerConfig.
+        MixMoEError: it carries none.
     """
-    if not isinstance(config, MixMoETransformerConfig):
+    if not hasattr(config, "mixmoe_stage"):
         raise MixMoEError(
             "a plain TransformerConfig has no Mix-MoE options: build a MixMoETransformerConfig, or start stock "
             "pretrain_gpt.py with --spec mixmoe_megatron.integrations.stock_megatron stage1 (or stage2)."
         )
-    return config.options(), config.mixmoe_stage
+    return MixMoEOptions.from_dict({name: getattr(config, name) for name in OPTION_NAMES}), config.mixmoe_stage
 
 
 #: Megatron setting -> values that go with Mix-MoE, and why the others do not
@@ -183,7 +183,7 @@ def check_transformer_config(config: MixMoETransformerConfig) -> None:
             f"moe_ffn_hidden_size={config.moe_ffn_hidden_size} is not divisible by expert_tensor_parallel_size={etp}."
         )
     ffn_hidden_size = config.ffn_hidden_size or 4 * config.hidden_size
-    derived = _derived_fields(config.options(), config.mixmoe_stage, config.num_layers, ffn_hidden_size)
+    derived = _derived_fields(*options_and_stage(config), config.num_layers, ffn_hidden_size)
     for name in ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"):
         if (value := getattr(config, name)) != derived[name]:
             raise MixMoEError(f"{name}={value!r} contradicts the Mix-MoE options, which give {derived[name]!r}.")

@@ -21,8 +21,7 @@ import torch
 
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.machine import prepare_megatron
-from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.megatron_patches.install import prepare_megatron
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
@@ -160,7 +159,6 @@ def _serve(connection: Connection, system: System, task: Task) -> None:
     """The process: report what the built model takes, then answer "step" and "peak"."""
     try:
         os.dup2(2, 1)  # what Megatron and gloo print is no result
-        enable_cpu_mode()
         prepare_megatron()
         before = _memory()[0]
         step = _make_step(system, task)

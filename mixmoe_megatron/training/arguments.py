@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from megatron.training.arguments import parse_args
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_phase
@@ -23,6 +26,7 @@ from mixmoe_megatron.model.config import EXPERTS_BACKENDS, check_expert_parallel
 from mixmoe_megatron.model.options import PAPER_AUX_LOSS_COEFF, MixMoEOptions, mixmoe_megatron_args
 from mixmoe_megatron.model.sizes import padded_vocab_size
 from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
+from mixmoe_megatron.training.megatron_args import MegatronArgs
 
 #: Megatron defaults that suit this project; the user's flags come later and win.
 _DEFAULTS = {
@@ -108,6 +112,28 @@ def _refuse(message: str) -> NoReturn:
     raise MixMoEError(f"{message} (--help lists the flags).")
 
 
+def parse_arguments(words: list[str]) -> tuple[MegatronArgs, Metadata]:
+    """Parse a command line, completed from the checkpoint that the run starts from or goes on from.
+
+    Args:
+        words: the command line, without the program's name.
+
+    Returns:
+        Megatron's namespace, not validated yet, with the recorded options; and the metadata of that checkpoint.
+
+    Raises:
+        MixMoEError: as `model_arguments` and `apply_options`, or a word is not one of a flag.
+    """
+    words, metadata = complete_arguments(words)
+    own_words, sys.argv[1:] = sys.argv[1:], words  # which is where Megatron's parser reads
+    try:
+        args = parse_args(add_mixmoe_args)
+    finally:
+        sys.argv[1:] = own_words
+    apply_options(args, metadata)
+    return args, metadata
+
+
 def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     """Put what the checkpoint and the machine determine in front of the user's words.
 
@@ -136,34 +162,39 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     Raises:
         MixMoEError: no checkpoint is named, it is of the wrong stage, or a number is not one.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.error = _refuse  # type: ignore[method-assign]
-    early.add_argument("--load")
-    early.add_argument("--init-from", "--hf-load")
-    early.add_argument("--upcycle-options")
-    early.add_argument("--mixmoe-stage", type=int)
-    early.add_argument("--padded-vocab-size")
-    early.add_argument("--make-vocab-size-divisible-by", type=int)
-    early.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    known, _ = early.parse_known_args(words)
-    stage = known.mixmoe_stage
-    if stage not in STAGES:
-        got = "it is missing" if stage is None else f"got {stage}"
-        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, STAGES))}; {got}.")
-    directory, metadata = source_checkpoint(known.load, known.init_from, stage, known.upcycle_options)
+    early = _flags_that_name_the_model(words)
+    stage = early.mixmoe_stage
+    directory, metadata = source_checkpoint(early.load, early.init_from, stage, early.upcycle_options)
     model = dict(metadata.megatron_args)
     if stage > 0:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
     if not isinstance(model["rotary_base"], int):
         del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
-    multiple = known.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]
-    multiple *= known.tensor_model_parallel_size
+    multiple = early.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]
+    multiple *= early.tensor_model_parallel_size
     if multiple < 1:
         raise MixMoEError("--make-vocab-size-divisible-by and --tensor-model-parallel-size must be 1 or more.")
     model.setdefault("padded_vocab_size", padded_vocab_size(model["vocab_size"], multiple))
     tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
     return _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model}), metadata
+
+
+def _flags_that_name_the_model(words: list[str]) -> argparse.Namespace:
+    """Parse the few flags that must be known before Megatron's parser can be given a complete command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]
+    for flag in ("--load", "--upcycle-options"):
+        parser.add_argument(flag)
+    parser.add_argument("--init-from", "--hf-load")
+    parser.add_argument("--mixmoe-stage", type=int)
+    parser.add_argument("--make-vocab-size-divisible-by", type=int)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    flags, _ = parser.parse_known_args(words)
+    if flags.mixmoe_stage not in STAGES:
+        got = "it is missing" if flags.mixmoe_stage is None else f"got {flags.mixmoe_stage}"
+        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, STAGES))}; {got}.")
+    return flags
 
 
 def source_checkpoint(
@@ -180,7 +211,7 @@ def source_checkpoint(
     Raises:
         MixMoEError: there is neither, or it is of the wrong stage.
     """
-    if load is not None and has_checkpoint(Path(load)):
+    if load is not None and has_checkpoint(load):
         metadata = read_metadata(load)
         require_phase(metadata, STAGES[stage].name, f"--load {load} must be a run of --mixmoe-stage {stage}.")
         check_architecture(metadata)
@@ -199,9 +230,20 @@ def source_checkpoint(
     return Path(init_from), metadata
 
 
-def has_checkpoint(directory: Path) -> bool:
-    """Whether `directory` holds a complete Megatron checkpoint with this project's metadata."""
-    return (directory / TRACKER_FILE).is_file() and (directory / METADATA_FILE).is_file()
+def has_checkpoint(directory: str | Path | None) -> bool:
+    """Whether a directory, if one is given, holds a complete Megatron checkpoint with this project's metadata."""
+    return directory is not None and all((Path(directory) / name).is_file() for name in (TRACKER_FILE, METADATA_FILE))
+
+
+def source_directory(args: MegatronArgs) -> Path:
+    """Return what a run starts from or goes on from; `source_checkpoint` has seen to it that there is one.
+
+    Args:
+        args: Megatron's namespace with Mix-MoE's arguments.
+    """
+    source = args.load if has_checkpoint(args.load) else args.init_from
+    assert source is not None
+    return Path(source)
 
 
 def _words(arguments: dict[str, Any]) -> list[str]:
@@ -218,7 +260,7 @@ def _words(arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
+def apply_options(args: MegatronArgs, metadata: Metadata) -> None:
     """Put what no flag can say on Megatron's arguments, from where its config builder takes it by name.
 
     That is the recorded Mix-MoE options, and a --rotary-base that is not whole.
@@ -237,7 +279,7 @@ def apply_options(args: argparse.Namespace, metadata: Metadata) -> None:
         check_expert_parallel(args.num_experts_per_group, args.expert_model_parallel_size)
 
 
-def _check_architecture_flags(args: argparse.Namespace, metadata: Metadata) -> None:
+def _check_architecture_flags(args: MegatronArgs, metadata: Metadata) -> None:
     """Refuse flags that would train another model than the checkpoint's: loading might let it pass, an export not."""
     for name, recorded in metadata.megatron_args.items():
         given = getattr(args, name, recorded)

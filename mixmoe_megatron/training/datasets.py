@@ -24,6 +24,7 @@ from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
 from mixmoe_megatron.data.text import TextDataset, TextTokens, parts_of_split
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, check_tokenizer_fits_model, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.training.megatron_args import MegatronArgs
 
 logger = logging.getLogger(__name__)
 _ORDER = 2  # of the documents; in order 1 it depended on the batch size and on the number of steps
@@ -37,7 +38,7 @@ Splits = tuple[Any, Any, Any]
 GPU_WIDTHS = 16
 
 
-def data_prefixes(args: Any) -> list[str]:
+def data_prefixes(args: MegatronArgs) -> list[str]:
     """The path prefixes that the data flags name, blend weights left out.
 
     Raises:
@@ -52,7 +53,7 @@ def data_prefixes(args: Any) -> list[str]:
     return [prefix for prefixes, _ in blends for prefix in prefixes]
 
 
-def training_data(args: Any, phase: str) -> list[dict[str, Any]]:
+def training_data(args: MegatronArgs, phase: str) -> list[dict[str, Any]]:
     """What a run trains on, for the metadata of its checkpoints: one entry a token file.
 
     Args:
@@ -85,28 +86,27 @@ def tell_of_another_order(data: Sequence[dict[str, Any]], phase: str) -> None:
         )
 
 
-def data_kind(args: Any) -> str:
+def data_kind(args: MegatronArgs) -> str:
     """What the token files hold, "monolingual" or "parallel"; checks that the model's tokenizer made them.
 
     Raises:
         MixMoEError: a file is missing, both kinds are mixed, or another tokenizer built them.
     """
-    prefixes = data_prefixes(args)
-    manifests = [read_manifest(prefix) for prefix in prefixes]
-    kinds = {manifest["kind"] for manifest in manifests}
+    manifests = {prefix: read_manifest(prefix) for prefix in data_prefixes(args)}
+    kinds = {manifest["kind"] for manifest in manifests.values()}
     if len(kinds) > 1:
-        raise MixMoEError(f"--data-path mixes {' and '.join(sorted(kinds))} data: {', '.join(prefixes)}.")
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        raise MixMoEError(f"--data-path mixes {' and '.join(sorted(kinds))} data: {', '.join(manifests)}.")
+    for prefix, manifest in manifests.items():
         check_number_of_ids(f"The tokenizer that made {prefix}", manifest["tokenizer"]["vocab_size"], args.vocab_size)
     if args.tokenizer_type == "HuggingFaceTokenizer":
         tokenizer = open_tokenizer(args.tokenizer_model)
         check_tokenizer_fits_model(tokenizer, args.vocab_size)
-        for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for prefix, manifest in manifests.items():
             check_same_tokenizer(prefix, manifest, tokenizer)
     return kinds.pop()
 
 
-def configure_data(args: Any) -> None:
+def configure_data(args: MegatronArgs) -> None:
     """Set what the data demand of Megatron's arguments. Call before they are validated.
 
     Parallel samples have their own lengths: they come by an own loader ("external"). Without a document for validation
@@ -138,7 +138,7 @@ def configure_data(args: Any) -> None:
         )
 
 
-def _settle_validation(args: Any, kind: str) -> None:
+def _settle_validation(args: MegatronArgs, kind: str) -> None:
     """Refuse training without a document; leave validation out without one."""
     blend, per_split = get_blend_and_blend_per_split(args)
     if per_split:
@@ -166,7 +166,7 @@ def _without_documents(split: str, prefixes: Sequence[str]) -> list[list[str]]:
     return [[prefix for prefix in prefixes if not parts[prefix][place]] for place in range(3)]
 
 
-def _check_packing(args: Any) -> None:
+def _check_packing(args: MegatronArgs) -> None:
     """Refuse layouts for which packed documents are not exact, or not of the one length that they need."""
     if args.context_parallel_size > 1:
         raise MixMoEError(
@@ -179,7 +179,7 @@ def _check_packing(args: Any) -> None:
         )
 
 
-def has_variable_lengths(args: Any) -> bool:
+def has_variable_lengths(args: MegatronArgs) -> bool:
     """Whether micro-batches differ in length, so that pipeline stages must tell each other their tensors' shapes.
 
     Megatron's `variable_seq_lengths`, which its validation of the arguments resets.
@@ -187,7 +187,7 @@ def has_variable_lengths(args: Any) -> bool:
     return args.dataloader_type == "external" and not _pads_to_max(args)
 
 
-def _pads_to_max(args: Any) -> bool:
+def _pads_to_max(args: MegatronArgs) -> bool:
     """Some dispatchers need one length: on all ranks that share experts, and (Megatron, allgather) in a pipeline."""
     shares = args.expert_model_parallel_size > 1 or args.pipeline_model_parallel_size > 1
     dispatcher = args.moe_token_dispatcher_type
@@ -236,7 +236,7 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
     return train, valid, test
 
 
-def _samples_to_the_end(args: Any, num_samples: Sequence[int]) -> list[int]:
+def _samples_to_the_end(args: MegatronArgs, num_samples: Sequence[int]) -> list[int]:
     """Samples of each split that the run has used or will use, whatever batch sizes it had before; 0: it needs none.
 
     Megatron counts (`num_samples`) as if this batch size had been that of all steps. With --train-samples, the steps
@@ -264,32 +264,26 @@ def _weighted(blend: Any) -> Any:
     return blend[0], [float(read_manifest(prefix)["tokens"]) for prefix in blend[0]]
 
 
-def _parallel_loaders(args: Any, num_samples: Sequence[int]) -> Splits:
+def _parallel_loaders(args: MegatronArgs, num_samples: Sequence[int]) -> Splits:
     """Iterators over padded micro-batches; they go on from the samples already consumed, --skip-train begins anew."""
     blend, per_split = get_blend_and_blend_per_split(args)
     parts = list(per_split) if per_split else [blend, None, None]
     consumed = [args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0]
     sizes = [args.micro_batch_size, args.eval_micro_batch_size, args.eval_micro_batch_size]
-    loaders: list[Iterator[Any] | None] = []
-    for part, wanted, used, size in zip(parts, num_samples, consumed, sizes, strict=True):
-        loaders.append(_parallel_loader(args, part, wanted, used, size) if part and wanted else None)
-    train, valid, test = loaders
+    train, valid, test = (
+        _parallel_loader(args, part, wanted, used, size) if part and wanted else None
+        for part, wanted, used, size in zip(parts, num_samples, consumed, sizes, strict=True)
+    )
     return train, valid, test
 
 
 def _parallel_loader(
-    args: Any, blend: Any, num_samples: int, consumed: int, micro_batch_size: int
+    args: MegatronArgs, blend: Any, num_samples: int, consumed: int, micro_batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     prefixes, weights = blend
     if weights is not None:
         raise MixMoEError("parallel data takes no blend weights: give the prefixes alone in --data-path.")
-    documents = ParallelDataset(
-        prefixes,
-        num_samples,
-        seed=args.seed,
-        max_length=args.seq_length,
-        loss_on=args.loss_on,
-    )
+    documents = ParallelDataset(prefixes, num_samples, seed=args.seed, max_length=args.seq_length, loss_on=args.loss_on)
     if torch.distributed.get_rank() == 0:
         _log_padding(args, documents)
     sampler = MegatronPretrainingSampler(
@@ -311,7 +305,7 @@ def _parallel_loader(
 
 
 def _collate_function(
-    args: Any, micro_batch_size: int
+    args: MegatronArgs, micro_batch_size: int
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
     """What makes a micro-batch of samples."""
     function, samples_of_a_row = (collate_packs, micro_batch_size) if args.pack else (collate, 1)
@@ -324,27 +318,21 @@ def _collate_function(
     )
 
 
-def _pad_multiple(args: Any) -> int:
+def _pad_multiple(args: MegatronArgs) -> int:
     """What the width of a micro-batch is a multiple of: this layout can split it, and a GPU sees few widths."""
     tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
     return math.lcm(tensor_parallel * context_parallel, GPU_WIDTHS if torch.cuda.is_available() else 1)
 
 
-def _log_padding(args: Any, documents: ParallelDataset) -> None:
+def _log_padding(args: MegatronArgs, documents: ParallelDataset) -> None:
     order = epoch_order(documents.lengths, 0, args.seed)
     sizes = (args.micro_batch_size, args.seq_length, _pad_multiple(args))
     full, grouped, packed = padding_shares(documents.lengths, order, *sizes)
+    names = ", ".join(Path(prefix).name for prefix in documents.prefixes)
+    this_run = "packed" if args.pack else "all padded" if _pads_to_max(args) else "similar lengths"
     logger.info(
-        "%s: share of padding, %d documents of %.0f tokens: %.1f%% when all are padded to %d tokens, %.1f%% in "
-        "micro-batches of %d of similar lengths, at most %.1f%% packed; this run: %s",
-        ", ".join(Path(prefix).name for prefix in documents.prefixes),
-        documents.num_documents,
-        documents.lengths.mean(),
-        100 * full,
-        args.seq_length,
-        100 * grouped,
-        args.micro_batch_size,
-        100 * packed,
-        "packed" if args.pack else "all padded" if _pads_to_max(args) else "similar lengths",
+        f"{names}: share of padding, {documents.num_documents} documents of {documents.lengths.mean():.0f} tokens: "
+        f"{full:.1%} when all are padded to {args.seq_length} tokens, {grouped:.1%} in micro-batches of "
+        f"{args.micro_batch_size} of similar lengths, at most {packed:.1%} packed; this run: {this_run}"
     )

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import global_vars, initialize, training
+from megatron.training.arguments import validate_args
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.megatron_patches.install import install
 from mixmoe_megatron.methods.registry import PHASES, STAGES
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
-from mixmoe_megatron.training.pretrain import build_config, stand_alone_environment
+from mixmoe_megatron.training.arguments import parse_arguments
+from mixmoe_megatron.training.megatron_args import MegatronArgs
+from mixmoe_megatron.training.pretrain import stand_alone_environment
+from mixmoe_megatron.training.run import build_config
+from mixmoe_megatron.training.startup import freeze_and_report
+from mixmoe_megatron.training.step import forward_step
 
 
 def random_batch(vocab_size: int, batch_size: int, seq_length: int) -> dict[str, torch.Tensor]:
@@ -41,7 +50,7 @@ def engine_step(
 ) -> Callable[[], None]:
     """Build a randomly initialised model as the training command does and return Megatron's `train_step` of it.
 
-    Call `enable_cpu_mode` first. The returned step is forward, backward, gradient clipping at 1 and AdamW. The models
+    Call `prepare_megatron` first. The returned step is forward, backward, gradient clipping at 1 and AdamW. The models
     of one process share Megatron's process groups; each step puts its own arguments in place.
 
     Args:
@@ -55,25 +64,11 @@ def engine_step(
         MixMoEError: the config is not of a supported dense model.
     """
     stand_alone_environment()
-    with warnings.catch_warnings():  # Megatron's optional packages, on import
-        warnings.simplefilter("ignore")
-        from megatron.training import global_vars, training
-
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.rerun_state_machine import RerunDataIterator
-
-    from mixmoe_megatron.megatron_patches.optimizer_kernels import use_torch_kernels
-    from mixmoe_megatron.megatron_patches.throughput import install_metrics
-    from mixmoe_megatron.training.startup import freeze_and_report
-    from mixmoe_megatron.training.step import forward_step
-
     args = _arguments(hf_config, batch["tokens"].shape, stage, flags)
     _start_megatron(args)
-    install_metrics(args)
-    use_torch_kernels()
+    install(args, saving=False)
     container = build_config(args)
-    container.model.pre_wrap_hooks[:] = [freeze_and_report(stage, dry_run=False)]  # no parent to load
+    container.model.pre_wrap_hooks[:] = [partial(freeze_and_report, stage=stage, dry_run=False)]  # no parent to load
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         None, cfg_container=container, pg_collection=groups
@@ -92,10 +87,8 @@ def engine_step(
     return step
 
 
-def _start_megatron(args: Any) -> None:
+def _start_megatron(args: MegatronArgs) -> None:
     """Start Megatron in this process with these arguments; a second time, only put them in place."""
-    from megatron.training import global_vars, initialize
-
     if torch.distributed.is_initialized():
         global_vars.set_args(args)
         return
@@ -109,22 +102,14 @@ def _build_graph_from_the_bottom(model: Any) -> None:
     model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
-def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int, flags: str) -> Any:
+def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int, flags: str) -> MegatronArgs:
     """Megatron's validated arguments, completed from the metadata of a parent that holds nothing else."""
-    from megatron.training.arguments import parse_args, validate_args
-
     parent_phase = PHASES[STAGES[stage].starts_from[0]]
     options = MixMoEOptions().to_dict() if parent_phase.groups else None
     with tempfile.TemporaryDirectory() as parent:
         write_metadata(parent, Metadata(parent_phase, options, megatron_args_from_hf(hf_config), hf_config))
         line = f"--mixmoe-stage {stage} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
         line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000 {flags}"
-        words, metadata = complete_arguments(line.split())
-    own_words, sys.argv[1:] = sys.argv[1:], words
-    try:
-        args = parse_args(add_mixmoe_args)
-    finally:
-        sys.argv[1:] = own_words
-    apply_options(args, metadata)
+        args, _ = parse_arguments(line.split())
     validate_args(args, {})
     return args

@@ -18,9 +18,12 @@ from megatron.core import dist_checkpointing
 from megatron.training import training
 from megatron.training.global_vars import set_args
 
-from mixmoe_megatron.checkpoint.megatron_checkpoint import RELEASE, iteration_directory
+from mixmoe_megatron.checkpoint.health import whole_iteration
+from mixmoe_megatron.checkpoint.megatron_checkpoint import RELEASE, TRACKER_FILE, iteration_directory
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training.arguments import has_checkpoint
+from mixmoe_megatron.training.hf_directories import is_hf_directory
+from mixmoe_megatron.training.megatron_args import MegatronArgs
 from mixmoe_megatron.training.refusals import one_sentence
 
 #: a field of the schedule -> the flags that it comes from
@@ -37,7 +40,37 @@ _FLAGS = {
 }
 
 
-def saved_run(args: Any) -> dict[str, Any] | None:
+def check_start(args: MegatronArgs) -> None:
+    """Refuse a damaged checkpoint before anything is built or written (one rank is enough).
+
+    Args:
+        args: Megatron's namespace: load, ckpt_step, and ours: init_from.
+
+    Raises:
+        MixMoEError: names the damaged file and how to take the newest iteration that is whole; or the optimizer's
+            state is one that this run cannot take.
+    """
+    if args.load is not None and (Path(args.load) / TRACKER_FILE).exists():
+        _check_optimizer_state(args, whole_iteration(args.load, args.ckpt_step, flag="--ckpt-step"))
+    elif args.init_from is not None and not is_hf_directory(args.init_from):
+        whole_iteration(args.init_from)
+
+
+def _check_optimizer_state(args: MegatronArgs, iteration: Path) -> None:
+    """Refuse a state of the other kind of optimizer: Megatron would fail in its middle, far from the reason."""
+    if args.no_load_optim or args.finetune or iteration.name == RELEASE:
+        return
+    stored_as = dist_checkpointing.load_content_metadata(str(iteration)) or {}
+    distributed = "distrib_optim_sharding_type" in stored_as
+    if distributed != args.use_distributed_optimizer:
+        with_or_without, other = ("with", "add") if distributed else ("without", "drop")
+        raise MixMoEError(
+            f"{iteration} was saved {with_or_without} --use-distributed-optimizer, which stores the optimizer's state "
+            f"in another form: {other} this flag, or start with a fresh optimizer by --no-load-optim."
+        )
+
+
+def saved_run(args: MegatronArgs) -> dict[str, Any] | None:
     """Return what the checkpoint that this run goes on from says of it; None for a run that begins.
 
     Args:
@@ -49,7 +82,7 @@ def saved_run(args: Any) -> dict[str, Any] | None:
     Raises:
         MixMoEError: it cannot be read.
     """
-    if args.load is None or args.finetune or not has_checkpoint(Path(args.load)):
+    if args.load is None or args.finetune or not has_checkpoint(args.load):
         return None
     directory = iteration_directory(args.load, args.ckpt_step)
     if directory.name == RELEASE:
@@ -59,7 +92,7 @@ def saved_run(args: Any) -> dict[str, Any] | None:
         return dist_checkpointing.load_common_state_dict(str(directory))
 
 
-def is_finished(args: Any, saved: dict[str, Any]) -> bool:
+def is_finished(args: MegatronArgs, saved: dict[str, Any]) -> bool:
     """Whether the run has all its steps or samples, so that nothing is left to train.
 
     Args:
@@ -73,7 +106,7 @@ def is_finished(args: Any, saved: dict[str, Any]) -> bool:
     return bool(args.train_iters) and saved["iteration"] >= args.train_iters
 
 
-def check_schedule(args: Any, saved: dict[str, Any] | None) -> None:
+def check_schedule(args: MegatronArgs, saved: dict[str, Any] | None) -> None:
     """Refuse a learning-rate schedule that cannot be, or that is not the one that the run was begun with.
 
     Args:
@@ -102,7 +135,7 @@ def check_schedule(args: Any, saved: dict[str, Any] | None) -> None:
         raise MixMoEError(_another_schedule(args, saved["args"].global_batch_size, schedule, before, differ))
 
 
-def keep_saved_rates(args: Any, saved: dict[str, Any] | None) -> None:
+def keep_saved_rates(args: MegatronArgs, saved: dict[str, Any] | None) -> None:
     """With --use-checkpoint-opt_param-scheduler take the saved learning rates: the parameter groups hold them too.
 
     Args:
@@ -114,13 +147,13 @@ def keep_saved_rates(args: Any, saved: dict[str, Any] | None) -> None:
         args.lr, args.min_lr = before["max_lr"], before["min_lr"]
 
 
-def _saved_schedule(args: Any, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+def _saved_schedule(args: MegatronArgs, saved: dict[str, Any] | None) -> dict[str, Any] | None:
     """The learning-rate schedule that the run would go on with; None where it takes none from the checkpoint."""
     return None if saved is None or args.no_load_optim else saved.get("opt_param_scheduler")
 
 
 def _another_schedule(
-    args: Any, batch_size: int, schedule: dict[str, Any], before: dict[str, Any], differ: list[str]
+    args: MegatronArgs, batch_size: int, schedule: dict[str, Any], before: dict[str, Any], differ: list[str]
 ) -> str:
     """Say what differs. A change of the batch size alone stretches all that is counted in samples."""
     told = [f"{before[name]} {name} there, {schedule[name]} here ({_FLAGS[name]})" for name in differ]

@@ -6,7 +6,6 @@ of its own parts of the tensors, a part at a time, and upcycles those; data-para
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from megatron.training import training
 from torch import Tensor
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import LAYER, TRACKER_FILE
@@ -127,29 +125,20 @@ def load_from_hf(state: dict[str, Any], plan: list[LazyTensor], replicas: Any) -
     return apply_factory_merges(loaded, factories)
 
 
-def export_after_saves(args: Any) -> None:
-    """After each save, write the same iteration as a Hugging Face directory, `--hf-save`/iter_0000123. All ranks share.
+def export_iteration(save: str, hf_save: str, iteration: int) -> None:
+    """Write an iteration that has just been saved as a Hugging Face directory too, `hf_save`/iter_0000123.
+
+    Collective: all ranks share the work.
 
     Args:
-        args: Megatron's validated namespace, and ours: hf_save.
+        save: directory of the run's checkpoints.
+        hf_save: directory of the exports.
+        iteration: its number.
 
     Raises:
-        MixMoEError: --hf-save without --save, or with --async-save.
+        MixMoEError: as `hf_export.run_export`.
     """
-    if args.hf_save is None:
-        return
-    if args.save is None or args.async_save:
-        raise MixMoEError("--hf-save exports what --save has just written: it needs --save, and no --async-save.")
-    save_checkpoint = training.save_checkpoint
-
-    @functools.wraps(save_checkpoint)
-    def save(iteration: int, *rest: Any, **kwargs: Any) -> None:
-        save_checkpoint(iteration, *rest, **kwargs)
-        if kwargs.get("non_persistent_ckpt"):
-            return
-        torch.distributed.barrier()
-        output = Path(args.hf_save) / f"iter_{iteration:07d}"
-        request = ExportRequest(args.save, str(output), iteration=iteration, force=True)
-        run_export(prepare_export(request), Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size()))
-
-    training.save_checkpoint = save
+    torch.distributed.barrier()
+    output = Path(hf_save) / f"iter_{iteration:07d}"
+    request = ExportRequest(save, str(output), iteration=iteration, force=True)
+    run_export(prepare_export(request), Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size()))

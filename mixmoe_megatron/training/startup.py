@@ -1,4 +1,7 @@
-"""What happens once before the first step: load the parent checkpoint, freeze, report, guard the first gradients."""
+"""What happens once before the first step: load the parent checkpoint, freeze, report, guard the first gradients.
+
+`run.add_hooks` gives these functions to Megatron, which calls them when it has built the model.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import STAGES
-from mixmoe_megatron.model.freezing import freeze_for_stage, parameter_report
+from mixmoe_megatron.model.freezing import freeze_parameters, parameter_report
+from mixmoe_megatron.model.frozen_prefix import run_frozen_layers_ahead
 from mixmoe_megatron.model.moe_layer import MixMoELayer
 from mixmoe_megatron.training.hf_directories import CONTENT_METADATA, is_hf_directory, load_from_hf, open_hf_start
 
@@ -34,75 +38,72 @@ logger = logging.getLogger(__name__)
 ModelChunks = list[Any]
 
 
-def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChunks]:
-    """A pre-wrap hook that fills a fresh model from its parent, under whatever parallel layout this run has.
+def load_parent(chunks: ModelChunks, directory: Path, stage: int) -> ModelChunks:
+    """Fill a fresh model from its parent, under whatever parallel layout this run has.
 
     Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`). What several
     data-parallel ranks need is read by one of them, which sends it to the others.
 
     Args:
+        chunks: this rank's parts of the model, not wrapped yet.
         directory: the parent, see `methods`; or a Hugging Face directory, see `hf_directories`.
         stage: the stage to train.
 
     Returns:
-        A function of the model chunks, which it returns.
+        `chunks`.
+
+    Raises:
+        MixMoEError: the parent lacks a tensor or cannot be read.
     """
-
-    def hook(chunks: ModelChunks) -> ModelChunks:
-        from_hf = is_hf_directory(directory)
-        path = directory if from_hf else iteration_directory(directory)
-        plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
-        stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
-        replicas = mpu.get_data_parallel_group(with_context_parallel=True)
-        for chunk in chunks:
-            state = chunk.sharded_state_dict(metadata=stored_as)
-            if stage == 2:
-                state = {key: value for key, value in state.items() if not _is_mt(key)}
-            if from_hf:
-                loaded = load_from_hf(state, plan, replicas)
-            else:
-                strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas)
-                loaded = dist_checkpointing.load(state, str(path), strategy)
-            missing = [key for key in chunk.load_state_dict(loaded, strict=False).missing_keys if not _is_mt(key)]
-            if missing := [key for key in missing if not key.endswith("_extra_state")]:
-                raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
-            if stage == 2:
-                for module in chunk.modules():
-                    if isinstance(module, MixMoELayer):
-                        module.initialize_mt_from_lm()
-        _log(f"weights loaded from {path}")
-        return chunks
-
-    return hook
+    from_hf = is_hf_directory(directory)
+    path = directory if from_hf else iteration_directory(directory)
+    plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
+    stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
+    replicas = mpu.get_data_parallel_group(with_context_parallel=True)
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata=stored_as)
+        if stage == 2:
+            state = {key: value for key, value in state.items() if not _is_mt(key)}
+        if from_hf:
+            loaded = load_from_hf(state, plan, replicas)
+        else:
+            strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas)
+            loaded = dist_checkpointing.load(state, str(path), strategy)
+        absent = chunk.load_state_dict(loaded, strict=False).missing_keys
+        if missing := [key for key in absent if not (_is_mt(key) or key.endswith("_extra_state"))]:
+            raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
+        if stage == 2:
+            for module in chunk.modules():
+                if isinstance(module, MixMoELayer):
+                    module.initialize_mt_from_lm()
+    _log(f"weights loaded from {path}")
+    return chunks
 
 
 def _is_mt(key: str) -> bool:
     return ".router.mt." in key or ".mt_experts." in key
 
 
-def leave_out_padding_rows(vocab_size: int) -> Callable[[ModelChunks], ModelChunks]:
-    """A pre-wrap hook that keeps rows which a layout or a flag adds to the vocabulary out of the softmax.
+def leave_out_padding_rows(chunks: ModelChunks, vocab_size: int) -> ModelChunks:
+    """Keep rows which a layout or a flag adds to the vocabulary out of the softmax.
 
     They are zero and frozen: each would count as a token of logit 0, and the loss would depend on their number.
 
     Args:
+        chunks: this rank's parts of the model, not wrapped yet.
         vocab_size: rows of the model.
 
     Returns:
-        A function of the model chunks, which it returns.
+        `chunks`.
     """
-
-    def hook(chunks: ModelChunks) -> ModelChunks:
-        for chunk in chunks:
-            if (layer := getattr(chunk, "output_layer", None)) is None:
-                continue  # another pipeline stage
-            width = layer.output_size_per_partition
-            rows = max(0, vocab_size - width * mpu.get_tensor_model_parallel_rank())
-            if rows < width:
-                layer.register_forward_hook(functools.partial(_lower_logits, rows))
-        return chunks
-
-    return hook
+    for chunk in chunks:
+        if (layer := getattr(chunk, "output_layer", None)) is None:
+            continue  # another pipeline stage
+        width = layer.output_size_per_partition
+        rows = max(0, vocab_size - width * mpu.get_tensor_model_parallel_rank())
+        if rows < width:
+            layer.register_forward_hook(functools.partial(_lower_logits, rows))
+    return chunks
 
 
 @torch.no_grad()  # their gradient is 0 anyway; recorded, the write would cost a copy of the gradient of all logits
@@ -111,29 +112,27 @@ def _lower_logits(rows: int, layer: torch.nn.Module, inputs: Any, output: Any) -
     logits[..., rows:] = torch.finfo(logits.dtype).min
 
 
-def freeze_and_report(stage: int, *, dry_run: bool) -> Callable[[ModelChunks], ModelChunks]:
-    """A pre-wrap hook that freezes what the stage does not train (Table I) and logs what trains.
+def freeze_and_report(chunks: ModelChunks, stage: int, *, dry_run: bool) -> ModelChunks:
+    """Freeze what the stage does not train (Table I), run what is frozen below ahead, and log what trains.
 
     Args:
+        chunks: this rank's parts of the model, not wrapped yet.
         stage: 0, 1 or 2.
         dry_run: stop the process after the report, with status 0.
 
     Returns:
-        A function of the model chunks, which it returns.
+        `chunks`.
     """
-
-    def hook(chunks: ModelChunks) -> ModelChunks:
-        freeze_for_stage(chunks, stage)
-        dtype = str(get_args().params_dtype).removeprefix("torch.")
-        _log(training_note(dtype, choose_dtype(AUTO, choose_device())))
-        _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
-        if stage and get_args().spectral_transform != "none":
-            _log(f"routers: {get_args().spectral_transform} folded into their weights; no activation is transformed")
-        if dry_run:
-            raise SystemExit(0)
-        return chunks
-
-    return hook
+    freeze_parameters(chunks, stage)
+    run_frozen_layers_ahead(chunks, stage)
+    dtype = str(get_args().params_dtype).removeprefix("torch.")
+    _log(training_note(dtype, choose_dtype(AUTO, choose_device())))
+    _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
+    if stage and get_args().spectral_transform != "none":
+        _log(f"routers: {get_args().spectral_transform} folded into their weights; no activation is transformed")
+    if dry_run:
+        raise SystemExit(0)
+    return chunks
 
 
 def guard_first_gradient(stage: int) -> Callable[..., Any]:
@@ -167,19 +166,15 @@ def guard_first_gradient(stage: int) -> Callable[..., Any]:
 def _demand_gradient(model: ModelChunks, stage: int) -> None:
     args = get_args()
     largest = torch.zeros(1, device=torch.cuda.current_device())
-    trainable = 0
-    for chunk in model:
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                trainable += 1
-                gradient: torch.Tensor = parameter.main_grad
-                largest = torch.maximum(largest, gradient.abs().max().float())
+    trained = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        largest = torch.maximum(largest, parameter.main_grad.abs().max().float())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     if largest.item() == 0.0:
         raise MixMoEError(
-            f"the gradient of the first step is zero on every rank (stage {stage}, {trainable} trainable tensors here, "
-            f"recompute {args.recompute_granularity or 'off'}): nothing would be trained. Check that the batch has "
-            "tokens that count in the loss (--loss-on), or run without activation recompute."
+            f"the gradient of the first step is zero on every rank (stage {stage}, {len(trained)} trainable tensors "
+            f"here, recompute {args.recompute_granularity or 'off'}): nothing would be trained. Check that the batch "
+            "has tokens that count in the loss (--loss-on), or run without activation recompute."
         )
 
 

@@ -39,7 +39,7 @@ def test_stage_2_starts_with_the_logits_of_stage_1(stage1_run: Run) -> None:
         stage2 = build_megatron_model(dataclasses.replace(metadata, phase=STAGE2))
         for parameter in stage2.parameters():
             parameter.fill_(float("nan"))  # the hook must fill every one
-        assert load_parent(stage1_run.directory, 2)([stage2]) == [stage2]
+        assert load_parent([stage2], stage1_run.directory, 2) == [stage2]
         freeze_for_stage(stage2, 2)
         end, start = (model(tokens, positions, None) for model in (stage1, stage2))
     assert end.std() > 0.1

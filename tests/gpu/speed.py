@@ -51,13 +51,11 @@ def run_syncs(rows: Rows) -> None:
     import torch
 
     from mixmoe_megatron.conversion.hf_config import read_hf_config
-    from mixmoe_megatron.machine import prepare_megatron
-    from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+    from mixmoe_megatron.megatron_patches.install import prepare_megatron
 
     if DEVICE == "cpu":
         raise NotRun("a CPU waits for nothing")
     prepare_megatron()
-    enable_cpu_mode()
     from mixmoe_megatron.planning.layer_benchmark import host_syncs
     from mixmoe_megatron.training.engine_step import engine_step, random_batch
 

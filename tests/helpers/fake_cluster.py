@@ -24,15 +24,15 @@ class ConfigBuilt(BaseException):
 
 def built_config(words: list[str]) -> tuple[Any, Any]:
     """Return Megatron's arguments and config container of a training command line."""
-    from mixmoe_megatron.training import pretrain
+    from mixmoe_megatron.training import pretrain, run
 
-    build_config, built = pretrain.build_config, []
+    build_config, built = run.build_config, []
 
     def stop_after(args: Any) -> None:
         built.extend([args, build_config(args)])
         raise ConfigBuilt
 
-    pretrain.build_config = stop_after
+    run.build_config = stop_after
     sys.argv[1:] = [*words, "--fake-process-group"]
     with contextlib.suppress(ConfigBuilt):
         pretrain.main()

@@ -1,17 +1,15 @@
 """The path of a stock training script through Megatron 0.19 in short: flags, --spec, model config, pretrain.
 
-It calls what `pretrain_gpt.py` calls, in its order, and knows nothing of Mix-MoE (`enable_cpu_mode` stands for a GPU,
-`prepare_megatron` for a checkout whose dataset helpers are built).
+It calls what `pretrain_gpt.py` calls, in its order, and knows nothing of Mix-MoE (`prepare_megatron` stands for a GPU
+and for a checkout whose dataset helpers are built).
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from mixmoe_megatron.machine import prepare_megatron
-from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.megatron_patches.install import prepare_megatron
 
-enable_cpu_mode()
 prepare_megatron()
 
 import torch  # noqa: E402

@@ -74,7 +74,7 @@ def exchange(checkpoint: Path, output: Path, stage: int, sizes: dict[str, int]) 
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # loading must fill every one
-        load_parent(source, 2 if starts_mt and name == "te" else 1)([model])
+        load_parent([model], source, 2 if starts_mt and name == "te" else 1)
         save(model, output / name, checkpoint, metadata)
         seen[name], source = described(model, stage), output / name
     (output / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(seen))

@@ -14,7 +14,7 @@ from tests.helpers.training import ROOT
 
 SNAPSHOT = """
 import torch
-from mixmoe_megatron import cpu_mode
+from mixmoe_megatron.megatron_patches import cpu_mode
 from mixmoe_megatron.errors import MixMoEError
 
 def snapshot():

@@ -19,7 +19,7 @@ from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model import config
 from mixmoe_megatron.model.config import check_settings
-from mixmoe_megatron.training import layout_refusals
+from mixmoe_megatron.training import refusals
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64,
@@ -94,7 +94,7 @@ def parse(parent: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused_at_start(parent: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixmoe_megatron.training.pretrain import checked_config
+    from mixmoe_megatron.training.run import checked_config
 
     with pytest.raises(MixMoEError) as error:
         checked_config(parse(parent, flags, monkeypatch))
@@ -133,19 +133,17 @@ def test_what_a_gpu_and_its_libraries_cannot_do(flags: dict[str, Any], there: Ma
         "moe_token_dispatcher_type": "alltoall",
     }  # fmt: skip
     with nullcontext() if message is None else pytest.raises(MixMoEError, match=message):
-        layout_refusals._check_kernels(SimpleNamespace(**(args | flags)), there)
+        refusals._check_kernels(SimpleNamespace(**(args | flags)), there)
 
 
 @pytest.mark.parametrize("flags", ["", TP2 + "--sequence-parallel " + PP2, "--context-parallel-size 2"])
 def test_accepted(parent: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixmoe_megatron.training.pretrain import checked_config
+    from mixmoe_megatron.training.run import checked_config
 
     assert checked_config(parse(parent, flags, monkeypatch)).model.transformer.mixmoe_stage == 1
 
 
-@pytest.mark.parametrize(
-    "table", [config._REQUIRED_SETTINGS, layout_refusals._REQUIREMENTS], ids=["config", "arguments"]
-)
+@pytest.mark.parametrize("table", [config._REQUIRED_SETTINGS, refusals._REQUIREMENTS], ids=["config", "arguments"])
 def test_each_entry_refuses_and_names_its_reason(table: config.Requirements) -> None:
     for name, (allowed, why) in table.items():
         check_settings(SimpleNamespace(**{name: allowed[0]}), table)
@@ -157,4 +155,4 @@ def test_each_entry_refuses_and_names_its_reason(table: config.Requirements) -> 
 def test_each_entry_is_something_that_megatron_has(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that Megatron renames would pass unseen."""
     assert set(config._REQUIRED_SETTINGS) <= {field.name for field in fields(config.MixMoETransformerConfig)}
-    assert set(layout_refusals._REQUIREMENTS) <= set(vars(parse(parent, "", monkeypatch)))
+    assert set(refusals._REQUIREMENTS) <= set(vars(parse(parent, "", monkeypatch)))

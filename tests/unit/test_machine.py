@@ -16,6 +16,7 @@ import torch
 from mixmoe_megatron import machine
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import Machine
+from mixmoe_megatron.megatron_patches import compilation, install
 from tests.helpers.forked import ROOT
 
 FULL = Machine("H100", (9, 0), "2.9.0", fused_wgrad=True, flash_attention=True, compiler=True)
@@ -129,7 +130,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Machine], None]]:
 
     monkeypatch.setattr(utils, "compile_helpers", utils.compile_helpers)
     with torch._dynamo.config.patch(disable=False):
-        yield lambda there: monkeypatch.setattr(machine, "this_machine", lambda: there)
+        yield lambda there: monkeypatch.setattr(install, "this_machine", lambda: there)
 
 
 def test_another_megatron_is_refused_on_every_machine(
@@ -139,13 +140,13 @@ def test_another_megatron_is_refused_on_every_machine(
     for there in (FULL, Machine()):
         on(there)
         with pytest.raises(MixMoEError, match=r"supports megatron-core 0\.19\.x, found 0\.20\.1: install"):
-            machine.prepare_megatron()
+            install.prepare_megatron()
 
 
 def test_without_a_compiler_nothing_is_compiled(on: Callable[[Machine], None]) -> None:
     for there in (FULL, Machine(**{**vars(FULL), "compiler": False})):
         on(there)
-        machine.prepare_megatron()
+        install.prepare_megatron()
         assert torch._dynamo.config.disable is not there.compiler
 
 
@@ -160,9 +161,11 @@ def test_compiled_dataset_helpers_are_taken_as_they_are(
         raise SystemExit(1)
 
     monkeypatch.setattr(utils, "compile_helpers", make)
-    monkeypatch.setattr(machine, "_imports", lambda module: compiled and module == "megatron.core.datasets.helpers_cpp")
+    monkeypatch.setattr(
+        compilation, "can_import", lambda module: compiled and module == "megatron.core.datasets.helpers_cpp"
+    )
     on(FULL)
-    machine.prepare_megatron()
+    install.prepare_megatron()
     assert (utils.compile_helpers is make) is not compiled
     if compiled:
         assert utils.compile_helpers() is None
