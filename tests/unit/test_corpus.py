@@ -7,13 +7,13 @@ import hashlib
 import json
 import re
 from collections import Counter
+from itertools import batched
 from pathlib import Path
 
 import pytest
 
 from mixmoe_megatron.data.corpus import (
     Deduplicator,
-    batched,
     clean,
     drop,
     has_control_characters,
@@ -146,7 +146,7 @@ def test_counts_and_batches() -> None:
     counts = Counter(read=3, kept=1)
     drop(counts, "too_short", 2)
     assert summarise(counts) == "3 read, 1 kept, 2 dropped too short"
-    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batched(range(5), 2)) == [(0, 1), (2, 3), (4,)]
 
 
 def test_the_example_data_is_what_its_readme_lists(repo_root: Path) -> None:
