@@ -115,4 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from mixmoe_megatron.data.tokenizers import leave_torch_out
+
+    leave_torch_out()
     sys.exit(main())

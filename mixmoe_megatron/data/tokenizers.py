@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -140,6 +142,15 @@ class TextTokenizer:
         probe = [_encode(self.hf, [PROBE_TEXT], flag)[0] for flag in (True, False)]
         facts = [sorted(self.hf.get_vocab().items()), self.eos_id, self.bos_id, probe]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def leave_torch_out() -> None:
+    """Let transformers do without torch, for a process that only tokenizes: the import would take most of its start.
+
+    Nothing is changed where one of them is loaded already, or where USE_TORCH is set.
+    """
+    if sys.modules.keys().isdisjoint(("torch", "transformers")) and "USE_TORCH" not in os.environ:
+        os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 
 def open_tokenizer(directory: str | Path) -> TextTokenizer:

@@ -102,7 +102,7 @@ def load_protocol(path: str) -> Protocol:
     """Read a protocol from a YAML file, or one of the package's own by name ("paper").
 
     Raises:
-        MixMoEError: The file is missing, is not YAML, or describes no valid protocol: a key is unknown, or a value is not
+        MixMoEError: The file is missing, is not YAML, or is no valid protocol: a key is unknown, or a value is not
             what it must be.
     """
     file = files(__package__) / f"{path}.yaml" if path in PRESETS else Path(path)
