@@ -108,9 +108,9 @@ def build_parallel(
         options: Languages, columns, filters and prompt.
 
     Returns:
-        The manifest. Its counts: pairs `read`, and dropped as `empty`, `control_character`, `special_token`,
-        `too_few_words`, `too_many_words` or `duplicate`; documents dropped as `too_many_tokens`, `kept`, and
-        `target_encoded_alone` (see prompts.py).
+        The manifest. Its counts: pairs `read`, and dropped for the reasons of `filters.why_dropped`, or as
+        `special_token` or `duplicate`; documents dropped as `too_many_tokens`, `kept`, and `target_encoded_alone` (see
+        prompts.py).
 
     Raises:
         MixMoEError: An input is unreadable or lacks a column, or no pair is left.

@@ -91,11 +91,9 @@ def prepare(protocol: Protocol, output_dir: str | Path, workers: int = 1) -> dic
 def _describe(protocol: Protocol) -> dict[str, Any]:
     """The protocol and the hashes of its local files, and one sha256 over both."""
     value = json.loads(json.dumps(asdict(protocol)))  # as it is read again
-    sources = {}
-    for splits in (*protocol.parallel.values(), *protocol.monolingual.values()):
-        for source in splits.values():
-            for path in source.paths():
-                sources[path] = sha256_of_file(path)
+    splits = [*protocol.parallel.values(), *protocol.monolingual.values()]
+    paths = [path for split in splits for source in split.values() for path in source.paths()]
+    sources = {path: sha256_of_file(path) for path in paths}
     whole = {"protocol": value, "sources": sources}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
     return {"sha256": digest, **whole}
