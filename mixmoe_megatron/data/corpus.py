@@ -210,7 +210,7 @@ def rows_of_records(
             record = record["translation"]
         if place == 0 and isinstance(record, dict) and (missing := [name for name in columns if name not in record]):
             raise MixMoEError(f"{where}: no column '{missing[0]}'; it has {', '.join(record)}: name one of these.")
-        texts = tuple(record.get(name) if isinstance(record, dict) else None for name in columns)
+        texts: tuple[Any, ...] = tuple(record.get(name) if isinstance(record, dict) else None for name in columns)
         wrong = [name for name, text in zip(columns, texts, strict=True) if not isinstance(text, str)]
         if wrong and not lenient:
             raise MixMoEError(f"{where}, line {number}: no text under the key '{wrong[0]}'.")

@@ -282,7 +282,7 @@ def count_ids(directory: str | Path) -> int | None:
         ) from error
 
 
-def _ids_of_files(directory: Path) -> tuple[dict[str, int], set[str]]:
+def _ids_of_files(directory: Path) -> tuple[dict[str, int], set[str | None]]:
     """Return token -> id, and the tokens that the settings name: such a one gets an id of its own if it has none."""
     whole, slow, config, added, special = (
         _read_object(directory / f"{name}.json")
