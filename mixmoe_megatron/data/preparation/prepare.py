@@ -74,8 +74,9 @@ def prepare(protocol: Protocol, output_dir: str | Path, workers: int = 1) -> dic
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:  # starts none before it is used
-            outputs = _Preparation(protocol, partial, pool if workers > 1 else None, 2 * workers).run()
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn) if workers > 1 else contextlib.nullcontext() as pool:
+            outputs = _Preparation(protocol, partial, pool, 2 * workers).run()
         manifest = {"format_version": FORMAT_VERSION, **described, "files": outputs}
         (directory / MANIFEST).unlink(missing_ok=True)
         for name in outputs:
@@ -140,7 +141,7 @@ class _Preparation:
                 lines = _sample(usable, limit, protocol.seed, counts) if limited else _unique(usable, counts)
             else:
                 lines = _as_published(rows, source, counts)
-            self._write(name, self._watched(lines, split), languages, counts)
+            self._write(name, split, lines, languages, counts)
             if not counts["kept"]:
                 raise MixMoEError(f"{name}: no line is left of {source.label()} ({summarise(counts)}).")
             rate = counts["read"] / max(1e-9, time.monotonic() - started)
@@ -174,21 +175,18 @@ class _Preparation:
                 yield under_way.popleft().result()
         yield from (future.result() for future in under_way)
 
-    def _watched(self, lines: Iterable[Texts], split: str) -> Iterator[Texts]:
-        """Pass lines on, and remember the texts of test and validation sets."""
-        held = self._held_out["valid" if split == "valid" else "test"] if split != "train" else None
-        for texts in lines:
-            if held is not None:
-                held.update(_held_out_key(text) for text in texts)
-            yield texts
-
-    def _write(self, name: str, lines: Iterable[Texts], languages: Sequence[str], counts: Counter[str]) -> None:
-        path = self._directory / name
+    def _write(
+        self, name: str, split: str, lines: Iterable[Texts], languages: Sequence[str], counts: Counter[str]
+    ) -> None:
+        """Write one file, and remember the texts of test and validation sets."""
+        path, held = self._directory / name, self._held_out["valid" if split == "valid" else "test"]
         with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
             if len(languages) > 1:
                 stream.write(("\t".join(languages) + "\n").encode())
             for texts in lines:
                 counts["kept"] += 1
+                if split != "train":
+                    held.update(map(_held_out_key, texts))
                 stream.write(("\t".join(texts) + "\n").encode())
         size, digest = path.stat().st_size, sha256_of_file(path)
         self._outputs[name] = {"lines": counts["kept"], "bytes": size, "sha256": digest, "counts": dict(counts)}
