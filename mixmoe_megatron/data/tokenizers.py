@@ -145,7 +145,7 @@ class TextTokenizer:
 
 
 def leave_torch_out() -> None:
-    """Let transformers do without torch, for a process that only tokenizes: the import would take most of its start.
+    """Let transformers 4 do without torch, in a process that only tokenizes: the import would take most of its start.
 
     Nothing is changed where one of them is loaded already, or where USE_TORCH is set.
     """

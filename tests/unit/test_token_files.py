@@ -42,7 +42,7 @@ def test_bytes_are_those_of_megatrons_builder(
 
 
 def test_the_command_loads_neither_megatron_nor_torch(tmp_path: Path, repo_root: Path) -> None:
-    """They take longer to import than a small corpus takes to tokenize; transformers 5 does not do without torch."""
+    """They take longer to import than a small corpus takes to tokenize. Transformers 4 is known to do without torch."""
     heavy = {"megatron", "datasets"} | ({"torch"} if version("transformers").startswith("4.") else set())
     (tmp_path / "text").write_text("The river runs through the town and the children play.\n")
     tool = str(repo_root / "tools" / "preprocess_data.py")
