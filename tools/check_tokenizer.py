@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> None:
     """Check and print."""
     from mixmoe_megatron.data.prompts import load_template
     from mixmoe_megatron.data.tokenizer_check import describe_check, language_figures
-    from mixmoe_megatron.data.tokenizers import open_tokenizer
+    from mixmoe_megatron.data.tokenizers import leave_torch_out, open_tokenizer
 
+    leave_torch_out()
     if args.max_lines < 1:
         raise MixMoEError(f"--max-lines must be 1 or more, not {args.max_lines}.")
     template, tokenizer = load_template(args.prompt_template), open_tokenizer(args.tokenizer)

@@ -67,8 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run_mono(args: argparse.Namespace) -> None:
     """Build monolingual data."""
     from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
-    from mixmoe_megatron.data.tokenizers import open_tokenizer
+    from mixmoe_megatron.data.tokenizers import leave_torch_out, open_tokenizer
 
+    leave_torch_out()
     options = MonolingualOptions(
         min_tokens=args.min_tokens,
         columns=tuple(args.columns.split(",")) if args.columns else None,
@@ -82,8 +83,9 @@ def run_parallel(args: argparse.Namespace) -> None:
     """Build parallel data."""
     from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel
     from mixmoe_megatron.data.prompts import load_template
-    from mixmoe_megatron.data.tokenizers import open_tokenizer
+    from mixmoe_megatron.data.tokenizers import leave_torch_out, open_tokenizer
 
+    leave_torch_out()
     options = ParallelOptions(
         source_language=args.source_language,
         target_language=args.target_language,

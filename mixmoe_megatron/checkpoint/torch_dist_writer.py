@@ -32,6 +32,8 @@ from mixmoe_megatron.checkpoint.torch_format import (
 from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 
 CHECKPOINT_VERSION = 3.0
+#: How `sharded_state_dict` names and cuts the tensors of a checkpoint that is written here.
+CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _FILE_BYTES = 1 << 27  # of one .distcp file, about: small enough to share a model among threads and ranks
 
 Places = dict[MetadataIndex, StorageInfo]
@@ -95,7 +97,7 @@ def _common_state(megatron_args: dict[str, Any]) -> dict[str, Any]:
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        "content_metadata": CONTENT_METADATA,
     }
 
 

@@ -7,7 +7,6 @@ whose keys are `read`, `kept` and one `dropped_<reason>` for each reason.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import lzma
@@ -22,8 +21,11 @@ from typing import Any
 from mixmoe_megatron.data.text_files import check_is_text, format_of, open_packed
 from mixmoe_megatron.errors import MixMoEError
 
-CONTROL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+#: A text for each column; None for a row that cannot be read as such.
+Row = tuple[str, ...] | None
 BLANKS = "\t\n"
+#: what stands for a byte that was not UTF-8 ("surrogateescape"), and other halves of characters
+_SURROGATE = re.compile("[\ud800-\udfff]")
 #: control characters, and what else str.splitlines breaks at
 _CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]+")
 #: Control characters, Unicode's Default_Ignorable_Code_Point, annotation marks, the blank pattern of Braille
@@ -65,14 +67,10 @@ def read_lines(path: str | Path, errors: str = "strict") -> Iterator[tuple[int, 
         ceiling.check()
     except UnicodeDecodeError as error:
         raise MixMoEError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise MixMoEError(
-            f"{path}: broken {compression or 'compressed'} data after line {number} ({error})."
-        ) from error
-    except OSError as error:
-        if compression and error.errno is None:  # bz2 and pyarrow say so
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if compression and getattr(error, "errno", None) is None:  # not the system, but the unpacker says so
             raise MixMoEError(f"{path}: broken {compression} data after line {number} ({error}).") from error
-        raise MixMoEError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise MixMoEError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 class DamageCeiling:
@@ -119,36 +117,40 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, d
         The line number, from 1, and {column: text}.
 
     Raises:
-        MixMoEError: A column is missing (names the file and the line), or the file is unreadable, or Parquet.
+        MixMoEError: A column is missing or a row is broken (names the file and the line), or the file is unreadable,
+            or Parquet.
     """
-    kind = format_of(path)
-    if kind == ".parquet":
+    if format_of(path) == ".parquet":
         raise MixMoEError(f"{path}: give TSV or JSONL; tools/prepare_data.py makes TSV of Parquet.")
-    if kind == ".jsonl":
-        return _read_jsonl(path, columns)
-    return (
-        (number, dict(zip(columns, row, strict=True))) for number, row in read_tsv(path, columns) if row is not None
-    )
+    rows = read_table(path, columns)
+    return ((number, dict(zip(columns, row, strict=True))) for number, row in rows if row is not None)
 
 
-def read_tsv(
-    path: str | Path, columns: Sequence[str], *, lenient: bool = False
-) -> Iterator[tuple[int, tuple[str, ...] | None]]:
-    """Read the named columns of a TSV file with a header.
+def read_table(path: str | Path, columns: Sequence[str], *, lenient: bool = False) -> Iterator[tuple[int, Row]]:
+    """Read the named columns of JSONL or of TSV with a header, see `read_rows`.
 
     Args:
         path: The file.
-        columns: Names in the header.
-        lenient: A row with another number of columns than the header is None, and bytes that are not UTF-8 become lone
-            surrogates, where both are errors otherwise.
+        columns: Column names (TSV header) or keys (JSONL).
+        lenient: A broken row is None, and bytes that are not UTF-8 become lone surrogates, where both are errors
+            otherwise.
 
     Yields:
         The line number, from 1, and the texts in the order of `columns`.
 
     Raises:
-        MixMoEError: A column is missing, a row is broken (names the file and the line), or the file is unreadable.
+        MixMoEError: A column is missing, a row is broken (names the file and the line; if lenient: so many rows that
+            the file as a whole is), or the file is unreadable.
     """
     lines = read_lines(path, errors="surrogateescape" if lenient else "strict")
+    if format_of(path) == ".jsonl":
+        return rows_of_records(_read_jsonl(path, lines, lenient), columns, path, lenient=lenient)
+    return _read_tsv(path, lines, columns, lenient)
+
+
+def _read_tsv(
+    path: str | Path, lines: Iterator[tuple[int, str]], columns: Sequence[str], lenient: bool
+) -> Iterator[tuple[int, Row]]:
     number, header_line = next(lines, (0, ""))
     if not number:
         raise MixMoEError(f"{path} is empty: a TSV file begins with a line of column names.")
@@ -162,28 +164,57 @@ def read_tsv(
     ceiling = DamageCeiling(path, f"have another number of columns than the header, which has {len(header)}")
     for number, line in lines:
         cells = line.split("\t")
-        ceiling.count(len(cells) != len(header))
-        if len(cells) == len(header):
-            yield number, tuple(cells[place] for place in places)
-        elif lenient:
-            yield number, None
-        else:
+        broken = len(cells) != len(header)
+        if broken and not lenient:
             raise MixMoEError(f"{path}, line {number}: {len(cells)} columns where the header has {len(header)}.")
+        ceiling.count(broken)
+        yield number, None if broken else tuple(cells[place] for place in places)
     ceiling.check()
 
 
-def _read_jsonl(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in read_lines(path):
+def _read_jsonl(path: str | Path, lines: Iterator[tuple[int, str]], lenient: bool) -> Iterator[tuple[int, Any]]:
+    ceiling = DamageCeiling(path, "are not JSON: JSONL has one object on each line")
+    for number, line in lines:
         if not line.strip():
             continue
         try:
-            record: Any = json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise MixMoEError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        for column in columns:
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                raise MixMoEError(f"{path}, line {number}: no text under the key '{column}'.")
-        yield number, {column: record[column] for column in columns}
+            if not lenient:
+                raise MixMoEError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+            record = None
+        ceiling.count(record is None)
+        yield number, record
+    ceiling.check()
+
+
+def rows_of_records(
+    records: Iterable[tuple[int, Any]], columns: Sequence[str], where: str | Path, *, lenient: bool = True
+) -> Iterator[tuple[int, Row]]:
+    """Take the columns of mappings; a pair may lie below "translation", as in the WMT datasets of the hub.
+
+    Args:
+        records: A number, and what JSON or a dataset gave.
+        columns: The keys.
+        where: The file or dataset, for messages.
+        lenient: A record without a text in each column is None, where it is an error otherwise.
+
+    Yields:
+        The number, and the texts in the order of `columns`.
+
+    Raises:
+        MixMoEError: The first record lacks a column, or see `lenient`.
+    """
+    for place, (number, record) in enumerate(records):
+        if isinstance(record, dict) and isinstance(record.get("translation"), dict):
+            record = record["translation"]
+        if place == 0 and isinstance(record, dict) and (missing := [name for name in columns if name not in record]):
+            raise MixMoEError(f"{where}: no column '{missing[0]}'; it has {', '.join(record)}: name one of these.")
+        texts: tuple[Any, ...] = tuple(record.get(name) if isinstance(record, dict) else None for name in columns)
+        wrong = [name for name, text in zip(columns, texts, strict=True) if not isinstance(text, str)]
+        if wrong and not lenient:
+            raise MixMoEError(f"{where}, line {number}: no text under the key '{wrong[0]}'.")
+        yield number, None if wrong else texts
 
 
 def clean(text: str) -> str:
@@ -210,12 +241,8 @@ def reading(text: str) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Tell whether a text has no lone surrogate: the trace of bytes that were not UTF-8 ("surrogateescape")."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Tell whether a text has no lone surrogate."""
+    return text.isprintable() or not _SURROGATE.search(text)
 
 
 def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
@@ -227,7 +254,7 @@ def has_control_characters(text: str, allowed: str = BLANKS) -> bool:
     """
     if text.isprintable():
         return False
-    return any(unicodedata.category(c) in CONTROL_CATEGORIES and c not in allowed for c in text)
+    return not is_utf8(text) or any(run.strip(allowed) for run in _CONTROLS.findall(text))
 
 
 class Deduplicator:
@@ -246,6 +273,16 @@ class Deduplicator:
         return True
 
 
+def sha256_of_file(path: str | Path) -> str:
+    """Return a file's sha256 as 64 hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def drop(counts: Counter[str], reason: str, number: int = 1) -> None:
     """Count dropped items under their reason."""
     counts[f"dropped_{reason}"] += number
@@ -254,15 +291,3 @@ def drop(counts: Counter[str], reason: str, number: int = 1) -> None:
 def summarise(counts: Counter[str]) -> str:
     """Write counts as one phrase: '12 read, 11 kept, 1 dropped duplicate'."""
     return ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in counts.items())
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Cut an iterable into lists of `size` items; the last may be shorter."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

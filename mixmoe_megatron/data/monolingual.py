@@ -8,30 +8,26 @@ Source: Mix-MoE (arXiv:2605.24681) section IV; the filter on the number of token
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.data.corpus import (
     Deduplicator,
-    batched,
     clean,
     drop,
     has_control_characters,
     read_lines,
     read_rows,
     reading,
-    summarise,
 )
-from mixmoe_megatron.data.storage import TokenFileWriter, describe_sources, read_manifest
+from mixmoe_megatron.data.storage import Document, build_token_file, read_manifest
 from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
-logger = logging.getLogger(__name__)
 BATCH_DOCUMENTS = 1000
 
 
@@ -85,29 +81,10 @@ def build_monolingual(
         MixMoEError: An input is unreadable or lacks a column, or no document is left.
     """
     options = options or MonolingualOptions()
-    sources = describe_sources(inputs)
     counts: Counter[str] = Counter(read=0, kept=0)
-    with TokenFileWriter(prefix, tokenizer.vocab_size) as writer:
-        for texts in batched(_documents(inputs, tokenizer, options, counts), BATCH_DOCUMENTS):
-            for ids in tokenizer.encode(texts, add_special_tokens=True):
-                if len(ids) - (tokenizer.bos_id is not None) <= options.min_tokens:
-                    drop(counts, "too_short")
-                    continue
-                writer.add([[*ids, tokenizer.eos_id]])
-                counts["kept"] += 1
-        if not counts["kept"]:
-            raise MixMoEError(f"No document is left of {', '.join(map(str, inputs))}: {summarise(counts)}.")
-        manifest = writer.commit(
-            {
-                "kind": "monolingual",
-                "sources": sources,
-                "options": asdict(options),
-                "counts": dict(counts),
-                "tokenizer": tokenizer.describe(),
-            }
-        )
-    logger.info("%s: %s; %d tokens", prefix, summarise(counts), manifest["tokens"])
-    return manifest
+    documents = _documents(inputs, tokenizer, options, counts)
+    how = {"kind": "monolingual", "options": asdict(options), "counts": counts}
+    return build_token_file(prefix, tokenizer, inputs, documents, how)
 
 
 def blend_weights(prefixes: Sequence[str | Path], temperature: float) -> list[float]:
@@ -129,15 +106,26 @@ def blend_weights(prefixes: Sequence[str | Path], temperature: float) -> list[fl
 
 def _documents(
     inputs: Sequence[str | Path], tokenizer: TextTokenizer, options: MonolingualOptions, counts: Counter[str]
+) -> Iterator[Document]:
+    """Yield ([ids with EOS], 0) of each document that is long enough."""
+    for texts in batched(_texts(inputs, tokenizer, options, counts), BATCH_DOCUMENTS):
+        for ids in tokenizer.encode(texts, add_special_tokens=True):
+            if len(ids) - (tokenizer.bos_id is not None) > options.min_tokens:
+                yield [[*ids, tokenizer.eos_id]], 0
+            else:
+                drop(counts, "too_short")
+
+
+def _texts(
+    inputs: Sequence[str | Path], tokenizer: TextTokenizer, options: MonolingualOptions, counts: Counter[str]
 ) -> Iterator[str]:
     """Yield the documents of all inputs, duplicates left out."""
     seen = Deduplicator()
     for path in inputs:
         for texts in _raw_documents(path, options):
-            kept = list(_usable_texts(texts, tokenizer, counts))
-            if not kept:
+            document = "\n".join(_usable_texts(texts, tokenizer, counts))
+            if not document:
                 continue
-            document = "\n".join(kept)
             if options.keep_duplicates or seen.is_new(document):
                 yield document
             else:

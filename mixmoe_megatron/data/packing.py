@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixmoe_megatron.data.parallel import KEPT_EPOCHS, ParallelDataset, padded_width
+from mixmoe_megatron.data.parallel import KEPT_EPOCHS, ParallelDataset, collate
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -168,13 +168,11 @@ def collate_packs(
         there is padding.
 
     Raises:
-        MixMoEError: As `parallel.padded_width`.
+        MixMoEError: As `parallel.collate`.
     """
     row = {key: np.concatenate([pack[key] for pack in packs]) for key in packs[0]}
+    batch = collate([row], pad_id=pad_id, pad_multiple=pad_multiple, max_length=max_length, pad_to_max=pad_to_max)
     tokens = len(row["tokens"])
-    missing = padded_width(tokens, pad_multiple, max_length, pad_to_max) - tokens
-    row["padding_mask"] = np.zeros(tokens, dtype=bool)
-    fill = {"tokens": pad_id, "labels": pad_id, "loss_mask": 0, "padding_mask": True}
-    tails = {key: np.full(missing, value, row[key].dtype) for key, value in fill.items()}
-    tails["position_ids"] = np.arange(missing)
-    return {key: torch.from_numpy(np.append(row[key], tails[key])).unsqueeze(0) for key in row}
+    batch["position_ids"] -= tokens  # what fills up counts from 0, as a document does
+    batch["position_ids"][0, :tokens] = torch.from_numpy(row["position_ids"])
+    return batch

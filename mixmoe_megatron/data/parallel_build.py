@@ -9,30 +9,22 @@ Source: Mix-MoE (arXiv:2605.24681) section IV. Deviates: D12, D13 (model/README.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import batched
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
-from mixmoe_megatron.data.corpus import (
-    Deduplicator,
-    batched,
-    clean,
-    drop,
-    has_control_characters,
-    read_rows,
-    reading,
-    summarise,
-)
-from mixmoe_megatron.data.languages import check_language, count_words
+from mixmoe_megatron.data.corpus import Deduplicator, clean, drop, read_rows
+from mixmoe_megatron.data.languages import check_language
+from mixmoe_megatron.data.preparation.filters import FilterOptions, why_dropped
 from mixmoe_megatron.data.prompts import PromptTemplate, encode_pairs
-from mixmoe_megatron.data.storage import TokenFileWriter, describe_sources
+from mixmoe_megatron.data.storage import Document, build_token_file
 from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
-logger = logging.getLogger(__name__)
 BATCH_PAIRS = 1000
 
 
@@ -74,10 +66,23 @@ class ParallelOptions:
             raise MixMoEError(f"Source and target language are both '{self.source_language}'.")
         if self.columns[0] == self.columns[1]:
             raise MixMoEError(f"Source and target column are both '{self.columns[0]}'.")
-        if not 1 <= self.min_words <= self.max_words:
-            raise MixMoEError(f"Word limits {self.min_words}..{self.max_words} must be 1 or more and in order.")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise MixMoEError("--max-tokens must be 2 or more.")
+        _ = self.filters  # checks the word limits
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """The codes of source and target."""
+        return self.source_language, self.target_language
+
+    @property
+    def filters(self) -> FilterOptions:
+        """The limits of either side's words; there is none of its characters, which --max-tokens sees to.
+
+        Raises:
+            MixMoEError: They make no sense.
+        """
+        return FilterOptions(self.min_words, self.max_words, max_characters=maxsize)
 
     @property
     def columns(self) -> tuple[str, str]:
@@ -87,8 +92,7 @@ class ParallelOptions:
     @property
     def directions(self) -> list[str]:
         """The directions written, such as ["de-en", "en-de"]; a document's mode is its place in this list."""
-        forward = f"{self.source_language}-{self.target_language}"
-        backward = f"{self.target_language}-{self.source_language}"
+        forward, backward = "-".join(self.languages), "-".join(reversed(self.languages))
         return [forward, backward] if self.both_directions else [forward]
 
 
@@ -104,89 +108,61 @@ def build_parallel(
         options: Languages, columns, filters and prompt.
 
     Returns:
-        The manifest. Its counts: pairs `read`, and dropped as `empty`, `control_character`, `special_token`,
-        `too_few_words`, `too_many_words` or `duplicate`; documents dropped as `too_many_tokens`, `kept`, and
-        `target_encoded_alone` (see prompts.py).
+        The manifest. Its counts: pairs `read`, and dropped for the reasons of `filters.why_dropped`, or as
+        `special_token` or `duplicate`; documents dropped as `too_many_tokens`, `kept`, and `target_encoded_alone` (see
+        prompts.py).
 
     Raises:
         MixMoEError: An input is unreadable or lacks a column, or no pair is left.
     """
-    sources = describe_sources(inputs)
     counts: Counter[str] = Counter(read=0, kept=0)
     per_direction: Counter[str] = Counter()
-    with TokenFileWriter(prefix, tokenizer.vocab_size, with_modes=True) as writer:
+
+    def documents() -> Iterator[Document]:
         for pairs in batched(_usable_pairs(inputs, tokenizer, options, counts), BATCH_PAIRS):
             for mode, prompt_ids, target_ids in _encode(pairs, tokenizer, options, counts):
                 if options.max_tokens is not None and len(prompt_ids) + len(target_ids) > options.max_tokens:
                     drop(counts, "too_many_tokens")
                     continue
-                writer.add([prompt_ids, target_ids], mode)
-                counts["kept"] += 1
                 per_direction[options.directions[mode]] += 1
-        if not counts["kept"]:
-            raise MixMoEError(f"No pair is left of {', '.join(map(str, inputs))}: {summarise(counts)}.")
-        manifest = writer.commit(
-            {
-                "kind": "parallel",
-                "sources": sources,
-                "options": asdict(options),
-                "directions": options.directions,
-                "counts": dict(counts),
-                "documents_per_direction": dict(per_direction),
-                "tokenizer": tokenizer.describe(),
-            }
-        )
-    logger.info("%s: %s; %d tokens", prefix, summarise(counts), manifest["tokens"])
-    return manifest
+                yield [prompt_ids, target_ids], mode
+
+    how = {"options": asdict(options), "directions": options.directions, "documents_per_direction": per_direction}
+    return build_token_file(prefix, tokenizer, inputs, documents(), {"kind": "parallel", "counts": counts, **how})
 
 
 def _usable_pairs(
     inputs: Sequence[str | Path], tokenizer: TextTokenizer, options: ParallelOptions, counts: Counter[str]
-) -> Iterator[tuple[str, str]]:
-    """Yield the cleaned pairs that pass the text filters; count the others."""
-    seen = Deduplicator()
+) -> Iterator[tuple[str, ...]]:
+    """Yield the cleaned pairs that pass the text filters; count the others.
+
+    A line break counts as a control character: only the first line of what a model generates is its translation.
+    """
+    seen, filters = Deduplicator(), options.filters
     for path in inputs:
         for _, row in read_rows(path, options.columns):
             counts["read"] += 1
-            source, target = (clean(row[column]) for column in options.columns)
-            reason = _why_dropped(source, target, tokenizer, options)
-            if reason is None and not options.keep_duplicates and not seen.is_new(source, target):
+            pair = tuple(clean(row[column]) for column in options.columns)
+            reason = why_dropped(pair, options.languages, filters)
+            if reason is None and any(map(tokenizer.holds_control_token, pair)):
+                reason = "special_token"
+            if reason is None and not options.keep_duplicates and not seen.is_new(*pair):
                 reason = "duplicate"
             if reason is None:
-                yield source, target
+                yield pair
             else:
                 drop(counts, reason)
 
 
-def _why_dropped(source: str, target: str, tokenizer: TextTokenizer, options: ParallelOptions) -> str | None:
-    """Name the first filter that a pair fails, None when it passes all.
-
-    A line break counts as a control character: only the first line of what a model generates is its translation.
-    """
-    sides = (reading(source), options.source_language), (reading(target), options.target_language)
-    if not all(text for text, _ in sides):
-        return "empty"
-    if any(has_control_characters(text, allowed="\t") for text in (source, target)):
-        return "control_character"
-    if any(tokenizer.holds_control_token(text) for text in (source, target)):
-        return "special_token"
-    lengths = [count_words(text, language) for text, language in sides]
-    if min(lengths) < options.min_words:
-        return "too_few_words"
-    return "too_many_words" if max(lengths) > options.max_words else None
-
-
 def _encode(
-    pairs: Sequence[tuple[str, str]], tokenizer: TextTokenizer, options: ParallelOptions, counts: Counter[str]
+    pairs: Sequence[tuple[str, ...]], tokenizer: TextTokenizer, options: ParallelOptions, counts: Counter[str]
 ) -> Iterator[tuple[int, list[int], list[int]]]:
     """Yield (mode, prompt ids, target ids with EOS) of each pair and direction, a pair's directions together."""
     prompts, targets = [], []
-    languages = options.source_language, options.target_language
     for pair in pairs:
-        for mode in range(len(options.directions)):
-            step = -1 if mode else 1
+        for step in (1, -1)[: len(options.directions)]:
             source, target = pair[::step]
-            prompts.append(options.template.render(source, *languages[::step]))
+            prompts.append(options.template.render(source, *options.languages[::step]))
             targets.append(target)
     encoded = encode_pairs(tokenizer, prompts, targets)
     if encoded.encoded_alone:

@@ -6,27 +6,33 @@ A reader demands the manifest, so an interrupted build is never taken for a whol
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import logging
 import os
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from mixmoe_megatron.cli import write_json
+from mixmoe_megatron.data.corpus import sha256_of_file, summarise
 from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
+logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".json")
 #: Of P.idx: magic, version, code of the dtype, sequences, documents + 1. There follow each sequence's length (int32)
 #: and place in P.bin (int64), where documents end (int64), and each sequence's mode (int8) if it has one.
 _INDEX_HEADER, _INDEX_MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\x00\x00"
+#: Megatron's codes of the dtypes that it chooses from
+_DTYPE_CODES = {"int32": 4, "uint16": 8}
+
+#: The sequences of token ids of one document, and the mode stored with each
+Document = tuple[Sequence[Sequence[int]], int]
 
 
 class TokenFileWriter:
@@ -51,21 +57,19 @@ class TokenFileWriter:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MixMoEError(f"Cannot make the directory of {self.prefix}: {error.strerror}.") from error
-        self.dtype = DType.optimal_dtype(vocab_size)
-        self.documents = 0
-        self.tokens = 0
+        self.dtype = np.dtype("uint16" if vocab_size < 65500 else "int32")
+        self._with_modes = with_modes
+        self._lengths, self._ends, self._modes = array("i"), array("q", [0]), array("b")
         self._temporary = f"{self.prefix}.{os.getpid()}.tmp"
-        self._builder = IndexedDatasetBuilder(f"{self._temporary}.bin", dtype=self.dtype, multimodal=with_modes)
+        self._tokens = open(f"{self._temporary}.bin", "wb")  # noqa: SIM115 - __exit__ closes it
 
     def __enter__(self) -> TokenFileWriter:
         """Return the writer."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Remove whatever was not committed, and the directories made for it."""
-        self._builder.data_file.close()
+        self._tokens.close()
         for suffix in SUFFIXES:
             Path(self._temporary + suffix).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a folder that holds something stays
@@ -79,11 +83,11 @@ class TokenFileWriter:
             sequences: Its sequences of token ids.
             mode: The number (int8) stored with each sequence, when the writer stores modes.
         """
-        lengths = [len(sequence) for sequence in sequences]
-        document = np.array([token for sequence in sequences for token in sequence], dtype=self.dtype)
-        self._builder.add_document(document, lengths, [mode] * len(lengths))
-        self.documents += 1
-        self.tokens += len(document)
+        for sequence in sequences:
+            self._tokens.write(np.array(sequence, self.dtype).tobytes())
+            self._lengths.append(len(sequence))
+            self._modes.append(mode)
+        self._ends.append(len(self._lengths))
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Finish the files and rename them to their names, the manifest last.
@@ -94,14 +98,21 @@ class TokenFileWriter:
         Returns:
             The whole manifest.
         """
+        self._tokens.close()
+        lengths = np.array(self._lengths, np.int64)
         whole = {
             "format_version": FORMAT_VERSION,
             **manifest,
-            "dtype": np.dtype(self.dtype).name,
-            "documents": self.documents,
-            "tokens": self.tokens,
+            "dtype": self.dtype.name,
+            "documents": len(self._ends) - 1,
+            "tokens": int(lengths.sum()),
         }
-        self._builder.finalize(f"{self._temporary}.idx")
+        places = (lengths.cumsum() - lengths) * self.dtype.itemsize
+        with open(f"{self._temporary}.idx", "wb") as index:
+            code = _DTYPE_CODES[self.dtype.name]
+            index.write(_INDEX_HEADER.pack(_INDEX_MAGIC, 1, code, len(lengths), len(self._ends)))
+            for part in (self._lengths, places, self._ends, self._modes if self._with_modes else b""):
+                index.write(bytes(part))
         write_json(f"{self._temporary}.json", whole)
         Path(f"{self.prefix}.json").unlink(missing_ok=True)
         for suffix in SUFFIXES:
@@ -178,6 +189,42 @@ def check_same_tokenizer(prefix: str | Path, manifest: dict[str, Any], tokenizer
         )
 
 
+def build_token_file(
+    prefix: str | Path,
+    tokenizer: TextTokenizer,
+    inputs: Sequence[str | Path],
+    documents: Iterable[Document],
+    manifest: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the documents made of text files, with a manifest that tells how.
+
+    Args:
+        prefix: P, the output path without suffix.
+        tokenizer: The model's tokenizer.
+        inputs: The text files.
+        documents: They are made as they are written.
+        manifest: Their `kind`, and how they were made. Its Counter `counts` goes on while they are: whoever makes them
+            counts what is read and dropped, and here is counted what is `kept`.
+
+    Returns:
+        The whole manifest, with sources and tokenizer.
+
+    Raises:
+        MixMoEError: An input cannot be read, or there is no document.
+    """
+    sources, counts = describe_sources(inputs), manifest["counts"]
+    noun, with_modes = ("pair", True) if manifest["kind"] == "parallel" else ("document", False)
+    with TokenFileWriter(prefix, tokenizer.vocab_size, with_modes=with_modes) as writer:
+        for sequences, mode in documents:
+            writer.add(sequences, mode)
+            counts["kept"] += 1
+        if not counts["kept"]:
+            raise MixMoEError(f"No {noun} is left of {', '.join(map(str, inputs))}: {summarise(counts)}.")
+        manifest = writer.commit({**manifest, "sources": sources, "tokenizer": tokenizer.describe()})
+    logger.info("%s: %s; %d tokens", prefix, summarise(counts), manifest["tokens"])
+    return manifest
+
+
 def describe_sources(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     """Return each source file's path as given, and its sha256.
 
@@ -187,9 +234,7 @@ def describe_sources(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     sources = []
     for path in paths:
         try:
-            with open(path, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            sources.append({"path": str(path), "sha256": sha256_of_file(path)})
         except OSError as error:
             raise MixMoEError(f"Cannot read {path}: {error.strerror}.") from error
-        sources.append({"path": str(path), "sha256": digest})
     return sources

@@ -10,7 +10,7 @@ from _compression import DecompressReader
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
 
@@ -18,27 +18,19 @@ COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".lzma")
 _HEAD_BYTES = 512
 
 
-# xz and bzip2 are read without lzma.open and bz2.open, which pass over what follows the first whole part in silence.
-def _open_xz(stream: BinaryIO) -> io.RawIOBase:
-    return DecompressReader(stream, lzma.LZMADecompressor)
-
-
-def _open_bzip2(stream: BinaryIO) -> io.RawIOBase:
-    return DecompressReader(stream, bz2.BZ2Decompressor)
-
-
-def _open_zstd(stream: BinaryIO) -> Any:
+def _open_zstd(stream: Any) -> Any:
     import pyarrow
 
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
 
 
-#: first bytes -> name and opener of a compression that is read
+#: first bytes -> name and opener of a compression that is read. xz and bzip2 are read without lzma.open and bz2.open,
+#: which pass over what follows the first whole part in silence.
 _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"\x1f\x8b": ("gzip", gzip.open),
-    b"\xfd7zXZ\0": ("xz", _open_xz),
-    b"]\0\0": ("lzma", _open_xz),
-    b"BZh": ("bzip2", _open_bzip2),
+    b"\xfd7zXZ\0": ("xz", lambda stream: DecompressReader(stream, lzma.LZMADecompressor)),
+    b"]\0\0": ("lzma", lambda stream: DecompressReader(stream, lzma.LZMADecompressor)),
+    b"BZh": ("bzip2", lambda stream: DecompressReader(stream, bz2.BZ2Decompressor)),
     b"\x28\xb5\x2f\xfd": ("zstd", _open_zstd),
 }
 _UNPACK = "unpack it and give the text files in it"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import batched, islice
 from pathlib import Path
 
-from mixmoe_megatron.data.corpus import batched, clean, read_lines, reading
+from mixmoe_megatron.data.corpus import clean, read_lines, reading
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate, encode_pairs
 from mixmoe_megatron.data.tokenizers import Prompt, TextTokenizer

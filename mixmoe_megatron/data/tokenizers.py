@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,17 +81,18 @@ class TextTokenizer:
         Returns:
             Token ids, one list a text.
         """
-        plain: list[int] = []
-        control: list[int] = []
-        mixed: list[int] = []
-        for place, text in enumerate(texts):
-            spelled = {meant for part, meant in getattr(text, "parts", ()) if self.spells_special_token(part)}
-            (mixed if len(spelled) == 2 else control if spelled == {True} else plain).append(place)
-        ids = dict(zip(plain, _encode(self.hf, [texts[place] for place in plain], add_special_tokens), strict=True))
-        as_control = _encode(self.hf, [texts[place] for place in control], add_special_tokens, plain=False)
-        ids |= zip(control, as_control, strict=True)
-        ids |= {place: self._encode_parts(cast(Prompt, texts[place]), add_special_tokens) for place in mixed}
-        return [ids[place] for place in range(len(texts))]
+        ids: list[list[int]] = []
+        for meant, run in groupby(texts, key=self._meanings):
+            if meant == {True, False}:
+                ids += [self._encode_parts(cast(Prompt, text), add_special_tokens) for text in run]
+            else:
+                ids += _encode(self.hf, list(run), add_special_tokens, plain=meant != {True})
+        return ids
+
+    def _meanings(self, text: str) -> set[bool]:
+        """Tell whether the special tokens that a text spells are meant, or plain text, or both."""
+        meanings = {meant for part, meant in getattr(text, "parts", ()) if self.spells_special_token(part)}
+        return meanings if True in meanings else set()
 
     def _encode_parts(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         """Encode a prompt that means some special tokens and quotes others, piece by piece between the former."""
@@ -138,6 +142,15 @@ class TextTokenizer:
         probe = [_encode(self.hf, [PROBE_TEXT], flag)[0] for flag in (True, False)]
         facts = [sorted(self.hf.get_vocab().items()), self.eos_id, self.bos_id, probe]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def leave_torch_out() -> None:
+    """Let transformers 4 do without torch, in a process that only tokenizes: the import would take most of its start.
+
+    Nothing is changed where one of them is loaded already, or where USE_TORCH is set.
+    """
+    if sys.modules.keys().isdisjoint(("torch", "transformers")) and "USE_TORCH" not in os.environ:
+        os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 
 def open_tokenizer(directory: str | Path) -> TextTokenizer:
@@ -258,7 +271,8 @@ def count_ids(directory: str | Path) -> int | None:
         MixMoEError: A file cannot be read.
     """
     try:
-        return _count_ids(Path(directory))
+        names, named = _ids_of_files(Path(directory))
+        return max(names.values()) + 1 + len(named - names.keys()) if names else None
     except MixMoEError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -268,9 +282,11 @@ def count_ids(directory: str | Path) -> int | None:
         ) from error
 
 
-def _count_ids(directory: Path) -> int | None:
-    whole, slow, config = (
-        _read_object(directory / name) for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+def _ids_of_files(directory: Path) -> tuple[dict[str, int], set[str | None]]:
+    """Return token -> id, and the tokens that the settings name: such a one gets an id of its own if it has none."""
+    whole, slow, config, added, special = (
+        _read_object(directory / f"{name}.json")
+        for name in ("tokenizer", "vocab", "tokenizer_config", "added_tokens", "special_tokens_map")
     )
     vocabulary = (whole.get("model") or {}).get("vocab") or slow
     names = vocabulary if isinstance(vocabulary, dict) else {piece[0]: id for id, piece in enumerate(vocabulary)}
@@ -280,14 +296,11 @@ def _count_ids(directory: Path) -> int | None:
         pieces = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         names = {pieces.IdToPiece(id): id for id in range(len(pieces))}
     if not names:
-        return None
-    names = {**names, **{token["content"]: token["id"] for token in whole.get("added_tokens") or ()}}
-    names |= _read_object(directory / "added_tokens.json")
+        return {}, set()
+    names = {**names, **{token["content"]: token["id"] for token in whole.get("added_tokens") or ()}, **added}
     names |= {token["content"]: int(id) for id, token in (config.get("added_tokens_decoder") or {}).items()}
-    special = {**config, **_read_object(directory / "special_tokens_map.json")}
-    named = [special.get(name) for name in _NAMED_TOKENS]
-    texts = {token.get("content") if isinstance(token, dict) else token for token in named if token}
-    return max(names.values()) + 1 + len(texts - names.keys())  # a token that is only named gets an id of its own
+    named = [{**config, **special}.get(name) for name in _NAMED_TOKENS]
+    return names, {token.get("content") if isinstance(token, dict) else token for token in named if token}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -26,9 +26,6 @@ from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions
 
-#: How `sharded_state_dict` names and cuts tensors when there is no checkpoint to ask.
-CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-
 
 def is_hf_directory(directory: str | Path) -> bool:
     """Whether a directory is a Hugging Face model, or an adapter, and not a Megatron checkpoint."""

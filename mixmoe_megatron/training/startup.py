@@ -24,6 +24,7 @@ from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
 from mixmoe_megatron.checkpoint.hf_files import copy_side_files
 from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
+from mixmoe_megatron.checkpoint.torch_dist_writer import CONTENT_METADATA
 from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
@@ -31,7 +32,7 @@ from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.freezing import freeze_parameters, parameter_report
 from mixmoe_megatron.model.frozen_prefix import run_frozen_layers_ahead
 from mixmoe_megatron.model.moe_layer import MixMoELayer
-from mixmoe_megatron.training.hf_directories import CONTENT_METADATA, is_hf_directory, load_from_hf, open_hf_start
+from mixmoe_megatron.training.hf_directories import is_hf_directory, load_from_hf, open_hf_start
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def load_parent(chunks: ModelChunks, directory: Path, stage: int) -> ModelChunks
     from_hf = is_hf_directory(directory)
     path = directory if from_hf else iteration_directory(directory)
     plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
+    # a Hugging Face directory cannot be asked: it is read as our own writer would have written it
     stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
     replicas = mpu.get_data_parallel_group(with_context_parallel=True)
     for chunk in chunks:

@@ -72,7 +72,8 @@ def run_batch(
 
 def clean_environment(changes: dict[str, str] | None) -> dict[str, str]:
     """Return this process's environment with changes; an empty value takes a variable away."""
-    whole = {**os.environ, "PYTHONPATH": str(ROOT), **(changes or {})}
+    # the first command of a batch may do without torch (see data/tokenizers.py), and the next one not
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), "USE_TORCH": "AUTO", **(changes or {})}
     return {name: value for name, value in whole.items() if value}
 
 

@@ -7,19 +7,20 @@ import hashlib
 import json
 import re
 from collections import Counter
+from itertools import batched
 from pathlib import Path
 
 import pytest
 
 from mixmoe_megatron.data.corpus import (
     Deduplicator,
-    batched,
     clean,
     drop,
     has_control_characters,
     one_line,
     read_lines,
     read_rows,
+    read_table,
     reading,
     summarise,
 )
@@ -146,7 +147,7 @@ def test_counts_and_batches() -> None:
     counts = Counter(read=3, kept=1)
     drop(counts, "too_short", 2)
     assert summarise(counts) == "3 read, 1 kept, 2 dropped too short"
-    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batched(range(5), 2)) == [(0, 1), (2, 3), (4,)]
 
 
 def test_the_example_data_is_what_its_readme_lists(repo_root: Path) -> None:
@@ -157,3 +158,32 @@ def test_the_example_data_is_what_its_readme_lists(repo_root: Path) -> None:
         packed = (folder / name).read_bytes()
         text = gzip.decompress(packed)
         assert (hashlib.sha256(packed).hexdigest(), text.count(b"\n"), len(text)) == (digest, int(lines), int(size))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("pairs.parquet", "", r"pairs.parquet: give TSV or JSONL; tools/prepare_data.py makes TSV of Parquet\."),
+        ("pairs.tsv", "", "pairs.tsv is empty: a TSV file begins with a line of column names"),
+        ("pairs.jsonl", '{"de": "a", "fr": "b"}\n', "pairs.jsonl: no column 'en'; it has de, fr: name one of these"),
+        ("pairs.jsonl", "[1]\n", "pairs.jsonl, line 1: no text under the key 'de'"),
+        ("pairs.jsonl", "null\n", "pairs.jsonl, line 1: no text under the key 'de'"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MixMoEError, match=message):
+        list(read_rows(tmp_path / name, ["de", "en"]))
+
+
+def test_a_lenient_reader_gives_none_for_a_broken_row(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_bytes(b"de\ten\na\tb\n\xff\tb\na\nc\td\n")
+    (tmp_path / "p.jsonl").write_text(
+        '{"translation": {"de": "a", "en": "b"}}\n[\n{"de": "a"}\n{"de": "c", "en": "d"}\n'
+    )
+    assert list(read_table(tmp_path / "p.tsv", ["en", "de"], lenient=True)) == [
+        (2, ("b", "a")), (3, ("b", "\udcff")), (4, None), (5, ("d", "c")),
+    ]  # fmt: skip
+    assert list(read_table(tmp_path / "p.jsonl", ["en", "de"], lenient=True)) == [
+        (1, ("b", "a")), (2, None), (3, None), (4, ("d", "c")),
+    ]  # fmt: skip

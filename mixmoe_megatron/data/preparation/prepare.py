@@ -21,8 +21,9 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import batched
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ from typing import Any
 from tqdm import tqdm
 
 from mixmoe_megatron.cli import write_json
-from mixmoe_megatron.data.corpus import Deduplicator, batched, drop, is_utf8, one_line, reading, summarise
-from mixmoe_megatron.data.preparation.filters import FilterOptions, filter_rows
+from mixmoe_megatron.data.corpus import Deduplicator, Row, drop, is_utf8, one_line, reading, sha256_of_file, summarise
+from mixmoe_megatron.data.preparation.filters import filter_rows
 from mixmoe_megatron.data.preparation.protocol import Protocol, pair_languages
-from mixmoe_megatron.data.preparation.sources import Row, Source
+from mixmoe_megatron.data.preparation.sources import Source
 from mixmoe_megatron.errors import MixMoEError
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,9 @@ def prepare(protocol: Protocol, output_dir: str | Path, workers: int = 1) -> dic
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with _Pool(workers) as pool:
-            outputs = _Preparation(protocol, partial, pool).run()
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn) if workers > 1 else contextlib.nullcontext() as pool:
+            outputs = _Preparation(protocol, partial, pool, 2 * workers).run()
         manifest = {"format_version": FORMAT_VERSION, **described, "files": outputs}
         (directory / MANIFEST).unlink(missing_ok=True)
         for name in outputs:
@@ -90,12 +92,9 @@ def prepare(protocol: Protocol, output_dir: str | Path, workers: int = 1) -> dic
 def _describe(protocol: Protocol) -> dict[str, Any]:
     """The protocol and the hashes of its local files, and one sha256 over both."""
     value = json.loads(json.dumps(asdict(protocol)))  # as it is read again
-    sources = {}
-    for splits in (*protocol.parallel.values(), *protocol.monolingual.values()):
-        for source in splits.values():
-            for path in source.paths():
-                with open(path, "rb") as stream:
-                    sources[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+    splits = [*protocol.parallel.values(), *protocol.monolingual.values()]
+    paths = [path for split in splits for source in split.values() for path in source.paths()]
+    sources = {path: sha256_of_file(path) for path in paths}
     whole = {"protocol": value, "sources": sources}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
     return {"sha256": digest, **whole}
@@ -111,55 +110,25 @@ def _finished(directory: Path, digest: str) -> dict[str, Any] | None:
     return manifest if whole and manifest.get("sha256") == digest else None
 
 
-class _Pool:
-    """Maps batches of rows in order, with a bounded number of batches under way; one worker is this process."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def filter(
-        self, rows: Iterable[Row], languages: Sequence[str], options: FilterOptions
-    ) -> Iterator[tuple[list[Texts], Counter[str]]]:
-        """Yield what `filter_rows` makes of each batch."""
-        if self._pool is None:
-            for batch in batched(rows, _BATCH_ROWS):
-                yield filter_rows(batch, languages, options)
-            return
-        under_way: deque[Any] = deque()
-        for batch in batched(rows, _BATCH_ROWS):
-            under_way.append(self._pool.submit(filter_rows, batch, languages, options))
-            if len(under_way) > 2 * self._workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
 class _Preparation:
     """One run. Test sets come first and validation sets second: what they hold is kept out of all that follows."""
 
-    def __init__(self, protocol: Protocol, directory: Path, pool: _Pool) -> None:
-        self._protocol, self._directory, self._pool = protocol, directory, pool
+    def __init__(self, protocol: Protocol, directory: Path, pool: ProcessPoolExecutor | None, under_way: int) -> None:
+        self._protocol, self._directory, self._pool, self._under_way = protocol, directory, pool, under_way
         self._held_out: dict[str, set[bytes]] = {"test": set(), "valid": set()}
         self._outputs: dict[str, dict[str, Any]] = {}
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Write all splits and return what is known of each file."""
         protocol = self._protocol
+        parts = (
+            (protocol.parallel, "{}.{}.tsv.gz", protocol.pairs_per_language),
+            (protocol.monolingual, "mono.{}.{}.txt.gz", protocol.lines_per_language),
+        )
         jobs = [
-            (pair_languages(pair), split, source, f"{pair}.{split}.tsv.gz", protocol.pairs_per_language)
-            for pair, splits in protocol.parallel.items()
-            for split, source in splits.items()
-        ] + [
-            ((code,), split, source, f"mono.{code}.{split}.txt.gz", protocol.lines_per_language)
-            for code, splits in protocol.monolingual.items()
+            (pair_languages(pair), split, source, form.format(pair, split), limit)
+            for part, form, limit in parts
+            for pair, splits in part.items()
             for split, source in splits.items()
         ]
         order = {"train": 2, "valid": 1}
@@ -168,33 +137,22 @@ class _Preparation:
             rows = tqdm(source.rows(languages), desc=name, unit=" rows", mininterval=1.0)
             if split in order:
                 usable = self._usable(rows, languages, ("test", "valid") if split == "train" else ("test",), counts)
-                lines = self._chosen(usable, limit if split == "train" else 0, counts)
+                limited = limit > 0 and split == "train"
+                lines = _sample(usable, limit, protocol.seed, counts) if limited else _unique(usable, counts)
             else:
                 lines = _as_published(rows, source, counts)
-            self._write(name, self._watched(lines, split), languages, counts)
+            self._write(name, split, lines, languages, counts)
             if not counts["kept"]:
                 raise MixMoEError(f"{name}: no line is left of {source.label()} ({summarise(counts)}).")
             rate = counts["read"] / max(1e-9, time.monotonic() - started)
             logger.info("%s: %s; %.0f rows a second", name, summarise(counts), rate)
         return self._outputs
 
-    def _chosen(self, usable: Iterable[Texts], limit: int, counts: Counter[str]) -> Iterator[Texts]:
-        """Deduplicate; with a limit choose that many at random."""
-        if limit:
-            yield from _sample(usable, limit, self._protocol.seed, counts)
-            return
-        seen = Deduplicator()
-        for texts in usable:
-            if seen.is_new(*texts):
-                yield texts
-            else:
-                drop(counts, "duplicate")
-
     def _usable(
         self, rows: Iterable[Row], languages: Sequence[str], held_out: Sequence[str], counts: Counter[str]
     ) -> Iterator[Texts]:
         """Filter, and drop what one of the `held_out` kinds of split holds on any side."""
-        for kept, more in self._pool.filter(rows, languages, self._protocol.filters):
+        for kept, more in self._filtered(rows, languages):
             counts.update(more)
             for texts in kept:
                 keys = [_held_out_key(text) for text in texts]
@@ -204,25 +162,33 @@ class _Preparation:
                 else:
                     drop(counts, f"in_{split}")
 
-    def _watched(self, lines: Iterable[Texts], split: str) -> Iterator[Texts]:
-        """Pass lines on, and remember the texts of test and validation sets."""
-        held = self._held_out["valid" if split == "valid" else "test"] if split != "train" else None
-        for texts in lines:
-            if held is not None:
-                held.update(_held_out_key(text) for text in texts)
-            yield texts
+    def _filtered(self, rows: Iterable[Row], languages: Sequence[str]) -> Iterator[tuple[list[Texts], Counter[str]]]:
+        """Yield what `filter_rows` makes of each batch, in order; a bounded number of batches is under way."""
+        batches = batched(rows, _BATCH_ROWS)
+        if self._pool is None:
+            yield from (filter_rows(batch, languages, self._protocol.filters) for batch in batches)
+            return
+        under_way: deque[Future[tuple[list[Texts], Counter[str]]]] = deque()
+        for batch in batches:
+            under_way.append(self._pool.submit(filter_rows, batch, languages, self._protocol.filters))
+            if len(under_way) > self._under_way:
+                yield under_way.popleft().result()
+        yield from (future.result() for future in under_way)
 
-    def _write(self, name: str, lines: Iterable[Texts], languages: Sequence[str], counts: Counter[str]) -> None:
-        path = self._directory / name
+    def _write(
+        self, name: str, split: str, lines: Iterable[Texts], languages: Sequence[str], counts: Counter[str]
+    ) -> None:
+        """Write one file, and remember the texts of test and validation sets."""
+        path, held = self._directory / name, self._held_out["valid" if split == "valid" else "test"]
         with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
             if len(languages) > 1:
                 stream.write(("\t".join(languages) + "\n").encode())
             for texts in lines:
                 counts["kept"] += 1
+                if split != "train":
+                    held.update(map(_held_out_key, texts))
                 stream.write(("\t".join(texts) + "\n").encode())
-        with open(path, "rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-        size = path.stat().st_size
+        size, digest = path.stat().st_size, sha256_of_file(path)
         self._outputs[name] = {"lines": counts["kept"], "bytes": size, "sha256": digest, "counts": dict(counts)}
 
 
@@ -235,6 +201,16 @@ def _as_published(rows: Iterable[Row], source: Source, counts: Counter[str]) -> 
         if not all(map(is_utf8, row)):
             raise MixMoEError(f"Row {number} of the test set {source.label()} is not UTF-8.")
         yield tuple(map(one_line, row))
+
+
+def _unique(lines: Iterable[Texts], counts: Counter[str]) -> Iterator[Texts]:
+    """Leave out what came before."""
+    seen = Deduplicator()
+    for texts in lines:
+        if seen.is_new(*texts):
+            yield texts
+        else:
+            drop(counts, "duplicate")
 
 
 def _sample(lines: Iterable[Texts], limit: int, seed: int, counts: Counter[str]) -> Iterator[Texts]:

@@ -21,7 +21,7 @@ Source: Mix-MoE (arXiv:2605.24681) section IV-A; `paper.yaml` beside this file i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import yaml
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.preparation.filters import FilterOptions
 from mixmoe_megatron.data.preparation.sources import Source
-from mixmoe_megatron.data.preparation.words import load_words, typed_fields
+from mixmoe_megatron.data.preparation.words import from_words, load_words
 from mixmoe_megatron.errors import MixMoEError
 
 Splits = Mapping[str, Source]
@@ -102,7 +102,8 @@ def load_protocol(path: str) -> Protocol:
     """Read a protocol from a YAML file, or one of the package's own by name ("paper").
 
     Raises:
-        MixMoEError: The file is missing, is not YAML, or describes no valid protocol.
+        MixMoEError: The file is missing, is not YAML, or is no valid protocol: a key is unknown, or a value is not
+            what it must be.
     """
     file = files(__package__) / f"{path}.yaml" if path in PRESETS else Path(path)
     try:
@@ -115,32 +116,12 @@ def load_protocol(path: str) -> Protocol:
         raise MixMoEError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict):
         raise MixMoEError(f"{path}: a protocol is a mapping with parallel and monolingual text, see --help.")
-    return protocol_from_dict(value, path)
-
-
-def protocol_from_dict(value: dict[str, Any], where: str) -> Protocol:
-    """Build a protocol from its YAML value.
-
-    Args:
-        value: The mapping.
-        where: The file, for messages.
-
-    Raises:
-        MixMoEError: A key is unknown or a value is not what it must be.
-    """
-    if unknown := set(value) - set(Protocol.__dataclass_fields__):
-        raise MixMoEError(
-            f"{where}: unknown key {sorted(unknown)[0]!r}; a protocol has {', '.join(Protocol.__dataclass_fields__)}."
-        )
-    value = dict(value)
-    filters = value.pop("filters", None) or {}
-    if not isinstance(filters, dict) or (unknown := set(filters) - set(FilterOptions.__dataclass_fields__)):
-        raise MixMoEError(f"{where}: filters are a mapping of {', '.join(FilterOptions.__dataclass_fields__)}.")
-    for part in ("parallel", "monolingual"):
-        value[part] = _splits_of(value.get(part) or {}, f"{where}: {part}")
-    value = typed_fields(value, dict.fromkeys(("seed", "pairs_per_language", "lines_per_language"), int), where)
-    kinds = {name: type(default) for name, default in asdict(FilterOptions()).items()}
-    return Protocol(filters=FilterOptions(**typed_fields(filters, kinds, f"{where}: filters")), **value)
+    filters = value.get("filters") or {}
+    if not isinstance(filters, dict) or set(filters) - set(FilterOptions.__dataclass_fields__):
+        raise MixMoEError(f"{path}: filters are a mapping of {', '.join(FilterOptions.__dataclass_fields__)}.")
+    parts = {part: _splits_of(value.get(part) or {}, f"{path}: {part}") for part in ("parallel", "monolingual")}
+    filters = from_words(FilterOptions, filters, f"{path}: filters")
+    return from_words(Protocol, {**value, **parts, "filters": filters}, path)
 
 
 def _splits_of(value: Any, where: str) -> dict[str, dict[str, Source]]:

@@ -11,24 +11,22 @@ Bytes that are not UTF-8 arrive as lone surrogates (Python's "surrogateescape"):
 from __future__ import annotations
 
 import glob
-import json
 import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.data.corpus import DamageCeiling, read_lines, read_tsv
+from mixmoe_megatron.data.corpus import Row, read_lines, read_table, rows_of_records
 from mixmoe_megatron.data.languages import flores_code
-from mixmoe_megatron.data.preparation.words import typed_fields
+from mixmoe_megatron.data.preparation.words import defaults_of, from_words
 from mixmoe_megatron.data.text_files import format_of
 from mixmoe_megatron.errors import MixMoEError
 
-Row = tuple[str, ...] | None
 _KINDS = ("files", "aligned", "hub", "flores", "sacrebleu")
 
 
@@ -94,19 +92,17 @@ class Source:
             return cls(files=tuple(value))
         if not isinstance(value, dict):
             raise MixMoEError(f"{where}: a source is a path, a list of paths or a mapping, not {value!r}.")
-        if unknown := set(value) - set(cls.__dataclass_fields__):
-            raise MixMoEError(
-                f"{where}: unknown key {sorted(unknown)[0]!r}; a source has {', '.join(cls.__dataclass_fields__)}."
-            )
+        defaults_of(cls, value, where)  # before what is empty is left out
         value = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items() if part}
         for name, part in value.items():
+            by_language = name in ("aligned", "columns")
             words = part if isinstance(part, tuple) else part.values() if isinstance(part, dict) else (part,)
-            if isinstance(part, dict) != (name in ("aligned", "columns")) or not all(isinstance(w, str) for w in words):
-                form = "a mapping of language codes" if name in ("aligned", "columns") else "a word, or a list of files"
+            if isinstance(part, dict) != by_language or not all(isinstance(word, str) for word in words):
+                form = "a mapping of language codes" if by_language else "a word, or a list of files"
                 raise MixMoEError(f"{where}: {name} is {form}, not {part!r}.")
         if isinstance(value.get("files"), str):
             value["files"] = (value["files"],)
-        return cls(**typed_fields(value, {"max_rows": int}, where))
+        return from_words(cls, value, where)
 
     def label(self) -> str:
         """Return what to call the source in a message."""
@@ -138,10 +134,7 @@ class Source:
         Raises:
             MixMoEError: See the module's text.
         """
-        for number, row in enumerate(self._all_rows(languages)):
-            if self.max_rows and number >= self.max_rows:
-                return
-            yield row
+        return islice(self._all_rows(languages), self.max_rows or None)
 
     def _all_rows(self, languages: Sequence[str]) -> Iterator[Row]:
         if self.files:
@@ -183,7 +176,7 @@ class Source:
             dataset = load_dataset(
                 self.hub, self.config, split=self.split, data_files=data_files, revision=self.revision, streaming=True
             )
-            yield from _records(iter(dataset), columns, f"dataset {self.hub}")
+            yield from _texts(dataset, columns, f"dataset {self.hub}")
         except MixMoEError:
             raise
         except Exception as error:  # datasets raises many kinds
@@ -195,30 +188,11 @@ def _read_file(path: str, columns: list[str]) -> Iterator[Row]:
     kind = format_of(path)
     if kind == ".parquet":
         return _read_parquet(path, columns)
-    if kind == ".jsonl":
-        return _read_jsonl(path, columns)
-    if kind == ".tsv":
-        return (row for _, row in read_tsv(path, columns, lenient=True))
+    if kind in (".tsv", ".jsonl"):
+        return (row for _, row in read_table(path, columns, lenient=True))
     if len(columns) > 1:
         raise MixMoEError(f"{path}: a pair of languages needs .tsv, .jsonl or .parquet, or two `aligned` files.")
     return ((line,) for _, line in read_lines(path, errors="surrogateescape"))
-
-
-def _read_jsonl(path: str, columns: list[str]) -> Iterator[Row]:
-    def records() -> Iterator[Any]:
-        ceiling = DamageCeiling(path, "are not JSON: JSONL has one object on each line")
-        for _, line in read_lines(path, errors="surrogateescape"):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                record = None
-            ceiling.count(record is None)
-            yield record
-        ceiling.check()
-
-    return _records(records(), columns, path)
 
 
 def _read_parquet(path: str, columns: list[str]) -> Iterator[Row]:
@@ -232,21 +206,13 @@ def _read_parquet(path: str, columns: list[str]) -> Iterator[Row]:
             if missing := [column for column in wanted if column not in names]:
                 raise MixMoEError(f"{path}: no column '{missing[0]}'; it has {', '.join(names)}: name one of these.")
             records = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
-            yield from _records(records, columns, path)
+            yield from _texts(records, columns, path)
     except pyarrow.ArrowException as error:
         raise MixMoEError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
 
 
-def _records(records: Iterator[Any], columns: list[str], where: str) -> Iterator[Row]:
-    """Take the columns of mappings; a pair may lie below "translation", as in the WMT datasets of the hub."""
-    for number, record in enumerate(records):
-        if isinstance(record, dict) and isinstance(record.get("translation"), dict):
-            record = record["translation"]
-        if number == 0 and isinstance(record, dict) and (missing := [name for name in columns if name not in record]):
-            raise MixMoEError(f"{where}: no column '{missing[0]}'; it has {', '.join(record)}: name one of these.")
-        texts = [record.get(column) for column in columns] if isinstance(record, dict) else [None]
-        strings = tuple(text for text in texts if isinstance(text, str))
-        yield strings if len(strings) == len(texts) else None
+def _texts(records: Iterable[Any], columns: list[str], where: str) -> Iterator[Row]:
+    return (row for _, row in rows_of_records(enumerate(records), columns, where))
 
 
 def _read_aligned(paths: list[str]) -> Iterator[Row]:

@@ -6,6 +6,7 @@ Words become numbers, or yes and no, only where a field of ours wants one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -48,26 +49,48 @@ def load_words(text: str) -> Any:
     return yaml.load(text, _WordLoader)
 
 
-def typed_fields(value: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Turn the words of fields that want a number, or yes or no, into one.
+def from_words[Options](cls: type[Options], value: Mapping[str, Any], where: str) -> Options:
+    """Make a dataclass of a mapping: what has a number, or yes or no, for its default wants a word that is one.
 
     Args:
-        value: Name -> word.
-        kinds: Name -> int, float or bool, of the fields to turn.
+        cls: The dataclass.
+        value: Name of a field -> word, or what the caller has made of it.
         where: Their place, for messages.
 
     Raises:
-        MixMoEError: A word is no such thing.
+        MixMoEError: There is no such field, or a word is no such thing.
     """
-    result = dict(value)
-    for name in kinds.keys() & value.keys():
-        try:
-            found = yaml.safe_load(str(value[name]))
-        except yaml.YAMLError:
-            found = None
-        if isinstance(found, int) and not isinstance(found, bool) and kinds[name] is float:
-            found = float(found)
-        if type(found) is not kinds[name]:
-            raise MixMoEError(f"{where}: {name} is {_KIND_NAMES[kinds[name]]}, not {value[name]!r}.")
-        result[name] = found
-    return result
+    defaults = defaults_of(cls, value, where)
+    return cls(**{name: _typed(word, type(defaults[name]), name, where) for name, word in value.items()})
+
+
+def defaults_of(cls: type, value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the defaults of a dataclass's fields.
+
+    Args:
+        cls: The dataclass.
+        value: Its keys must be names of fields.
+        where: Their place, for messages.
+
+    Raises:
+        MixMoEError: There is no such field.
+    """
+    defaults = {field.name: field.default for field in fields(cls)}
+    if unknown := sorted(set(value) - set(defaults)):
+        kind = cls.__name__.lower()
+        raise MixMoEError(f"{where}: unknown key {unknown[0]!r}; a {kind} has {', '.join(defaults)}.")
+    return defaults
+
+
+def _typed(word: Any, kind: type, name: str, where: str) -> Any:
+    if kind not in _KIND_NAMES:
+        return word
+    try:
+        found = yaml.safe_load(str(word))
+    except yaml.YAMLError:
+        found = None
+    if kind is float and type(found) is int:
+        found = float(found)
+    if type(found) is not kind:
+        raise MixMoEError(f"{where}: {name} is {_KIND_NAMES[kind]}, not {word!r}.")
+    return found
