@@ -9,15 +9,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.checkpoint.metadata import package_versions as checkpoint_versions
+from mixmoe_megatron.checkpoint.metadata import package_versions
 from mixmoe_megatron.errors import MixMoEError
 
 _SCORING_PACKAGES = ("sacrebleu", "tokenizers", "matplotlib")
 
 
-def package_versions() -> dict[str, str]:
+def evaluation_versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that shape a checkpoint, and of those that score and draw."""
-    return checkpoint_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
+    return package_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
 
 
 def git_commit() -> str | None:

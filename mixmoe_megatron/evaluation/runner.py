@@ -30,9 +30,9 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comet_scores import CometScorer
 from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
 from mixmoe_megatron.evaluation.meteor import meteor_is_installed, report_missing_parts, score_meteor
-from mixmoe_megatron.evaluation.models import LoadedModel, check_model, fingerprint, load_model
+from mixmoe_megatron.evaluation.models import LoadedModel, check_model, load_model, model_fingerprint
 from mixmoe_megatron.evaluation.perplexity import measure_perplexity
-from mixmoe_megatron.evaluation.provenance import git_commit, package_versions, read_json
+from mixmoe_megatron.evaluation.provenance import evaluation_versions, git_commit, read_json
 from mixmoe_megatron.evaluation.routing import is_mixmoe, measure_routing
 from mixmoe_megatron.evaluation.scores import METRIC_NAMES, bleu_of, compare, score
 from mixmoe_megatron.evaluation.segments import Direction, sha256_of_texts
@@ -104,7 +104,7 @@ class EvaluationPlan:
             **generation,
             "prompt_template": self.template.text,
             "dtype": self.dtype,
-            "systems": {name: fingerprint(path) for name, path in self.systems.items()},
+            "systems": {name: model_fingerprint(path) for name, path in self.systems.items()},
             "test_sets": {d.name: sha256_of_texts([*d.sources, *d.references]) for d in self.directions},
             "monolingual": {language: sha256_of_texts(texts) for language, texts in self.monolingual.items()},
         }
@@ -385,6 +385,6 @@ def _collect(
         "seconds": {name: value["seconds"] for name, value in measurements.items()},
         "selection": plan.selection,
         "options": identity,
-        "versions": package_versions(),
+        "versions": evaluation_versions(),
         "commit": git_commit(),
     }

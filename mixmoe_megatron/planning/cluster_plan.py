@@ -8,7 +8,7 @@ from typing import Any
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.planning.activations import activation_bytes
 from mixmoe_megatron.planning.costs import GPUS, Cluster, Costs, step_costs
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model, layouts
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout, layouts
 from mixmoe_megatron.planning.memory import Memory, stage_memory
 
 #: Bytes of a GPU that are not the model's: CUDA, NCCL, kernels' workspaces, fragmentation.
@@ -26,7 +26,7 @@ class Candidate:
         costs: of a step.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     micro_batches: int
     memory: Memory
     costs: Costs
@@ -46,7 +46,7 @@ class Candidate:
         }  # fmt: skip
 
 
-def make_plan(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
+def plan_layouts(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
     """Return the layouts that fit, the fastest first.
 
     Args:
@@ -90,7 +90,7 @@ def _candidates(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]
     ]
 
 
-def rank_memory(model: Model, layout: Layout, batch: Batch) -> Memory:
+def rank_memory(model: Model, layout: ParallelLayout, batch: Batch) -> Memory:
     """Return the memory of the rank that needs most."""
     stages = []
     for pp_rank in range(layout.pp):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.freezing import is_trained
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import rank_parameters
 
 _GIB = 1024**3
@@ -97,7 +97,7 @@ class Costs:
         return self.compute + self.communication
 
 
-def step_costs(model: Model, layout: Layout, batch: Batch, cluster: Cluster) -> Costs:
+def step_costs(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster) -> Costs:
     """Return traffic and time of a step.
 
     With PP stages and m micro-batches a step lasts as long as one micro-batch through all stages and m - 1 through the
@@ -122,7 +122,7 @@ def step_costs(model: Model, layout: Layout, batch: Batch, cluster: Cluster) -> 
     return costs
 
 
-def _stage(model: Model, layout: Layout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
+def _stage(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
     """Costs of one micro-batch, forward and backward, on a pipeline stage; without data parallelism."""
     sizes, k = model.sizes(layout.tp), model.options.topk_per_group
     layers = layout.layers(sizes.num_layers, pp_rank)
@@ -146,7 +146,7 @@ def _stage(model: Model, layout: Layout, batch: Batch, cluster: Cluster, pp_rank
     )
 
 
-def _traffic(model: Model, layout: Layout, batch: Batch, layers: range) -> dict[str, tuple[int, float]]:
+def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) -> dict[str, tuple[int, float]]:
     """Collectives of one micro-batch and the bytes that a rank sends in them, by kind.
 
     A tensor-parallel sublayer gathers its input and scatters its output, backward the same and, where a weight trains,
@@ -179,7 +179,9 @@ def _traffic(model: Model, layout: Layout, batch: Batch, layers: range) -> dict[
     }
 
 
-def _data_parallel(model: Model, layout: Layout, batch: Batch, cluster: Cluster, pp_rank: int) -> tuple[float, float]:
+def _data_parallel(
+    model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int
+) -> tuple[float, float]:
     """Bytes and seconds of reducing the gradients and gathering the parameters of a pipeline stage."""
     sent = seconds = 0.0
     in_stage = layout.world_size // layout.pp

@@ -12,14 +12,14 @@ _GIB, _GB = 1024**3, 1e9
 _TRAFFIC = ("TP", "CP", "EP", "ETP", "PP", "DP")
 
 
-def describe_plan(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate], show: int) -> str:
+def plan_text(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate], show: int) -> str:
     """Return the plan as text: assumptions, a table of layouts, the command lines of the best.
 
     Args:
         model: the model.
         batch: the batch.
         cluster: the GPUs.
-        plan: from `make_plan`.
+        plan: from `plan_layouts`.
         show: layouts in the table.
     """
     lines = [*_assumptions(batch, cluster), "", *_table(batch, plan[:show])]
