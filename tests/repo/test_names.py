@@ -38,9 +38,9 @@ def test_a_file_name_stands_once() -> None:
     places = defaultdict(list)
     for file in repository_files():
         path = PurePosixPath(file)
-        if path.is_relative_to(PACKAGE) and path.name not in IN_EVERY_FOLDER and not path.match(ALIKE):
-            if file not in OLD_NAMES:
-                places[path.name].append(file)
+        allowed = path.name in IN_EVERY_FOLDER or path.match(ALIKE) or file in OLD_NAMES
+        if path.is_relative_to(PACKAGE) and not allowed:
+            places[path.name].append(file)
     twice = {name: files for name, files in places.items() if len(files) > 1}
     assert not twice, "\n".join(f"{name}: {', '.join(files)}" for name, files in sorted(twice.items()))
 
