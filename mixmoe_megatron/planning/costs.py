@@ -7,7 +7,7 @@ is counted: (N - 1) / N of a tensor in an all-gather, reduce-scatter or all-to-a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.freezing import is_trained
@@ -77,7 +77,7 @@ class Cluster:
         return (self.gpu.nvlink if span <= self.gpus_per_node else between) * _BANDWIDTH_SHARE
 
 
-@dataclass
+@dataclass(frozen=True)
 class Costs:
     """Of one step, on the rank of the slowest pipeline stage.
 
@@ -87,9 +87,9 @@ class Costs:
         communication: seconds.
     """
 
-    traffic: dict[str, float] = field(default_factory=dict)
-    compute: float = 0.0
-    communication: float = 0.0
+    traffic: dict[str, float]
+    compute: float
+    communication: float
 
     @property
     def seconds(self) -> float:
@@ -110,16 +110,14 @@ def step_costs(model: Model, layout: ParallelLayout, batch: Batch, cluster: Clus
         cluster: the GPUs.
     """
     stages = [_stage(model, layout, batch, cluster, pp_rank) for pp_rank in range(layout.pp)]
-    slowest = max(range(layout.pp), key=lambda rank: stages[rank].seconds)
+    slowest = max(stages, key=lambda stage: stage.seconds)
     more = layout.micro_batches(batch) - 1
-    costs = Costs()
-    costs.compute = sum(stage.compute for stage in stages) + more * stages[slowest].compute
-    costs.communication = sum(stage.communication for stage in stages) + more * stages[slowest].communication
-    costs.traffic = {kind: sent * (more + 1) for kind, sent in stages[slowest].traffic.items()}
-    reduced = [_data_parallel(model, layout, batch, cluster, rank) for rank in range(layout.pp)]
-    costs.traffic["DP"], seconds = max(reduced)
-    costs.communication += seconds
-    return costs
+    reduced, seconds = max(_data_parallel(model, layout, batch, cluster, rank) for rank in range(layout.pp))
+    return Costs(
+        traffic={kind: sent * (more + 1) for kind, sent in slowest.traffic.items()} | {"DP": reduced},
+        compute=sum(stage.compute for stage in stages) + more * slowest.compute,
+        communication=sum(stage.communication for stage in stages) + more * slowest.communication + seconds,
+    )
 
 
 def _stage(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
