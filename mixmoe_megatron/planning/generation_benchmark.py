@@ -26,18 +26,15 @@ def build_models(hf_dir: str | Path, dtype: torch.dtype) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base, options = AutoConfig.from_pretrained(hf_dir), MixMoEOptions()
+    same = ("num_experts_per_group", "topk_per_group", "group_combine", "router_prob_scaling", "router_bias")
     models = {"dense": AutoModelForCausalLM.from_config(base, dtype=dtype)}
     for stage in (1, 2):
         config = MixMoEConfig.from_base_config(
             base.to_dict(),
             moe_layers=resolve_moe_layers(options, base.num_hidden_layers),
-            num_experts_per_group=options.num_experts_per_group,
-            topk_per_group=options.topk_per_group,
             stage=stage,
-            group_combine=options.group_combine,
-            router_prob_scaling=options.router_prob_scaling,
             expert_scale=options.resolved_expert_scale,
-            router_bias=options.router_bias,
+            **{name: getattr(options, name) for name in same},
         )
         models[f"stage {stage}"] = MixMoEForCausalLM._from_config(config, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
