@@ -25,6 +25,7 @@ from mixmoe_megatron.study.tables import (
     signed,
     specialisation_table,
     table,
+    values_of,
 )
 from mixmoe_megatron.study.training_log import Curves
 
@@ -117,8 +118,8 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
         "pair": inputs.title,
         "dtypes": inputs.dtypes,
         "directions": evaluation["directions"],
-        "perplexity": _by_language(evaluation, "perplexity"),
-        "bits_per_byte": _by_language(evaluation, "bits_per_byte"),
+        "perplexity": values_of(evaluation["perplexity"], "perplexity"),
+        "bits_per_byte": values_of(evaluation["perplexity"], "bits_per_byte"),
         "signatures": evaluation["signatures"],
         "significance": significance,
         "num_test_segments": evaluation["num_test_segments"],
@@ -130,12 +131,6 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
         "commit": evaluation["commit"],
         "toy": inputs.toy,
     }
-
-
-def _by_language(evaluation: dict[str, Any], measure: str) -> dict[str, dict[str, float]]:
-    """Return language -> system -> one of the values that were measured on monolingual text."""
-    languages = evaluation["perplexity"].items()
-    return {name: {system: value[measure] for system, value in systems.items()} for name, systems in languages}
 
 
 def _curve_ends(curves: Curves) -> dict[str, Any]:

@@ -26,6 +26,11 @@ def metrics_of(evaluation: dict[str, Any]) -> dict[str, str]:
     return {name: title for name, title in METRIC_TITLES.items() if name in measured}
 
 
+def values_of(groups: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+    """Return group -> system -> one of its values; a group is a direction or a language of evaluation.json."""
+    return {group: {system: values[name] for system, values in systems.items()} for group, systems in groups.items()}
+
+
 def shown(metric: str, value: float) -> float:
     """Return a score, or a difference of scores, as tables and pictures show it: METEOR and COMET times 100."""
     return 100 * value if metric in _PERCENT else value
@@ -96,16 +101,14 @@ def score_table(evaluation: dict[str, Any]) -> str:
     for direction, systems in evaluation["directions"].items():
         for system, scores in systems.items():
             row = [direction, system, *(score_text(metric, scores[metric]) for metric in metrics)]
-            test = evaluation["significance"].get(direction, {}).get(system)
-            if baseline is not None:
-                row += [
-                    f"{signed(test[f'{metric}_difference'], 2)} ({p_value_text(test[f'{metric}_p_value'])})"
-                    if test
-                    else ""
-                    for metric in ("chrf", "bleu")
-                ]
-            rows.append(row)
+            if test := evaluation["significance"].get(direction, {}).get(system):
+                row += [_difference(test, metric) for metric in ("chrf", "bleu")]
+            rows.append(row + [""] * (len(header) - len(row)))
     return table(header, rows, text_columns=2)
+
+
+def _difference(test: dict[str, Any], metric: str) -> str:
+    return f"{signed(test[f'{metric}_difference'], 2)} ({p_value_text(test[f'{metric}_p_value'])})"
 
 
 def perplexity_table(evaluation: dict[str, Any]) -> str:
