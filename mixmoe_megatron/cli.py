@@ -142,6 +142,20 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, see `whole_file`.
+
+    Args:
+        path: The file to write; its directory must exist.
+        text: Its content.
+
+    Raises:
+        OSError: see `whole_file`.
+    """
+    with whole_file(path) as stream:
+        stream.write(text)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically, see `whole_file`.
 
@@ -152,5 +166,4 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
         OSError: see `whole_file`.
     """
-    with whole_file(path) as stream:
-        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 
-from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.errors import MixMoEError
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     from mixmoe_megatron.checkpoint.metadata import package_versions
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
-    from mixmoe_megatron.evaluation.provenance import measured_on
+    from mixmoe_megatron.evaluation.provenance import record_benchmark
     from mixmoe_megatron.planning.generation_benchmark import build_models, measure_generation
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported
@@ -53,11 +53,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'model':<10}{'tokens/s':>10}{'of dense':>10}")
     for name, rate in rates.items():
         print(f"{name:<10}{rate:>10.1f}{rate / rates['dense']:>10.3f}")
-    origin = measured_on(package_versions())
-    result = {"tokens_per_second": rates, **origin, "command": sys.argv, "arguments": vars(args)}
-    print(json.dumps(result))
-    if args.output is not None:
-        write_json(args.output, result)
+    print(json.dumps(record_benchmark({"tokens_per_second": rates}, package_versions(), args)))
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import sys
 import warnings
 from typing import Any
 
-from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.errors import MixMoEError
 
 SHAPES = {"1b": (2048, 8192), "8b": (4096, 14336), "14b": (5120, 13824)}  # hidden_size, ffn_hidden_size
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         from mixmoe_megatron.model.backends import HAVE_TE
         from mixmoe_megatron.planning.layer_benchmark import LayerCase, measure_layer, start_megatron
     from mixmoe_megatron.checkpoint.metadata import package_versions
-    from mixmoe_megatron.evaluation.provenance import measured_on
+    from mixmoe_megatron.evaluation.provenance import record_benchmark
 
     hidden_size = args.hidden_size or SHAPES[args.shape][0]
     start_megatron()
@@ -86,11 +86,7 @@ def run(args: argparse.Namespace) -> None:
         row = measure_layer(case, args.turns)
         rows.append({**dataclasses.asdict(case), **row, "dtype": args.dtype})
         print(f"{experts:>7}{stage:>6}  {backend:<10}" + "".join(f"{text:>10}" for text in texts(row)), flush=True)
-    origin = measured_on(package_versions())
-    result = {"cases": rows, **origin, "command": sys.argv, "arguments": vars(args)}
-    print(json.dumps(result))
-    if args.output is not None:
-        write_json(args.output, result)
+    print(json.dumps(record_benchmark({"cases": rows}, package_versions(), args)))
 
 
 def texts(row: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 
-from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.errors import MixMoEError
 
 
@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
-    from mixmoe_megatron.evaluation.provenance import measured_on, package_versions
-    from mixmoe_megatron.planning.step_benchmark import ENGINE, PLAIN, Task, measure
+    from mixmoe_megatron.evaluation.provenance import evaluation_versions, record_benchmark
+    from mixmoe_megatron.planning.step_benchmark import ENGINE, PLAIN, Task, measure_steps
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported before any process starts
     cuda = torch.cuda.is_available()
-    systems = measure(
+    systems = measure_steps(
         ENGINE if cuda else PLAIN + ENGINE,
         Task(args.hf_dir, args.batch_size, args.seq_length, args.flags),
         args.steps,
@@ -61,11 +61,7 @@ def run(args: argparse.Namespace) -> None:
         columns = zip(("seconds", "peak_bytes", "flops"), (1.0, 1e6, 1e9), (3, 1, 1), strict=True)
         texts = [f"{row[key] / unit:>9.{digits}f}{row[key] / full[key]:>7.2f}" for key, unit, digits in columns]
         print(f"{name:<32}" + "".join(texts))
-    origin = measured_on(package_versions())
-    result = {"systems": systems, **origin, "command": sys.argv, "arguments": vars(args)}
-    print(json.dumps(result))
-    if args.output is not None:
-        write_json(args.output, result)
+    print(json.dumps(record_benchmark({"systems": systems}, evaluation_versions(), args)))
 
 
 def main() -> int:

@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     """Make the plan and print it."""
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
     from mixmoe_megatron.model.options import MixMoEOptions
-    from mixmoe_megatron.planning.cluster_plan import make_plan
+    from mixmoe_megatron.planning.cluster_plan import plan_layouts
     from mixmoe_megatron.planning.costs import GPUS, Cluster
     from mixmoe_megatron.planning.layouts import Batch, Model
-    from mixmoe_megatron.planning.plan_report import describe_plan, plan_to_dict
+    from mixmoe_megatron.planning.plan_report import plan_text, plan_to_dict
 
     for name in ("gpus", "global_batch_size", "micro_batch_size", "seq_length", "gpus_per_node", "show"):
         if getattr(args, name) < 1:
@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> None:
         grads_in_fp32=not args.grad_reduce_in_bf16,
     )
     cluster = Cluster(GPUS[args.gpu_type], args.gpus, args.gpus_per_node, args.utilization)
-    plan = make_plan(model, batch, cluster)
+    plan = plan_layouts(model, batch, cluster)
     if args.json:
         print(json.dumps(plan_to_dict(model, batch, cluster, plan), indent=2))
     else:
-        print(describe_plan(model, batch, cluster, plan, args.show))
+        print(plan_text(model, batch, cluster, plan, args.show))
 
 
 def main(argv: list[str] | None = None) -> int:

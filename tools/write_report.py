@@ -2,8 +2,8 @@
 """Write report.md, summary.json and pictures from an evaluation and the logs of both training stages.
 
 Example:
-    python tools/write_report.py --evaluation runs/eval/evaluation.json --stage1-log runs/stage1/train_log.jsonl \
-        --stage2-log runs/stage2/train_log.jsonl --seconds runs/seconds.json --output-dir runs/report
+    python tools/write_report.py --evaluation runs/eval/evaluation.json --stage1-log runs/stage1/tensorboard \
+        --stage2-log runs/stage2/tensorboard --seconds runs/seconds.json --output-dir runs/report
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from mixmoe_megatron.data.prompts import encode_prompts
 from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.batches import pad
 from mixmoe_megatron.evaluation.models import LoadedModel
 from mixmoe_megatron.evaluation.progress import Progress
 
@@ -116,28 +117,21 @@ class LineTable:
         return (self.ends_line[new_tokens] | (self.has_break[new_tokens] & content_before)).any(dim=1)
 
 
+@dataclass(eq=False)
 class FirstLineOrBudget(StoppingCriteria):
-    """End a row when its first line is complete or its own budget of new tokens is spent."""
+    """End a row when its first line is complete or its own budget of new tokens is spent.
 
-    def __init__(
-        self,
-        table: LineTable,
-        prompt_length: int,
-        budgets: torch.Tensor,
-        on_step: Callable[[int], None] = lambda new_tokens: None,
-    ) -> None:
-        """Keep what the check needs.
+    Attributes:
+        table: Of the model's vocabulary.
+        prompt_length: P.
+        budgets: [B] int64, most new tokens of each segment.
+        on_step: Called with N at each check, which comes once a token.
+    """
 
-        Args:
-            table: Of the model's vocabulary.
-            prompt_length: P.
-            budgets: [B] int64, most new tokens of each segment.
-            on_step: Called with N at each check, which comes once a token.
-        """
-        self.on_step = on_step
-        self.table = table
-        self.prompt_length = prompt_length
-        self.budgets = budgets
+    table: LineTable
+    prompt_length: int
+    budgets: torch.Tensor
+    on_step: Callable[[int], None] = lambda new_tokens: None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Check every row.
@@ -158,20 +152,13 @@ class FirstLineOrBudget(StoppingCriteria):
 
 def _read_partial(path: Path, count: int) -> dict[int, str]:
     """Return the hypotheses an interrupted run left; a torn last line is dropped from the file as well."""
-    if not path.exists():
-        return {}
-    done: dict[int, str] = {}
-    whole = 0
-    data = path.read_bytes()
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-            done[record["index"]] = record["hypothesis"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MixMoEError(f"{path} is damaged: delete it to start this system anew.") from error
-        whole += len(line)
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    try:
+        records = [json.loads(line) for line in data[:whole].splitlines()]
+        done = {record["index"]: record["hypothesis"] for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MixMoEError(f"{path} is damaged: delete it to start this system anew.") from error
     if whole < len(data):
         os.truncate(path, whole)
     if any(index >= count for index in done):
@@ -206,11 +193,9 @@ def _generate_batch(
     progress: Progress,
 ) -> list[str]:
     """Decode one batch and return the first line of each hypothesis."""
-    width = max(map(len, prompts))
     pad_id = loaded.tokenizer.pad_id
-    input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=loaded.device)
-    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts],
-                                  device=loaded.device)  # fmt: skip
+    input_ids, attention_mask = pad(prompts, "left", pad_id, loaded.device)
+    width = input_ids.shape[1]
 
     def show(new_tokens: int) -> None:
         progress.show(new_tokens * len(prompts), f"token {new_tokens} of at most {max(budgets)} of a batch")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
@@ -33,14 +34,6 @@ def report_missing_parts() -> None:
         logger.warning("no METEOR: NLTK is not installed; pip install 'mixmoe-megatron[meteor]' adds it")
     elif _wordnet() is None:
         logger.warning("METEOR without synonyms: WordNet is not here; python -m nltk.downloader wordnet fetches it")
-
-
-class _NoSynonyms:
-    """Stands where NLTK expects WordNet: no word has a synonym."""
-
-    def synsets(self, word: str) -> list[Any]:
-        """Return the synonym sets of a word: none."""
-        return []
 
 
 @cache
@@ -76,10 +69,11 @@ def score_meteor(hypotheses: Sequence[str], references: Sequence[str], target_la
     check_counts(hypotheses, references, "The system")
     tokenizer = bleu_of(target_language).tokenizer
     wordnet = _wordnet()
+    synonyms = wordnet or SimpleNamespace(synsets=lambda word: [])  # without WordNet no word has a synonym
     total = 0.0
     for hypothesis, reference in zip(hypotheses, references, strict=True):
         words, wanted = (tokenizer(text.rstrip()).split() for text in (hypothesis, reference))
-        total += meteor_score([wanted], words, wordnet=wordnet or _NoSynonyms())
-    synonyms = "yes" if wordnet else "no"
-    signature = f"nltk:{version('nltk')}|tok:{tokenizer.signature()}|stem:porter|wordnet:{synonyms}"
+        total += meteor_score([wanted], words, wordnet=synonyms)
+    has_wordnet = "yes" if wordnet else "no"
+    signature = f"nltk:{version('nltk')}|tok:{tokenizer.signature()}|stem:porter|wordnet:{has_wordnet}"
     return total / len(references), signature

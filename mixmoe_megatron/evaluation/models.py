@@ -123,7 +123,7 @@ def _sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fingerprint(path: str | Path) -> str:
+def model_fingerprint(path: str | Path) -> str:
     """Return a short hash of a model directory's config, tokenizer and weights, independent of where it lies.
 
     Every byte counts, so that a model in which a single router was trained on is told from the one whose hypotheses are

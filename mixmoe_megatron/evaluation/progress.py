@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,7 @@ class Progress:
         """Return the progress."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Remove the line from a terminal."""
         if self._terminal:
             self._stream.write(_CLEAR_LINE)

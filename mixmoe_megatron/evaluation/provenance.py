@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.checkpoint.metadata import package_versions as checkpoint_versions
+from mixmoe_megatron.checkpoint.metadata import package_versions
+from mixmoe_megatron.cli import write_json
 from mixmoe_megatron.errors import MixMoEError
 
 _SCORING_PACKAGES = ("sacrebleu", "tokenizers", "matplotlib")
 
 
-def package_versions() -> dict[str, str]:
+def evaluation_versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that shape a checkpoint, and of those that score and draw."""
-    return checkpoint_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
+    return package_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
 
 
 def git_commit() -> str | None:
@@ -38,16 +41,27 @@ def cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def measured_on(versions: dict[str, str]) -> dict[str, Any]:
-    """Return what the reader of a measurement must know: commit, versions, threads, and the GPU's or processor's name.
+def record_benchmark(
+    measured: dict[str, Any], versions: dict[str, str], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return a benchmark's figures with what their reader must know, and write them where the command line wants them.
 
     Args:
-        versions: of the packages that matter to it.
+        measured: The figures.
+        versions: Of the packages that matter to them.
+        arguments: Of the command; ``output`` names a JSON file or is None.
+
+    Returns:
+        The figures, commit, versions, threads, the GPU's or processor's name, and the command.
     """
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
-    return {"commit": git_commit(), "versions": versions, "threads": torch.get_num_threads(), "device": device}
+    origin = {"commit": git_commit(), "versions": versions, "threads": torch.get_num_threads(), "device": device}
+    record = {**measured, **origin, "command": sys.argv, "arguments": vars(arguments)}
+    if arguments.output is not None:
+        write_json(arguments.output, record)
+    return record
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

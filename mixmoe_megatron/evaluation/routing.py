@@ -7,21 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.batches import text_batches
 from mixmoe_megatron.evaluation.models import LoadedModel
-from mixmoe_megatron.evaluation.perplexity import (
-    MAX_WINDOW,
-    TOKENS_PER_BATCH,
-    batches_by_length,
-    pad_right,
-    split_windows,
-)
-from mixmoe_megatron.evaluation.progress import Progress
 from mixmoe_megatron.methods.mixmoe import GROUPS
 
 
@@ -56,8 +49,7 @@ class Routing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dictionary."""
-        layers = {layer: {name: vars(group) for name, group in groups.items()} for layer, groups in self.layers.items()}
-        return {"tokens": self.tokens, "layers": layers}
+        return asdict(self)
 
 
 def is_mixmoe(loaded: LoadedModel) -> bool:
@@ -108,32 +100,20 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
     """
     if not is_mixmoe(loaded):
         raise MixMoEError(f"System {loaded.name!r} is not a Mix-MoE model: it has no routers to inspect.")
-    config = loaded.model.config
-    window = min(MAX_WINDOW, loaded.max_positions or MAX_WINDOW)
-    encoded = loaded.tokenizer.encode(list(texts), add_special_tokens=False)
-    tokens = sum(map(len, encoded))
-    if tokens == 0:
-        raise MixMoEError("There is no text to route.")
-    sequences = [piece for ids in encoded for piece in split_windows(ids, loaded.start_id, window)]
+    config, tokens = loaded.model.config, 0
     sums: dict[int, tuple[torch.Tensor, ...]] = {}
-    with Progress(f"{loaded.name} routing", len(sequences), work=tokens, unit="texts") as progress:
-        for batch in batches_by_length(sequences, TOKENS_PER_BATCH):
-            input_ids, mask = pad_right([sequences[index] for index in batch], loaded.tokenizer.pad_id, loaded.device)
-            output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
-            mask[:, 0] = 0  # context only: already counted, or no token of the text
-            kept = mask.flatten().bool()
-            for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
-                new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
-                sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
-            read = sum(len(sequences[index]) - 1 for index in batch)
-            progress.advance(len(batch), read, read)
-    layers = {
-        str(layer): {
-            name: _group_routing(sums[layer][0][group], sums[layer][1][group], sums[layer][2][group], tokens)
-            for group, name in enumerate(GROUPS[: config.stage])
-        }
-        for layer in config.moe_layers
-    }
+    for _, input_ids, mask in text_batches(loaded, texts, "routing"):
+        output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+        mask[:, 0] = 0  # context only: already counted, or no token of the text
+        kept = mask.flatten().bool()
+        tokens += int(kept.sum())
+        for layer, logits in zip(config.moe_layers, output.router_logits, strict=True):
+            new = group_sums(logits[kept.to(logits.device)].cpu(), config.stage, config.topk_per_group)
+            sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
+    layers: dict[str, dict[str, GroupRouting]] = {}
+    for layer in config.moe_layers:
+        groups = zip(GROUPS[: config.stage], *sums[layer], strict=True)  # name, counts, probs, top_probs of each
+        layers[str(layer)] = {name: _group_routing(*group_sum, tokens) for name, *group_sum in groups}
     return Routing(tokens, layers)
 
 
@@ -159,21 +139,16 @@ def specialisation(routings: Mapping[str, Routing]) -> dict[str, dict[str, dict[
         expert. `mean_entropy`: of the experts over all languages, bits: log2(n) when balanced.
     """
     first = next(iter(routings.values()))
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for layer, groups in first.layers.items():
-        result[layer] = {}
-        for group in groups:
-            shares = torch.tensor([routing.layers[layer][group].share for routing in routings.values()]).double()
-            entropy, mean_entropy = _entropy(shares).mean().item(), _entropy(shares.mean(dim=0)).item()
-            most = math.log2(min(shares.shape))
-            information = max(0.0, mean_entropy - entropy)
-            result[layer][group] = {
-                "mutual_information": information,
-                "normalised": information / most if most else 0.0,
-                "entropy": entropy,
-                "mean_entropy": mean_entropy,
-            }
-    return result
+
+    def measures(layer: str, group: str) -> dict[str, float]:
+        shares = torch.tensor([routing.layers[layer][group].share for routing in routings.values()]).double()
+        entropy, mean_entropy = _entropy(shares).mean().item(), _entropy(shares.mean(dim=0)).item()
+        information, most = max(0.0, mean_entropy - entropy), math.log2(min(shares.shape))
+        normalised = information / most if most else 0.0
+        return {"mutual_information": information, "normalised": normalised, "entropy": entropy,
+                "mean_entropy": mean_entropy}  # fmt: skip
+
+    return {layer: {group: measures(layer, group) for group in groups} for layer, groups in first.layers.items()}
 
 
 def _entropy(shares: torch.Tensor) -> torch.Tensor:

@@ -23,16 +23,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cli import whole_file, write_json
+from mixmoe_megatron.cli import write_json, write_text
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.data.prompts import PromptTemplate
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.comet_scores import CometScorer
 from mixmoe_megatron.evaluation.generation import GenerationOptions, translate
 from mixmoe_megatron.evaluation.meteor import meteor_is_installed, report_missing_parts, score_meteor
-from mixmoe_megatron.evaluation.models import LoadedModel, check_model, fingerprint, load_model
+from mixmoe_megatron.evaluation.models import LoadedModel, check_model, load_model, model_fingerprint
 from mixmoe_megatron.evaluation.perplexity import measure_perplexity
-from mixmoe_megatron.evaluation.provenance import git_commit, package_versions, read_json
+from mixmoe_megatron.evaluation.provenance import evaluation_versions, git_commit, read_json
 from mixmoe_megatron.evaluation.routing import is_mixmoe, measure_routing
 from mixmoe_megatron.evaluation.scores import METRIC_NAMES, bleu_of, compare, score
 from mixmoe_megatron.evaluation.segments import Direction, sha256_of_texts
@@ -104,7 +104,7 @@ class EvaluationPlan:
             **generation,
             "prompt_template": self.template.text,
             "dtype": self.dtype,
-            "systems": {name: fingerprint(path) for name, path in self.systems.items()},
+            "systems": {name: model_fingerprint(path) for name, path in self.systems.items()},
             "test_sets": {d.name: sha256_of_texts([*d.sources, *d.references]) for d in self.directions},
             "monolingual": {language: sha256_of_texts(texts) for language, texts in self.monolingual.items()},
         }
@@ -134,9 +134,10 @@ def _check(plan: EvaluationPlan, output_dir: Path) -> None:
 
 def _found_systems(output_dir: Path) -> set[str]:
     """Return the systems of which the directory holds results, finished or not."""
-    names = {path.name.removesuffix(".txt").removesuffix(".partial.jsonl").rpartition(".")[2]
-             for path in (output_dir / "hypotheses").glob("[!.]*")}  # fmt: skip
-    return {path.stem for path in (output_dir / "measurements").glob("[!.]*")} | names - _RESERVED_NAMES
+    measured = {path.stem for path in (output_dir / "measurements").glob("[!.]*")}
+    files = [path.name for path in (output_dir / "hypotheses").glob("[!.]*")]
+    translated = {name.removesuffix(".txt").removesuffix(".partial.jsonl").rpartition(".")[2] for name in files}
+    return measured | translated - _RESERVED_NAMES
 
 
 def _found_identity(output_dir: Path, *, discard: bool) -> dict[str, Any]:
@@ -167,26 +168,27 @@ def _found_identity(output_dir: Path, *, discard: bool) -> dict[str, Any]:
 
 def _merge_identity(old: dict[str, Any], new: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """Return the union of both; systems, test sets and languages may be added, nothing may differ."""
-    flat_old, flat_new = (
-        {(key, inner): value for key, block in identity.items()
-         for inner, value in (block.items() if isinstance(block, dict) else [("", block)])}
-        for identity in (old, new)
-    )  # fmt: skip
-    for (key, inner), value in flat_new.items():
-        before = flat_old.get((key, inner), value)
-        if before != value:
-            what = f"{key} {inner}".strip().replace("_", " ")
-            raise MixMoEError(
-                f"{output_dir} holds results of another run ({what} was {before!r} and is now {value!r}): "
-                "choose another output directory, or overwrite it with --overwrite."
-            )
-    return {key: {**old.get(key, {}), **value} if isinstance(value, dict) else value for key, value in new.items()}
+    merged: dict[str, Any] = {}
+    for key, value in new.items():
+        before = old.get(key, value)
+        if not isinstance(value, dict):
+            pairs = {key: (before, value)}
+            merged[key] = value
+        else:  # of each system, test set or language, by name
+            pairs = {f"{key} {name}": (before.get(name, entry), entry) for name, entry in value.items()}
+            merged[key] = before | value
+        for what, (was, now) in pairs.items():
+            if was != now:
+                raise MixMoEError(
+                    f"{output_dir} holds results of another run ({what.replace('_', ' ')} was {was!r} and is now "
+                    f"{now!r}): choose another output directory, or overwrite it with --overwrite."
+                )
+    return merged
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     """Write lines atomically; every line must be free of newlines."""
-    with whole_file(path) as stream:
-        stream.writelines(f"{line}\n" for line in lines)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _read_lines(path: Path, count: int) -> list[str]:
@@ -277,21 +279,20 @@ def _score_direction(
     }
     scores: dict[str, dict[str, float]] = {}
     signatures: dict[str, str] = {}
+    significance: dict[str, dict[str, Any]] = {}
+    wanted = (direction.references, direction.target_language)
     for name, lines in hypotheses.items():
-        scored = score(lines, direction.references, direction.target_language)
+        scored = score(lines, *wanted)
         scores[name] = {metric: getattr(scored, metric) for metric in METRIC_NAMES}
         signatures = dict(scored.signatures)
         if meteor_is_installed():
-            value, signatures["meteor"] = score_meteor(lines, direction.references, direction.target_language)
-            scores[name]["meteor"] = value
+            scores[name]["meteor"], signatures["meteor"] = score_meteor(lines, *wanted)
         if comet is not None:
             scores[name]["comet"], signatures["comet"] = comet.score(name, direction, lines)
-    comparisons = {
-        name: compare((plan.baseline, hypotheses[plan.baseline]), (name, lines), direction.references,
-                      direction.target_language).to_dict()
-        for name, lines in hypotheses.items() if plan.baseline is not None and name != plan.baseline
-    }  # fmt: skip
-    return {"scores": scores, "signatures": signatures, "significance": comparisons}
+        if plan.baseline is not None and name != plan.baseline:
+            baseline = (plan.baseline, hypotheses[plan.baseline])
+            significance[name] = compare(baseline, (name, lines), *wanted).to_dict()
+    return {"scores": scores, "signatures": signatures, "significance": significance}
 
 
 class _CometScores:
@@ -385,6 +386,6 @@ def _collect(
         "seconds": {name: value["seconds"] for name, value in measurements.items()},
         "selection": plan.selection,
         "options": identity,
-        "versions": package_versions(),
+        "versions": evaluation_versions(),
         "commit": git_commit(),
     }

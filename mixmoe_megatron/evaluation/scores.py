@@ -7,8 +7,7 @@ bootstrap).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -90,18 +89,6 @@ def bleu_of(target_language: str) -> BLEU:
         ) from error
 
 
-@contextmanager
-def _quiet_sacrebleu() -> Iterator[None]:
-    """Keep sacreBLEU's report of each resampling step off the screen."""
-    logger = logging.getLogger("sacrebleu")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def check_counts(hypotheses: Sequence[str], references: Sequence[str], name: str) -> None:
     """Check that there is one hypothesis for each reference, and any at all.
 
@@ -159,14 +146,14 @@ def compare(
     """
     for name, hypotheses in (baseline, system):
         check_counts(hypotheses, references, f"System {name!r}")
-    with _quiet_sacrebleu():
-        signatures, results = PairedTest(
-            [(name, list(hypotheses)) for name, hypotheses in (baseline, system)],
-            {"BLEU": bleu_of(target_language), "chrF2": CHRF()},
-            [list(references)],
-            test_type="bs",
-            n_samples=num_resamples,
-        )()
+    logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each resampling step
+    signatures, results = PairedTest(
+        [(name, list(hypotheses)) for name, hypotheses in (baseline, system)],
+        {"BLEU": bleu_of(target_language), "chrF2": CHRF()},
+        [list(references)],
+        test_type="bs",
+        n_samples=num_resamples,
+    )()
     (bleu_baseline, bleu), (chrf_baseline, chrf) = (cast(list[Result], results[key]) for key in ("BLEU", "chrF2"))
     one_segment = len(set(zip(references, baseline[1], system[1], strict=True))) == 1
 

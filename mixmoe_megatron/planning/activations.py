@@ -19,12 +19,12 @@ groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per ele
 from __future__ import annotations
 
 from mixmoe_megatron.model.mapping import Sizes
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 
 _LOGIT_COPIES_BYTES = 4  # the float32 softmax, whose place its gradient takes (bfloat16's then takes the logits')
 
 
-def activation_bytes(model: Model, layout: Layout, batch: Batch, pp_rank: int) -> int:
+def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: int) -> int:
     """Estimate the peak of the activations on the ranks of a pipeline stage.
 
     A stage keeps the activations of as many micro-batches as it has started and not finished (1F1B schedule), but
@@ -55,7 +55,7 @@ def activation_bytes(model: Model, layout: Layout, batch: Batch, pp_rank: int) -
     return total
 
 
-def _layer_bytes(sizes: Sizes, model: Model, layout: Layout, layer: int, tokens: int, size: int) -> int:
+def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int, tokens: int, size: int) -> int:
     """Bytes of one layer above the frozen prefix for one micro-batch."""
     trained, sequence = int(model.stage == 0), tokens // layout.tp * sizes.hidden_size
     query, key = sizes.num_attention_heads * sizes.kv_channels, sizes.num_query_groups * sizes.kv_channels

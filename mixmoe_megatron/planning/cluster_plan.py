@@ -8,7 +8,7 @@ from typing import Any
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.planning.activations import activation_bytes
 from mixmoe_megatron.planning.costs import GPUS, Cluster, Costs, step_costs
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model, layouts
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout, layouts
 from mixmoe_megatron.planning.memory import Memory, stage_memory
 
 #: Bytes of a GPU that are not the model's: CUDA, NCCL, kernels' workspaces, fragmentation.
@@ -26,7 +26,7 @@ class Candidate:
         costs: of a step.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     micro_batches: int
     memory: Memory
     costs: Costs
@@ -46,7 +46,7 @@ class Candidate:
         }  # fmt: skip
 
 
-def make_plan(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
+def plan_layouts(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
     """Return the layouts that fit, the fastest first.
 
     Args:
@@ -79,18 +79,14 @@ def usable_memory(cluster: Cluster) -> int:
 
 
 def _candidates(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
-    return [
-        Candidate(
-            layout,
-            layout.micro_batches(batch),
-            rank_memory(model, layout, batch),
-            step_costs(model, layout, batch, cluster),
-        )
-        for layout in layouts(model, batch, cluster.gpus, cluster.gpus_per_node)
-    ]
+    candidates = []
+    for layout in layouts(model, batch, cluster.gpus, cluster.gpus_per_node):
+        memory, costs = rank_memory(model, layout, batch), step_costs(model, layout, batch, cluster)
+        candidates.append(Candidate(layout, layout.micro_batches(batch), memory, costs))
+    return candidates
 
 
-def rank_memory(model: Model, layout: Layout, batch: Batch) -> Memory:
+def rank_memory(model: Model, layout: ParallelLayout, batch: Batch) -> Memory:
     """Return the memory of the rank that needs most."""
     stages = []
     for pp_rank in range(layout.pp):
@@ -106,19 +102,17 @@ def _fits(model: Model, batch: Batch, cluster: Cluster) -> bool:
 
 def _what_fits(model: Model, batch: Batch, cluster: Cluster) -> str:
     """One change of the batch or the cluster with which a layout fits, the cheapest first."""
-    changes: list[tuple[str, Batch, Cluster]] = [
+    smallest, flags = replace(batch, recompute="full", micro_batch_size=1), "--recompute full and --micro-batch-size 1"
+    changes = [
         ("--recompute full", replace(batch, recompute="full"), cluster),
         ("--micro-batch-size 1", replace(batch, micro_batch_size=1), cluster),
-        ("both --recompute full and --micro-batch-size 1",
-         replace(batch, recompute="full", micro_batch_size=1), cluster),
-    ]  # fmt: skip
-    smallest = replace(batch, recompute="full", micro_batch_size=1)
+        (f"both {flags}", smallest, cluster),
+    ]
     for gpus in (2 * cluster.gpus, 4 * cluster.gpus, 8 * cluster.gpus):
-        changes.append((f"{gpus} GPUs", batch, replace(cluster, gpus=gpus)))
-        changes.append((f"{gpus} GPUs with --recompute full and --micro-batch-size 1", smallest,
-                        replace(cluster, gpus=gpus)))  # fmt: skip
-    larger = [name for name, gpu in GPUS.items() if gpu.memory > cluster.gpu.memory]
-    changes += [(f"--gpu-type {name}", batch, replace(cluster, gpu=GPUS[name])) for name in larger]
+        more = replace(cluster, gpus=gpus)
+        changes += [(f"{gpus} GPUs", batch, more), (f"{gpus} GPUs with {flags}", smallest, more)]
+    larger = {name: gpu for name, gpu in GPUS.items() if gpu.memory > cluster.gpu.memory}
+    changes += [(f"--gpu-type {name}", batch, replace(cluster, gpu=gpu)) for name, gpu in larger.items()]
     for what, changed_batch, changed_cluster in changes:
         if _fits(model, changed_batch, changed_cluster):
             return f"{what} would do"
@@ -129,10 +123,9 @@ def _what_divides(model: Model, batch: Batch, cluster: Cluster) -> str:
     """Numbers near the given ones that a layout divides."""
     for micro in range(batch.micro_batch_size, 0, -1):
         changed = replace(batch, micro_batch_size=micro)
-        if batch.global_batch_size % micro == 0 and next(
-            layouts(model, changed, cluster.gpus, cluster.gpus_per_node), None
-        ):
+        if batch.global_batch_size % micro == 0 and any(layouts(model, changed, cluster.gpus, cluster.gpus_per_node)):
             return f"--micro-batch-size {micro} would do"
-    smaller = [gpus for gpus in range(cluster.gpus - 1, 0, -1) if next(
-        layouts(model, batch, gpus, cluster.gpus_per_node), None)]  # fmt: skip
-    return f"{smaller[0]} GPUs would do" if smaller else "change the global batch size"
+    for gpus in range(cluster.gpus - 1, 0, -1):
+        if any(layouts(model, batch, gpus, cluster.gpus_per_node)):
+            return f"{gpus} GPUs would do"
+    return "change the global batch size"

@@ -7,11 +7,11 @@ is counted: (N - 1) / N of a tensor in an all-gather, reduce-scatter or all-to-a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.freezing import is_trained
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import rank_parameters
 
 _GIB = 1024**3
@@ -77,7 +77,7 @@ class Cluster:
         return (self.gpu.nvlink if span <= self.gpus_per_node else between) * _BANDWIDTH_SHARE
 
 
-@dataclass
+@dataclass(frozen=True)
 class Costs:
     """Of one step, on the rank of the slowest pipeline stage.
 
@@ -87,9 +87,9 @@ class Costs:
         communication: seconds.
     """
 
-    traffic: dict[str, float] = field(default_factory=dict)
-    compute: float = 0.0
-    communication: float = 0.0
+    traffic: dict[str, float]
+    compute: float
+    communication: float
 
     @property
     def seconds(self) -> float:
@@ -97,7 +97,7 @@ class Costs:
         return self.compute + self.communication
 
 
-def step_costs(model: Model, layout: Layout, batch: Batch, cluster: Cluster) -> Costs:
+def step_costs(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster) -> Costs:
     """Return traffic and time of a step.
 
     With PP stages and m micro-batches a step lasts as long as one micro-batch through all stages and m - 1 through the
@@ -110,19 +110,17 @@ def step_costs(model: Model, layout: Layout, batch: Batch, cluster: Cluster) -> 
         cluster: the GPUs.
     """
     stages = [_stage(model, layout, batch, cluster, pp_rank) for pp_rank in range(layout.pp)]
-    slowest = max(range(layout.pp), key=lambda rank: stages[rank].seconds)
+    slowest = max(stages, key=lambda stage: stage.seconds)
     more = layout.micro_batches(batch) - 1
-    costs = Costs()
-    costs.compute = sum(stage.compute for stage in stages) + more * stages[slowest].compute
-    costs.communication = sum(stage.communication for stage in stages) + more * stages[slowest].communication
-    costs.traffic = {kind: sent * (more + 1) for kind, sent in stages[slowest].traffic.items()}
-    reduced = [_data_parallel(model, layout, batch, cluster, rank) for rank in range(layout.pp)]
-    costs.traffic["DP"], seconds = max(reduced)
-    costs.communication += seconds
-    return costs
+    reduced, seconds = max(_data_parallel(model, layout, batch, cluster, rank) for rank in range(layout.pp))
+    return Costs(
+        traffic={kind: sent * (more + 1) for kind, sent in slowest.traffic.items()} | {"DP": reduced},
+        compute=sum(stage.compute for stage in stages) + more * slowest.compute,
+        communication=sum(stage.communication for stage in stages) + more * slowest.communication + seconds,
+    )
 
 
-def _stage(model: Model, layout: Layout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
+def _stage(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
     """Costs of one micro-batch, forward and backward, on a pipeline stage; without data parallelism."""
     sizes, k = model.sizes(layout.tp), model.options.topk_per_group
     layers = layout.layers(sizes.num_layers, pp_rank)
@@ -146,7 +144,7 @@ def _stage(model: Model, layout: Layout, batch: Batch, cluster: Cluster, pp_rank
     )
 
 
-def _traffic(model: Model, layout: Layout, batch: Batch, layers: range) -> dict[str, tuple[int, float]]:
+def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) -> dict[str, tuple[int, float]]:
     """Collectives of one micro-batch and the bytes that a rank sends in them, by kind.
 
     A tensor-parallel sublayer gathers its input and scatters its output, backward the same and, where a weight trains,
@@ -179,7 +177,9 @@ def _traffic(model: Model, layout: Layout, batch: Batch, layers: range) -> dict[
     }
 
 
-def _data_parallel(model: Model, layout: Layout, batch: Batch, cluster: Cluster, pp_rank: int) -> tuple[float, float]:
+def _data_parallel(
+    model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int
+) -> tuple[float, float]:
     """Bytes and seconds of reducing the gradients and gathering the parameters of a pipeline stage."""
     sent = seconds = 0.0
     in_stage = layout.world_size // layout.pp

@@ -1,11 +1,11 @@
 """Tokens a second of greedy generation: exported Mix-MoE models of both stages beside their dense base, random weights.
 
-The models take turns, so that all meet the same machine; the fastest turn of each counts.
+The models take turns (`turns.py`).
 """
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from mixmoe_megatron.hf import MixMoEConfig, MixMoEForCausalLM
 from mixmoe_megatron.model.options import MixMoEOptions, resolve_moe_layers
+from mixmoe_megatron.planning.turns import fastest_turns
 
 
 def build_models(hf_dir: str | Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -25,18 +26,15 @@ def build_models(hf_dir: str | Path, dtype: torch.dtype) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base, options = AutoConfig.from_pretrained(hf_dir), MixMoEOptions()
+    same = ("num_experts_per_group", "topk_per_group", "group_combine", "router_prob_scaling", "router_bias")
     models = {"dense": AutoModelForCausalLM.from_config(base, dtype=dtype)}
     for stage in (1, 2):
         config = MixMoEConfig.from_base_config(
             base.to_dict(),
             moe_layers=resolve_moe_layers(options, base.num_hidden_layers),
-            num_experts_per_group=options.num_experts_per_group,
-            topk_per_group=options.topk_per_group,
             stage=stage,
-            group_combine=options.group_combine,
-            router_prob_scaling=options.router_prob_scaling,
             expert_scale=options.resolved_expert_scale,
-            router_bias=options.router_bias,
+            **{name: getattr(options, name) for name in same},
         )
         models[f"stage {stage}"] = MixMoEForCausalLM._from_config(config, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,19 +57,8 @@ def measure_generation(
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(model.config.vocab_size for model in models.values())
     prompt = torch.randint(vocab_size, (batch_size, prompt_length), generator=generator).to(device)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(1 + turns):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: batch_size * new_tokens / min(times[1:]) for name, times in seconds.items()}
+    mask = torch.ones_like(prompt)
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    calls = {name: partial(model.generate, prompt, attention_mask=mask, **settings) for name, model in models.items()}
+    seconds = fastest_turns(calls, turns, warmup=1)
+    return {name: batch_size * new_tokens / fastest for name, fastest in seconds.items()}

@@ -1,7 +1,7 @@
 """Speed of one Mix-MoE layer, forward and backward, against what the machine can do: one process, CPU or GPU.
 
-What is compared takes turns (dense GEMMs, memory reads and writes, router, experts, whole layer), so that all meet the
-same machine; a time is that of the fastest turn. The floors of a layer are the times that it cannot beat:
+What is compared takes turns (`turns.py`): dense GEMMs, memory reads and writes, router, experts, whole layer. The
+floors of a layer are the times that it cannot beat:
 
 - FLOP floor: the experts' products at the rate of the dense GEMMs, [T k, H] x [H, 2 f] and [T k, f] x [f, H] forward
   and backward, T tokens, k experts for each, f an expert's width, as if one expert got all rows;
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mixmoe_megatron.model.config import MixMoETransformerConfig
 from mixmoe_megatron.model.moe_layer import MixMoELayer
 from mixmoe_megatron.model.options import PAPER_AUX_LOSS_COEFF, MixMoEOptions
+from mixmoe_megatron.planning.turns import fastest_turns
 
 _WARMUP = 2
 _STREAM_BYTES = 2**28  # of memory whose reading and writing are timed: more than caches hold
@@ -131,55 +131,40 @@ def build_layer(case: LayerCase) -> MixMoELayer:
     return layer
 
 
-class _Subjects:
-    """What takes turns in one case: name -> a call that does the work once."""
+def _random(case: LayerCase, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda" if torch.cuda.is_available() else "cpu", dtype=case.dtype)
 
-    def __init__(self, case: LayerCase):
-        self.case, self.device = case, "cuda" if torch.cuda.is_available() else "cpu"
-        self.layer = build_layer(case)
-        hidden = self._random(case.tokens, 1, case.hidden_size).requires_grad_()
-        _, routing_map = self.layer.router(hidden)
-        self.counts = routing_map.sum(dim=0).cpu()
-        self.calls: dict[str, Callable[[], object]] = {}
-        self._add_gemms()
-        self._add_streams()
-        self._add_passes(hidden)
 
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.case.dtype)
+def _dense_products(case: LayerCase) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return the factors of dense GEMMs of the experts' sizes, and memory for each result that is there."""
+    products = []
+    for width_in, width_out in ((case.hidden_size, 2 * case.expert_size), (case.expert_size, case.hidden_size)):
+        x, y = (_random(case, case.tokens * case.topk, width) for width in (width_in, width_out))
+        weight = _random(case, width_out, width_in)
+        grad_x, grad_weight, result = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(y)
+        products += [(x, weight.T, result), (y, weight, grad_x), (y.T, x, grad_weight)]
+    return products
 
-    def _add_gemms(self) -> None:
-        """Dense GEMMs of the experts' sizes; each works in memory that is there."""
-        case, products = self.case, []
-        for width_in, width_out in ((case.hidden_size, 2 * case.expert_size), (case.expert_size, case.hidden_size)):
-            x, y = (self._random(case.tokens * case.topk, width) for width in (width_in, width_out))
-            weight = self._random(width_out, width_in)
-            grad_x, grad_weight, result = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(y)
-            products += [(x, weight.T, result), (y, weight, grad_x), (y.T, x, grad_weight)]
-        self.gemm_flops = sum(2 * left.numel() * right.shape[1] for left, right, _ in products)
-        self.calls["gemm"] = lambda: [torch.mm(a, b, out=c) for a, b, c in products]
 
-    def _add_streams(self) -> None:
-        stream = torch.zeros(_STREAM_BYTES // 4, device=self.device)
-        self.calls["read"] = lambda: stream.sum()
-        self.calls["write"] = lambda: stream.zero_()
+def _passes(
+    case: LayerCase, layer: MixMoELayer, hidden: torch.Tensor, counts: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """Return forward and backward of the router, the experts alone and the whole layer."""
+    rows = _random(case, case.stage * case.tokens * case.topk, case.hidden_size).requires_grad_()
+    probs = torch.rand(len(rows), device=rows.device).requires_grad_()
+    grad_rows, grad_hidden = torch.randn_like(rows), torch.randn_like(hidden)
 
-    def _add_passes(self, hidden: torch.Tensor) -> None:
-        """Forward and backward of the router, the experts alone and the whole layer."""
-        layer, case = self.layer, self.case
-        rows = self._random(case.stage * case.tokens * case.topk, case.hidden_size).requires_grad_()
-        probs = torch.rand(len(rows), device=self.device).requires_grad_()
-        grad_rows, grad_hidden = torch.randn_like(rows), torch.randn_like(hidden)
+    def run(forward: Callable[[], torch.Tensor], grad: torch.Tensor | None) -> None:
+        for tensor in (*layer.parameters(), hidden, rows, probs):
+            tensor.grad = None
+        output = forward()
+        output.backward(torch.ones_like(output) if grad is None else grad)
 
-        def run(forward: Callable[[], torch.Tensor], grad: torch.Tensor | None) -> None:
-            for tensor in (*layer.parameters(), hidden, rows, probs):
-                tensor.grad = None
-            output = forward()
-            output.backward(torch.ones_like(output) if grad is None else grad)
-
-        self.calls["router"] = lambda: run(lambda: layer.router(hidden)[0], None)
-        self.calls["experts"] = lambda: run(lambda: layer.experts(rows, self.counts, probs)[0], grad_rows)
-        self.calls["layer"] = lambda: run(lambda: layer(hidden)[0], grad_hidden)
+    return {
+        "router": lambda: run(lambda: layer.router(hidden)[0], None),
+        "experts": lambda: run(lambda: layer.experts(rows, counts, probs)[0], grad_rows),
+        "layer": lambda: run(lambda: layer(hidden)[0], grad_hidden),
+    }
 
 
 def measure_layer(case: LayerCase, turns: int) -> dict[str, float | None]:
@@ -198,18 +183,20 @@ def measure_layer(case: LayerCase, turns: int) -> dict[str, float | None]:
     Raises:
         MixMoEError: the backend is missing or does not go with the sizes.
     """
-    subjects = _Subjects(case)
-    times: dict[str, list[float]] = {name: [] for name in subjects.calls}
-    for _ in range(_WARMUP + turns):
-        for name, call in subjects.calls.items():
-            torch.cuda.synchronize()  # in CPU mode it does nothing
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    seconds = {name: min(values[_WARMUP:]) for name, values in times.items()}
-    peak = subjects.gemm_flops / seconds["gemm"]
-    read, written = case.bytes(int((subjects.counts > 0).sum()))
+    layer, products = build_layer(case), _dense_products(case)
+    hidden = _random(case, case.tokens, 1, case.hidden_size).requires_grad_()
+    counts = layer.router(hidden)[1].sum(dim=0).cpu()
+    stream = torch.zeros(_STREAM_BYTES // 4, device=hidden.device)
+    passes = _passes(case, layer, hidden, counts)
+    calls: dict[str, Callable[[], object]] = {
+        "gemm": lambda: [torch.mm(left, right, out=result) for left, right, result in products],
+        "read": lambda: stream.sum(),
+        "write": lambda: stream.zero_(),
+        **passes,
+    }
+    seconds = fastest_turns(calls, turns, _WARMUP)
+    peak = sum(2 * left.numel() * right.shape[1] for left, right, _ in products) / seconds["gemm"]
+    read, written = case.bytes(int((counts > 0).sum()))
     flop_floor = case.flops / peak
     bytes_floor = (read * seconds["read"] + written * seconds["write"]) / _STREAM_BYTES
     return {
@@ -222,7 +209,7 @@ def measure_layer(case: LayerCase, turns: int) -> dict[str, float | None]:
         "flop_floor_seconds": flop_floor,
         "bytes_floor_seconds": bytes_floor,
         "floor_ratio": seconds["layer"] / max(flop_floor, bytes_floor),
-        "host_syncs": host_syncs(subjects.calls["layer"]).total() if torch.cuda.is_available() else None,
+        "host_syncs": host_syncs(passes["layer"]).total() if torch.cuda.is_available() else None,
     }
 
 

@@ -71,7 +71,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Parallel sizes. Sequence parallelism goes with tensor parallelism (Megatron demands it for experts)."""
 
     tp: int = 1
@@ -115,7 +115,7 @@ class Layout:
         return [*words, *(["--sequence-parallel"] if self.tp > 1 else [])]
 
 
-def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterator[Layout]:
+def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterator[ParallelLayout]:
     """Yield every layout of so many GPUs that the model's sizes and the batch admit.
 
     Tensor parallelism stays within a node. Not tried: a virtual pipeline, uneven pipeline stages.
@@ -123,7 +123,7 @@ def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterat
     Raises:
         MixMoEError: the batch does not divide under any layout.
     """
-    if not any(_divides(batch, Layout(dp=dp)) for dp in range(1, gpus + 1) if gpus % dp == 0):
+    if not any(_divides(batch, ParallelLayout(dp=dp)) for dp in range(1, gpus + 1) if gpus % dp == 0):
         raise MixMoEError(
             f"a global batch of {batch.global_batch_size} is not divisible by the micro-batch of "
             f"{batch.micro_batch_size}: choose a multiple of it."
@@ -139,7 +139,7 @@ def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterat
                 continue
             if batch.seq_length % (tp * cp):
                 continue
-            layout = Layout(tp, pp, cp, gpus // (tp * pp * cp), ep, etp)
+            layout = ParallelLayout(tp, pp, cp, gpus // (tp * pp * cp), ep, etp)
             if _divides(batch, layout):
                 yield layout
 
@@ -148,7 +148,7 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _divides(batch: Batch, layout: Layout) -> bool:
+def _divides(batch: Batch, layout: ParallelLayout) -> bool:
     return batch.global_batch_size % (batch.micro_batch_size * layout.dp) == 0
 
 

@@ -23,7 +23,7 @@ from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.freezing import is_trained
 from mixmoe_megatron.model.mapping import Sizes
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 
 _ADAM_BYTES = 8  # two float32 averages
 _MAIN_WEIGHT_BYTES = 4  # the float32 copy of a bfloat16 weight
@@ -61,7 +61,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def rank_parameters(sizes: Sizes, layout: Layout, pp_rank: int) -> Iterator[LocalParameter]:
+def rank_parameters(sizes: Sizes, layout: ParallelLayout, pp_rank: int) -> Iterator[LocalParameter]:
     """Yield the parameters of a rank of one pipeline stage, in the order of the model's `named_parameters`.
 
     All ranks of a stage hold parameters of the same shapes; which part of a tensor and which experts differs.
@@ -97,7 +97,7 @@ def rank_parameters(sizes: Sizes, layout: Layout, pp_rank: int) -> Iterator[Loca
         yield LocalParameter("output_layer.weight", vocab, is_shared_embedding=shared)
 
 
-def _moe_parameters(sizes: Sizes, layout: Layout, name: str) -> Iterator[LocalParameter]:
+def _moe_parameters(sizes: Sizes, layout: ParallelLayout, name: str) -> Iterator[LocalParameter]:
     n, hidden, inner = sizes.num_experts_per_group, sizes.hidden_size, sizes.moe_ffn_hidden_size // layout.etp
     groups = GROUPS[: sizes.num_groups]
     for group in groups:
@@ -112,7 +112,7 @@ def _moe_parameters(sizes: Sizes, layout: Layout, name: str) -> Iterator[LocalPa
         yield expert(experts + "linear_fc2.weight", (n // layout.ep, hidden, inner))
 
 
-def stage_memory(model: Model, layout: Layout, batch: Batch, pp_rank: int) -> list[Memory]:
+def stage_memory(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: int) -> list[Memory]:
     """Return what the ranks of a pipeline stage hold (no activations), in the order of their global ranks.
 
     Frozen parameters have their weight alone. Trained ones lie in Megatron's buffers, whose layout and padding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mixmoe_megatron.planning.cluster_plan import RESERVE, Candidate, usable_memory
@@ -12,23 +13,22 @@ _GIB, _GB = 1024**3, 1e9
 _TRAFFIC = ("TP", "CP", "EP", "ETP", "PP", "DP")
 
 
-def describe_plan(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate], show: int) -> str:
+def plan_text(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate], show: int) -> str:
     """Return the plan as text: assumptions, a table of layouts, the command lines of the best.
 
     Args:
         model: the model.
         batch: the batch.
         cluster: the GPUs.
-        plan: from `make_plan`.
+        plan: from `plan_layouts`.
         show: layouts in the table.
     """
     lines = [*_assumptions(batch, cluster), "", *_table(batch, plan[:show])]
     if len(plan) > show:
         lines.append(f"and {len(plan) - show} more that fit (--show)")
+    first = command_lines(model, batch, cluster, plan[0])
     lines += ["", "To run the first (put in your own paths; with several nodes, on each of them):"]
-    lines += ["  " + torchrun_line(model, batch, cluster, plan[0]), "Under Slurm:"]
-    lines.append("  " + slurm_line(model, batch, cluster, plan[0]))
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {first['torchrun']}", "Under Slurm:", f"  {first['slurm']}"])
 
 
 def _assumptions(batch: Batch, cluster: Cluster) -> list[str]:
@@ -68,46 +68,44 @@ def _table(batch: Batch, plan: list[Candidate]) -> list[str]:
     return lines
 
 
-def training_words(model: Model, batch: Batch, candidate: Candidate) -> list[str]:
+def _training_command(model: Model, batch: Batch, candidate: Candidate) -> str:
     """Return the training command and its flags, paths and schedule left to the user in capitals."""
-    words = ["tools/pretrain_mixmoe.py", "--mixmoe-stage", str(model.stage), "--init-from", "PARENT"]
-    words += [
-        "--data-path",
-        "DATA",
-        "--load",
-        "RUN",
-        "--save",
-        "RUN",
-        *candidate.layout.flags(),
-        "--use-distributed-optimizer",
-    ]
-    words += ["--seq-length", str(batch.seq_length), "--micro-batch-size", str(batch.micro_batch_size)]
-    words += ["--global-batch-size", str(batch.global_batch_size)]
+    words = [f"tools/pretrain_mixmoe.py --mixmoe-stage {model.stage} --init-from PARENT --data-path DATA"]
+    words += ["--load RUN --save RUN", *candidate.layout.flags(), "--use-distributed-optimizer"]
+    words += [f"--seq-length {batch.seq_length} --micro-batch-size {batch.micro_batch_size}"]
+    words += [f"--global-batch-size {batch.global_batch_size}"]
     if batch.dtype == "bf16":
-        words += ["--bf16"] if batch.grads_in_fp32 else ["--bf16", "--grad-reduce-in-bf16"]
+        words.append("--bf16" if batch.grads_in_fp32 else "--bf16 --grad-reduce-in-bf16")
     if batch.overlap:
-        words += ["--overlap-grad-reduce", "--overlap-param-gather"]
+        words.append("--overlap-grad-reduce --overlap-param-gather")
     if batch.recompute == "full":
-        words += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    return words
+        words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+    return " ".join(words)
 
 
-def torchrun_line(model: Model, batch: Batch, cluster: Cluster, candidate: Candidate) -> str:
-    """Return the torchrun command; with several nodes it runs on each of them."""
-    nodes, local = _nodes(cluster)
-    where = "--standalone"
-    if nodes > 1:
-        where = f"--nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500"
-    return f"torchrun {where} --nproc-per-node={local} " + " ".join(training_words(model, batch, candidate))
+def command_lines(model: Model, batch: Batch, cluster: Cluster, candidate: Candidate) -> dict[str, str]:
+    """Return the lines that train with a layout.
 
+    Args:
+        model: the model.
+        batch: the batch.
+        cluster: the GPUs.
+        candidate: has the layout.
 
-def slurm_line(model: Model, batch: Batch, cluster: Cluster, candidate: Candidate) -> str:
-    """Return the sbatch command: one torchrun on each node."""
-    nodes, local = _nodes(cluster)
+    Returns:
+        ``torchrun``: with several nodes it runs on each of them. ``slurm``: sbatch, one torchrun on each node.
+    """
+    local = min(cluster.gpus, cluster.gpus_per_node)
+    nodes = math.ceil(cluster.gpus / local)
+    training = _training_command(model, batch, candidate)
+    meeting = f"--nnodes={nodes} --nproc-per-node={local} --rdzv-backend=c10d --rdzv-endpoint="
     first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    run = f"srun torchrun --nnodes={nodes} --nproc-per-node={local} --rdzv-backend=c10d --rdzv-endpoint={first}:29500 "
-    run += " ".join(training_words(model, batch, candidate))
-    return f"sbatch --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={local} --exclusive --wrap='{run}'"
+    alone = f"--standalone --nproc-per-node={local}"
+    return {
+        "torchrun": f"torchrun {f'{meeting}FIRST_NODE:29500' if nodes > 1 else alone} {training}",
+        "slurm": f"sbatch --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={local} --exclusive "
+        f"--wrap='srun torchrun {meeting}{first}:29500 {training}'",
+    }
 
 
 def plan_to_dict(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate]) -> dict[str, Any]:
@@ -125,18 +123,5 @@ def plan_to_dict(model: Model, batch: Batch, cluster: Cluster, plan: list[Candid
             "bandwidth_between_nodes": cluster.bandwidth(cluster.gpus_per_node + 1),
         },
         "exact": ["weights", "gradients", "optimizer"],
-        "layouts": [
-            {
-                **candidate.to_dict(),
-                "torchrun": torchrun_line(model, batch, cluster, candidate),
-                "slurm": slurm_line(model, batch, cluster, candidate),
-            }
-            for candidate in plan
-        ],
+        "layouts": [candidate.to_dict() | command_lines(model, batch, cluster, candidate) for candidate in plan],
     }
-
-
-def _nodes(cluster: Cluster) -> tuple[int, int]:
-    """Nodes, and GPUs on each."""
-    local = min(cluster.gpus, cluster.gpus_per_node)
-    return -(-cluster.gpus // local), local

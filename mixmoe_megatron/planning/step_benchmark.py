@@ -77,7 +77,7 @@ ENGINE = (
 )
 
 
-def measure(systems: tuple[System, ...], task: Task, count: int) -> dict[str, dict[str, float]]:
+def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[str, dict[str, float]]:
     """Run all systems' steps in turn.
 
     Args:

@@ -15,6 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+from mixmoe_megatron.study.tables import values_of
 from mixmoe_megatron.study.training_log import Curves
 
 PALETTE = ("#7F7F7F", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -109,14 +110,11 @@ def draw_scores(evaluation: dict[str, Any], path: Path) -> None:
         evaluation: Content of evaluation.json.
         path: The PNG file.
     """
-    panels: list[tuple[dict[str, dict[str, float]], str, int]] = [
-        ({direction: {system: scores[metric] for system, scores in systems.items()}
-          for direction, systems in evaluation["directions"].items()}, title, 1)
-        for metric, title in (("bleu", "BLEU (higher is better)"), ("chrf", "chrF (higher is better)"))
-    ]  # fmt: skip
-    languages = evaluation["perplexity"]
-    panels.append(({language: {system: value["bits_per_byte"] for system, value in systems.items()}
-                    for language, systems in languages.items()}, "Bits per byte (lower is better)", 2))  # fmt: skip
+    panels = [
+        (values_of(evaluation["directions"], "bleu"), "BLEU (higher is better)", 1),
+        (values_of(evaluation["directions"], "chrf"), "chrF (higher is better)", 1),
+        (values_of(evaluation["perplexity"], "bits_per_byte"), "Bits per byte (lower is better)", 2),
+    ]
     panels = [panel for panel in panels if panel[0]]
     bars = max(len(groups) * len(next(iter(groups.values()))) for groups, _, _ in panels)
     figure = Figure(figsize=(max(6.0, 0.5 * bars + 1.5), 2.6 * len(panels)), layout="constrained")
@@ -148,8 +146,7 @@ def draw_gains(panels: dict[str, dict[str, list[Gain]]], directions: Sequence[st
         directions: Titles of the columns.
         path: The PNG file.
     """
-    gains = [gain.value for rows in panels.values() for row in rows.values() for gain in row]
-    limit = max(map(abs, gains)) or 1.0
+    limit = max(abs(gain.value) for rows in panels.values() for row in rows.values() for gain in row) or 1.0
     heights = [len(rows) for rows in panels.values()]
     size = (0.62 * len(directions) + 2.6, 0.38 * sum(heights) + 0.9 * len(panels))
     figure = Figure(figsize=size, layout="constrained")
@@ -157,11 +154,9 @@ def draw_gains(panels: dict[str, dict[str, list[Gain]]], directions: Sequence[st
     for axes, (title, rows) in zip(grid, panels.items(), strict=True):
         values = [[gain.value for gain in row] for row in rows.values()]
         image = _heatmap(axes, values, [[gain.text for gain in row] for row in rows.values()], "PuOr", (-limit, limit))
-        for place, row in enumerate(rows.values()):
-            for column, gain in enumerate(row):
-                if gain.own:
-                    corner = (column - 0.45, place - 0.45)
-                    axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor="black", linewidth=1.6))
+        own = [(x, y) for y, row in enumerate(rows.values()) for x, gain in enumerate(row) if gain.own]
+        for x, y in own:
+            axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor="black", linewidth=1.6))
         axes.set_title(title, loc="left", fontsize="medium")
         axes.set_xticks(range(len(directions)), directions, fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)

@@ -6,37 +6,13 @@ import base64
 import html
 import re
 from pathlib import Path
+from string import Template
 
 import markdown
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #ccc; --soft: #f4f4f4; }
-@media (prefers-color-scheme: dark) { :root { --line: #555; --soft: #222; } img { background: #fff; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; border-bottom: 1px solid var(--line); margin-top: 2.2rem; }
-img { max-width: 100%; height: auto; } img.wide { min-width: 44rem; }
-.table, p:has(> img) { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top; }
-th { background: var(--soft); text-align: left; vertical-align: bottom; } td { white-space: nowrap; }
-td:nth-child(2):last-child { white-space: normal; overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; font-size: .85rem; }
-"""
 _PNG_WIDTH = slice(16, 20)  # of the file's bytes: pixels, big-endian
 _PHONE_PIXELS = 1000  # the lettering of a wider picture cannot be read when it is shrunk to a phone's width
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+_PAGE = "page.html"  # beside this file: the page around a title and a body
 
 
 def render_html(text: str, pictures: Path) -> str:
@@ -63,4 +39,5 @@ def render_html(text: str, pictures: Path) -> str:
         return f'{match[1]}src="data:image/png;base64,{base64.b64encode(data).decode()}"{kind}'
 
     body = re.sub(r'(<img [^>]*)src="([^":]+\.png)"', embed, body)
-    return _PAGE.format(title=title, style=_STYLE, body=body)
+    page = Path(__file__).with_name(_PAGE).read_text(encoding="utf-8")
+    return Template(page).substitute(title=title, body=body)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mixmoe_megatron.cli import whole_file, write_json
+from mixmoe_megatron.cli import write_json, write_text
 from mixmoe_megatron.data.corpus import reading
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.routing import routing_from_dict, specialisation
@@ -25,6 +25,7 @@ from mixmoe_megatron.study.tables import (
     signed,
     specialisation_table,
     table,
+    values_of,
 )
 from mixmoe_megatron.study.training_log import Curves
 
@@ -117,14 +118,8 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
         "pair": inputs.title,
         "dtypes": inputs.dtypes,
         "directions": evaluation["directions"],
-        "perplexity": {
-            language: {system: value["perplexity"] for system, value in systems.items()}
-            for language, systems in evaluation["perplexity"].items()
-        },
-        "bits_per_byte": {
-            language: {system: value["bits_per_byte"] for system, value in systems.items()}
-            for language, systems in evaluation["perplexity"].items()
-        },
+        "perplexity": values_of(evaluation["perplexity"], "perplexity"),
+        "bits_per_byte": values_of(evaluation["perplexity"], "bits_per_byte"),
         "signatures": evaluation["signatures"],
         "significance": significance,
         "num_test_segments": evaluation["num_test_segments"],
@@ -235,26 +230,22 @@ def _routing_section(evaluation: dict[str, Any]) -> list[str]:
 
 def _provenance_section(inputs: ReportInputs) -> list[str]:
     evaluation = inputs.evaluation
-    signatures = sorted({f"- {metric}: {code_span(signature)}" for block in evaluation["signatures"].values()
-                         for metric, signature in block.items()})  # fmt: skip
-    options = {
-        key: value
-        for key, value in evaluation["options"].items()
-        if not isinstance(value, dict) and key != "format_version"
-    }
+    blocks = evaluation["signatures"].values()
+    signatures = sorted({f"- {name}: {code_span(text)}" for block in blocks for name, text in block.items()})
     parts = ["## How these figures were made"]
     if signatures:
         parts.append("sacreBLEU signatures:\n\n" + "\n".join(signatures))
-    parts.append(
-        "Options: " + ", ".join(f"{key} {escape_markdown(repr(value))}" for key, value in options.items()) + "."
-    )
+    options = [
+        f"{key} {escape_markdown(repr(value))}"
+        for key, value in evaluation["options"].items()
+        if not isinstance(value, dict) and key != "format_version"
+    ]
+    parts.append(f"Options: {', '.join(options)}.")
     if inputs.seconds:
         rows = [[step, f"{seconds:.0f}"] for step, seconds in inputs.seconds.items()]
         parts.append(table(["step", "seconds"], [*rows, ["total", f"{sum(inputs.seconds.values()):.0f}"]]))
-    parts.append(
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items()) + "."
-    )
-    return [*parts, f"Commit: {evaluation['commit'] or 'not in a git checkout'}."]
+    versions = ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items())
+    return [*parts, f"Versions: {versions}.", f"Commit: {evaluation['commit'] or 'not in a git checkout'}."]
 
 
 def render_report(inputs: ReportInputs) -> str:
@@ -296,8 +287,7 @@ def write_report(inputs: ReportInputs, output_dir: Path) -> dict[str, Any]:
     for kind in ("routing", "routing_of_directions"):
         for name, routing in inputs.evaluation.get(kind, {}).items():
             draw_routing(routing, output_dir / f"{kind}_{name}.png")
-    for name, content in (("report.md", text), ("report.html", render_html(text, output_dir))):
-        with whole_file(output_dir / name) as stream:
-            stream.write(content)
+    write_text(output_dir / "report.md", text)
+    write_text(output_dir / "report.html", render_html(text, output_dir))
     write_json(output_dir / "summary.json", summary)
     return summary

@@ -1,8 +1,14 @@
-"""Results as tables that read well both on a terminal and as Markdown."""
+"""Results as tables that read well both on a terminal and as Markdown.
+
+Written without pandas on purpose: its tables are a few lines shorter here, and importing it with its LaTeX writer takes
+as long as all else that an evaluation imports for its tables.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mixmoe_megatron.markup import Markdown, escape_markdown
@@ -18,6 +24,11 @@ def metrics_of(evaluation: dict[str, Any]) -> dict[str, str]:
     """Return the metrics that an evaluation has, with their titles."""
     measured = {name for systems in evaluation["directions"].values() for scores in systems.values() for name in scores}
     return {name: title for name, title in METRIC_TITLES.items() if name in measured}
+
+
+def values_of(groups: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, float]]:
+    """Return group -> system -> one of its values; a group is a direction or a language of evaluation.json."""
+    return {group: {system: values[name] for system, values in systems.items()} for group, systems in groups.items()}
 
 
 def shown(metric: str, value: float) -> float:
@@ -52,6 +63,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: in
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
 
 
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a CSV file's text, numbers in full precision.
+
+    Args:
+        header: Column titles.
+        rows: Values, as many a row as there are titles.
+    """
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    return stream.getvalue()
+
+
 def signed(value: float, digits: int = 1) -> str:
     """Return a number with its sign, as in +1.5; one that rounds to 0 has none."""
     text = f"{value:+.{digits}f}"
@@ -78,16 +101,14 @@ def score_table(evaluation: dict[str, Any]) -> str:
     for direction, systems in evaluation["directions"].items():
         for system, scores in systems.items():
             row = [direction, system, *(score_text(metric, scores[metric]) for metric in metrics)]
-            test = evaluation["significance"].get(direction, {}).get(system)
-            if baseline is not None:
-                row += [
-                    f"{signed(test[f'{metric}_difference'], 2)} ({p_value_text(test[f'{metric}_p_value'])})"
-                    if test
-                    else ""
-                    for metric in ("chrf", "bleu")
-                ]
-            rows.append(row)
+            if test := evaluation["significance"].get(direction, {}).get(system):
+                row += [_difference(test, metric) for metric in ("chrf", "bleu")]
+            rows.append(row + [""] * (len(header) - len(row)))
     return table(header, rows, text_columns=2)
+
+
+def _difference(test: dict[str, Any], metric: str) -> str:
+    return f"{signed(test[f'{metric}_difference'], 2)} ({p_value_text(test[f'{metric}_p_value'])})"
 
 
 def perplexity_table(evaluation: dict[str, Any]) -> str:

@@ -8,22 +8,21 @@ stage 1. The paper does not say which languages that stage 1 had seen; here ever
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mixmoe_megatron.cli import whole_file, write_json
+from mixmoe_megatron.cli import write_json, write_text
 from mixmoe_megatron.data.languages import check_language
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.markup import bold, escape_markdown
-from mixmoe_megatron.study.comparison import blocks
+from mixmoe_megatron.study.comparison import blocks, is_into_english
 from mixmoe_megatron.study.figures import Gain, draw_gains
 from mixmoe_megatron.study.html_report import render_html
 from mixmoe_megatron.study.report import TOY_NOTE, check_evaluation
-from mixmoe_megatron.study.tables import METRIC_TITLES, metrics_of, score_text, shown, signed, table
+from mixmoe_megatron.study.tables import METRIC_TITLES, csv_text, metrics_of, score_text, shown, signed, table
 
 SIGNIFICANT = 0.05
 MIN_TESTED_SEGMENTS = 30  # below, resampling knows too little of what other segments would give
@@ -74,15 +73,14 @@ def _scores(
 ) -> dict[str, dict[str, float]]:
     """Return system -> direction -> score."""
     rows: dict[str, dict[str, float]] = {system: {} for system in systems}
-    for direction in directions:
-        for system in systems:
-            value = evaluation["directions"][direction].get(system, {}).get(metric)
-            if value is None:
-                raise MixMoEError(
-                    f"The evaluation has no {METRIC_TITLES[metric]} of {system!r} in {direction}: "
-                    "evaluate all systems in all directions."
-                )
-            rows[system][direction] = value
+    for direction, system in product(directions, systems):
+        value = evaluation["directions"][direction].get(system, {}).get(metric)
+        if value is None:
+            raise MixMoEError(
+                f"The evaluation has no {METRIC_TITLES[metric]} of {system!r} in {direction}: "
+                "evaluate all systems in all directions."
+            )
+        rows[system][direction] = value
     return rows
 
 
@@ -104,18 +102,14 @@ def mean_gains(row: dict[str, float], pair: str | None) -> dict[str, float | int
         ``own``, ``others_into_english``, ``others_out_of_english``: mean gains, None where there is no such direction;
         ``better``, ``others``: how many of the other directions gain, and how many there are.
     """
-    own = _pair_of(pair) if pair else None
-    others = {name: gain for name, gain in row.items() if _pair_of(name) != own}
-    into = [gain for name, gain in others.items() if name.partition("@")[0].endswith("-en")]
-    out = [gain for name, gain in others.items() if not name.partition("@")[0].endswith("-en")]
-    inside = [gain for name, gain in row.items() if name not in others]
-    return {
-        "own": fmean(inside) if inside else None,
-        "others_into_english": fmean(into) if into else None,
-        "others_out_of_english": fmean(out) if out else None,
-        "better": sum(gain > 0 for gain in others.values()),
-        "others": len(others),
-    }
+    parts: dict[str, list[float]] = {"own": [], "others_into_english": [], "others_out_of_english": []}
+    for direction, gain in row.items():
+        is_own = pair is not None and _pair_of(direction) == _pair_of(pair)
+        other = "others_into_english" if is_into_english(direction) else "others_out_of_english"
+        parts["own" if is_own else other].append(gain)
+    others = parts["others_into_english"] + parts["others_out_of_english"]
+    means = {name: fmean(part) if part else None for name, part in parts.items()}
+    return {**means, "better": sum(gain > 0 for gain in others), "others": len(others)}
 
 
 def transfer_matrix(evaluation: dict[str, Any], trained: dict[str, str], stage1: str | None = None) -> dict[str, Any]:
@@ -143,27 +137,17 @@ def transfer_matrix(evaluation: dict[str, Any], trained: dict[str, str], stage1:
     metrics = {}
     for metric in metrics_of(evaluation):
         scores = _scores(evaluation, metric, [*references, *trained], directions)
-        over = {
-            reference: {
-                system: gains(metric, row, scores[reference])
-                for system, row in scores.items()
-                if system not in references[: index + 1]
-            }
-            for index, reference in enumerate(references)
-        }
-        means = {
-            reference: {system: mean_gains(row, trained.get(system)) for system, row in rows.items()}
-            for reference, rows in over.items()
-        }
-        p_values = {
-            system: {
-                direction: tests[system][f"{metric}_p_value"]
-                for direction, tests in evaluation["significance"].items()
-                if f"{metric}_p_value" in tests.get(system, {})
-            }
-            for system in over[references[0]]
-        }
-        metrics[metric] = {"scores": scores, "gains": over, "means": means, "p_values": p_values}
+        block: dict[str, Any] = {"scores": scores, "gains": {}, "means": {}, "p_values": {}}
+        for reference in references:
+            later = list(scores)[list(scores).index(reference) + 1 :]  # what came of the reference
+            rows = {system: gains(metric, scores[system], scores[reference]) for system in later}
+            block["gains"][reference] = rows
+            block["means"][reference] = {system: mean_gains(row, trained.get(system)) for system, row in rows.items()}
+        for system in block["gains"][references[0]]:
+            tests = {direction: test.get(system, {}) for direction, test in evaluation["significance"].items()}
+            name = f"{metric}_p_value"
+            block["p_values"][system] = {direction: test[name] for direction, test in tests.items() if name in test}
+        metrics[metric] = block
     kept = ("num_test_segments", "signatures", "options", "versions", "commit")
     facts = {"references": references, "trained": trained, "directions": directions, "metrics": metrics}
     return facts | {key: evaluation[key] for key in kept}
@@ -198,11 +182,11 @@ def _is_own(matrix: dict[str, Any], system: str, direction: str) -> bool:
 
 def _matrix_table(matrix: dict[str, Any], rows: dict[str, list[str]]) -> str:
     directions = matrix["directions"]
-    lines = [
-        [row_name(matrix, system), *(bold(text) if _is_own(matrix, system, direction) else text
-                                     for direction, text in zip(directions, texts, strict=True))]
-        for system, texts in rows.items()
-    ]  # fmt: skip
+    lines = []
+    for system, texts in rows.items():
+        cells = zip(directions, texts, strict=True)
+        shown_cells = [bold(text) if _is_own(matrix, system, direction) else text for direction, text in cells]
+        lines.append([row_name(matrix, system), *shown_cells])
     return table(["trained on", *directions], lines)
 
 
@@ -244,29 +228,25 @@ def markdown_transfer(matrix: dict[str, Any], *, toy: bool = False) -> str:
         scores = {name: [score_text(metric, value) for value in row.values()] for name, row in block["scores"].items()}
         parts += [f"## {title}", f"![Gains of {title}]({picture_name(metric)})", _matrix_table(matrix, scores)]
         for reference in references:
-            parts += [
-                f"Gain over {escape_markdown(reference)}:",
-                _matrix_table(matrix, gain_cells(matrix, metric, reference)),
-            ]
+            gains_table = _matrix_table(matrix, gain_cells(matrix, metric, reference))
+            parts += [f"Gain over {escape_markdown(reference)}:", gains_table]
     parts.append(f"Commit: {matrix['commit'] or 'not in a git checkout'}.")
     return "\n\n".join(parts) + "\n"
 
 
 def csv_transfer(matrix: dict[str, Any]) -> str:
     """Return every score and gain in full precision, a line for each system, direction and metric."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
+    rows: list[list[object]] = []
     references = matrix["references"]
     header = ["system", "trained_on", "direction", "own_pair", "metric", "score"]
-    writer.writerow([*header, *(f"gain_over_{name}" for name in references), "p_value"])
     for metric, block in matrix["metrics"].items():
         for system, row in block["scores"].items():
             for direction, score in row.items():
                 over = [block["gains"][name].get(system, {}).get(direction, "") for name in references]
                 own, pair = int(_is_own(matrix, system, direction)), matrix["trained"].get(system, "")
                 p_value = block["p_values"].get(system, {}).get(direction, "")
-                writer.writerow([system, pair, direction, own, metric, score, *over, p_value])
-    return stream.getvalue()
+                rows.append([system, pair, direction, own, metric, score, *over, p_value])
+    return csv_text([*header, *(f"gain_over_{name}" for name in references), "p_value"], rows)
 
 
 def draw_transfer(matrix: dict[str, Any], metric: str, path: Path) -> None:
@@ -296,8 +276,7 @@ def write_transfer(matrix: dict[str, Any], output_dir: Path, *, toy: bool = Fals
     for metric in matrix["metrics"]:
         draw_transfer(matrix, metric, output_dir / picture_name(metric))
     text = markdown_transfer(matrix, toy=toy)
-    texts = {"md": text, "html": render_html(text, output_dir), "csv": csv_transfer(matrix)}
-    for suffix, content in texts.items():
-        with whole_file(output_dir / f"transfer.{suffix}") as stream:
-            stream.write(content)
+    write_text(output_dir / "transfer.md", text)
+    write_text(output_dir / "transfer.html", render_html(text, output_dir))
+    write_text(output_dir / "transfer.csv", csv_transfer(matrix))
     write_json(output_dir / "transfer.json", matrix)

@@ -27,7 +27,7 @@ from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.freezing import is_trained
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import rank_parameters, stage_memory
 from tests.helpers.bases import BASES, GPUS, PARAMETERS
 from tests.helpers.cuda_machine import become, h100
@@ -37,9 +37,9 @@ from tests.helpers.tiny_hf import SENTENCES, tiny_tokenizer
 LANGUAGES = ("cs", "de", "ru", "tr", "zh", "fi", "et")
 #: Further layouts of the examples' models, put behind an example's own flags.
 OTHER_LAYOUTS = {
-    "llama3.2_1b": Layout(pp=4, dp=2, ep=2),
-    "llama3.1_8b": Layout(tp=2, pp=4, dp=8, ep=2, etp=2),
-    "qwen2.5_14b": Layout(tp=4, pp=2, cp=2, dp=8, ep=4),
+    "llama3.2_1b": ParallelLayout(pp=4, dp=2, ep=2),
+    "llama3.1_8b": ParallelLayout(tp=2, pp=4, dp=8, ep=2, etp=2),
+    "qwen2.5_14b": ParallelLayout(tp=4, pp=2, cp=2, dp=8, ep=4),
 }
 Words = list[str]
 
@@ -140,20 +140,22 @@ def training_words(example: dict[str, Any], stage: int) -> Words:
     return example["commands"]["tools/pretrain_mixmoe.py"][stage - 1]
 
 
-def layout_of(flags: argparse.Namespace, gpus: int) -> Layout:
+def layout_of(flags: argparse.Namespace, gpus: int) -> ParallelLayout:
     tp, pp, cp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, flags.context_parallel_size
     ep, etp = flags.expert_model_parallel_size, flags.expert_tensor_parallel_size
-    return Layout(tp, pp, cp, gpus // (tp * pp * cp), ep, etp)
+    return ParallelLayout(tp, pp, cp, gpus // (tp * pp * cp), ep, etp)
 
 
-def first_replica(layout: Layout) -> set[int]:
+def first_replica(layout: ParallelLayout) -> set[int]:
     """The ranks that hold every parameter of the model at least once."""
     in_stage = layout.world_size // layout.pp
     place = range(max(layout.tp, layout.etp * layout.ep))
     return {stage * in_stage + rank for stage in range(layout.pp) for rank in place}
 
 
-def built(example: dict[str, Any], stage: int, layout: Layout, ranks: set[int], more: Words, logs: Path) -> list[Any]:
+def built(
+    example: dict[str, Any], stage: int, layout: ParallelLayout, ranks: set[int], more: Words, logs: Path
+) -> list[Any]:
     """What `fake_cluster.describe` tells of each rank."""
     words = arguments(training_words(example, stage), "tools/pretrain_mixmoe.py")
     listed = ",".join(map(str, sorted(ranks)))
@@ -165,7 +167,7 @@ def built(example: dict[str, Any], stage: int, layout: Layout, ranks: set[int], 
 
 
 def check_cluster(
-    example: dict[str, Any], stage: int, logs: Path, every_rank: bool, other: Layout | None = None
+    example: dict[str, Any], stage: int, logs: Path, every_rank: bool, other: ParallelLayout | None = None
 ) -> None:
     """Build ranks of the cluster and hold them to the plan, to the model's size, and to where its experts belong."""
     gpus = other.world_size if other else GPUS[example["name"]]
@@ -182,7 +184,7 @@ def check_cluster(
     check_whole_model(reports, model, PARAMETERS[example["name"]])
 
 
-def other_flags(layout: Layout) -> Words:
+def other_flags(layout: ParallelLayout) -> Words:
     """A layout's flags, sizes of one included: they overrule an example's."""
     line = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp} "
     line += f"--context-parallel-size {layout.cp} --expert-model-parallel-size {layout.ep} "
@@ -190,7 +192,7 @@ def other_flags(layout: Layout) -> Words:
     return line.split()
 
 
-def check_rank(report: dict[str, Any], model: Model, layout: Layout, batch: Batch) -> None:
+def check_rank(report: dict[str, Any], model: Model, layout: ParallelLayout, batch: Batch) -> None:
     in_stage = layout.world_size // layout.pp
     pp_rank, place = divmod(report["rank"], in_stage)
     sizes = model.sizes(layout.tp)
@@ -266,7 +268,7 @@ def test_other_layouts_of_the_same_model_build(example: dict[str, Any], stage: i
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_same_model_builds_on_one_gpu(example: dict[str, Any], stage: int, tmp_path: Path) -> None:
-    check_cluster(example, stage, tmp_path, every_rank=True, other=Layout())
+    check_cluster(example, stage, tmp_path, every_rank=True, other=ParallelLayout())
 
 
 def test_under_slurm_each_launcher_has_its_nodes_cpus(tmp_path: Path) -> None:

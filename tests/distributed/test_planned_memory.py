@@ -10,21 +10,25 @@ import pytest
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import stage_memory
 from tests.helpers.forked import run_job
 from tests.helpers.training import train_words
 
-ESSENTIAL = [Layout(dp=2, ep=2)]
-SLOW = [Layout(tp=2), Layout(dp=2), Layout(pp=2)]
-SLOW += [Layout(tp=2, dp=2, ep=2), Layout(pp=2, dp=2, ep=2), Layout(tp=2, dp=2, etp=2)]  # four processes
+ESSENTIAL = [ParallelLayout(dp=2, ep=2)]
+SLOW = [ParallelLayout(tp=2), ParallelLayout(dp=2), ParallelLayout(pp=2)]
+SLOW += [
+    ParallelLayout(tp=2, dp=2, ep=2),
+    ParallelLayout(pp=2, dp=2, ep=2),
+    ParallelLayout(tp=2, dp=2, etp=2),
+]  # four processes
 LAYOUTS = [*ESSENTIAL, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
 
 
 @pytest.mark.usefixtures("stage1")
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layout: Layout, stage: int) -> None:
+def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layout: ParallelLayout, stage: int) -> None:
     parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
     assert_planned(world, tmp_path, layout, stage, parent, data, "fp32")
 
@@ -32,11 +36,11 @@ def test_planned_bytes_are_what_processes_hold(world: Path, tmp_path: Path, layo
 @pytest.mark.parametrize("flag", ["", pytest.param("--grad-reduce-in-bf16", marks=pytest.mark.slow)])
 def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
     """Frozen tensors have neither gradients nor float32 copies."""
-    assert_planned(world, tmp_path, Layout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)
+    assert_planned(world, tmp_path, ParallelLayout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)
 
 
 def assert_planned(
-    world: Path, logs: Path, layout: Layout, stage: int, parent: str, data: str, dtype: str, flag: str = ""
+    world: Path, logs: Path, layout: ParallelLayout, stage: int, parent: str, data: str, dtype: str, flag: str = ""
 ) -> None:
     """Train one step in so many processes and compare every rank's bytes with the plan."""
     metadata = read_metadata(world / parent)

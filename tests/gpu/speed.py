@@ -78,9 +78,9 @@ def run_step(rows: Rows) -> None:
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
     from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.activations import activation_bytes
-    from mixmoe_megatron.planning.layouts import Batch, Layout, Model
+    from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
     from mixmoe_megatron.planning.memory import stage_memory
-    from mixmoe_megatron.planning.step_benchmark import ENGINE, Task, measure
+    from mixmoe_megatron.planning.step_benchmark import ENGINE, Task, measure_steps
     from tests.helpers.bases import BASES
 
     if DEVICE == "cpu":
@@ -90,7 +90,7 @@ def run_step(rows: Rows) -> None:
     task = Task(str(rows.scratch), BATCH, LENGTH, "--bf16 --use-distributed-optimizer")
     measured: dict[str, Any] = {}
     with rows.row("a training step of each stage runs") as facts:
-        measured = measure(ENGINE[:3], task, 8)
+        measured = measure_steps(ENGINE[:3], task, 8)
         full = measured[ENGINE[0].name]
         facts |= {system.name: measured[system.name] for system in ENGINE[:3]}
     for system in ENGINE[1:3]:
@@ -102,7 +102,9 @@ def run_step(rows: Rows) -> None:
         with rows.row(f"{system.name}: peak memory as planned") as facts:
             model = Model(megatron_args_from_hf(config), MixMoEOptions(), system.stage)
             batch = Batch(BATCH, BATCH, LENGTH, overlap=False)
-            planned = stage_memory(model, Layout(), batch, 0)[0].total + activation_bytes(model, Layout(), batch, 0)
+            planned = stage_memory(model, ParallelLayout(), batch, 0)[0].total + activation_bytes(
+                model, ParallelLayout(), batch, 0
+            )
             facts |= {"planned_gb": planned / 1e9, "peak_gb": measured[system.name]["peak_bytes"] / 1e9}
             assert abs(facts["peak_gb"] / facts["planned_gb"] - 1) < PLAN_ERROR
 

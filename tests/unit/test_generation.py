@@ -10,7 +10,7 @@ import torch
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation import generation
 from mixmoe_megatron.evaluation.generation import FirstLineOrBudget, GenerationOptions, LineTable, first_line, translate
-from mixmoe_megatron.evaluation.models import LoadedModel, fingerprint, load_model
+from mixmoe_megatron.evaluation.models import LoadedModel, load_model, model_fingerprint
 from tests.helpers.tiny_hf import save_tiny_dense, tiny_mixmoe, tiny_tokenizer
 
 SOURCES = ["Das Haus ist alt.", "Der Fluss fließt durch die Stadt, und die Kinder spielen im Garten.", "Ja", "河流 мир"]
@@ -186,6 +186,6 @@ def test_shipped_sampling_settings_are_ignored(tmp_path) -> None:
 def test_fingerprint_sees_weights_and_not_the_place(tmp_path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         save_tiny_dense(tmp_path / name, seed=seed)
-    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b") != fingerprint(tmp_path / "c")
+    assert model_fingerprint(tmp_path / "a") == model_fingerprint(tmp_path / "b") != model_fingerprint(tmp_path / "c")
     with pytest.raises(MixMoEError, match="no model directory"):
-        fingerprint(tmp_path / "d")
+        model_fingerprint(tmp_path / "d")

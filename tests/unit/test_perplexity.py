@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.batches import batches_by_length, split_windows
 from mixmoe_megatron.evaluation.models import LoadedModel, load_model
-from mixmoe_megatron.evaluation.perplexity import batches_by_length, measure_perplexity, split_windows
+from mixmoe_megatron.evaluation.perplexity import measure_perplexity
 from tests.helpers.tiny_hf import SENTENCES, save_tiny_dense
 
 TEXTS = list(SENTENCES)

@@ -17,9 +17,9 @@ from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.model.freezing import freeze_for_stage
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.activations import activation_bytes
-from mixmoe_megatron.planning.cluster_plan import make_plan, rank_memory, usable_memory
+from mixmoe_megatron.planning.cluster_plan import plan_layouts, rank_memory, usable_memory
 from mixmoe_megatron.planning.costs import GPUS, Cluster, step_costs
-from mixmoe_megatron.planning.layouts import Batch, Layout, Model, layouts
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout, layouts
 from tests.helpers.bases import BASES
 from tests.helpers.bases import GPUS as EXAMPLE_GPUS
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options, model_loss
@@ -58,7 +58,7 @@ def test_all_layouts_use_all_gpus_and_split_evenly() -> None:
 
 def test_the_plan_fits_and_is_sorted_by_time() -> None:
     cluster = Cluster(GPUS["A100-40G"], 64)
-    plan = make_plan(model_of("llama3.1_8b", 2), BATCH, cluster)
+    plan = plan_layouts(model_of("llama3.1_8b", 2), BATCH, cluster)
     assert all(candidate.memory.total <= usable_memory(cluster) for candidate in plan)
     seconds = [candidate.costs.seconds for candidate in plan]
     assert seconds == sorted(seconds)
@@ -66,7 +66,7 @@ def test_the_plan_fits_and_is_sorted_by_time() -> None:
 
 def test_frozen_parameters_cost_their_weight_alone() -> None:
     """8 ranks of a 1B model: stage 2 trains the MT experts and routers of 4 layers, stage 0 all."""
-    layout, sizes = Layout(dp=8), model_of("llama3.2_1b", 2).sizes()
+    layout, sizes = ParallelLayout(dp=8), model_of("llama3.2_1b", 2).sizes()
     trained = 4 * (3 * sizes.hidden_size * sizes.ffn_hidden_size + 4 * (2 * sizes.hidden_size + 1))
     stage2 = rank_memory(model_of("llama3.2_1b", 2), layout, BATCH)
     assert trained * 4 <= stage2.gradients < trained * 4 * 1.001
@@ -80,18 +80,23 @@ def test_frozen_parameters_cost_their_weight_alone() -> None:
 
 def test_traffic_appears_with_its_kind_of_parallelism() -> None:
     model, cluster = model_of("llama3.1_8b", 2), Cluster(GPUS["A100-40G"], 8)
-    cases = {"TP": Layout(tp=8, etp=8), "PP": Layout(pp=8), "CP": Layout(cp=8), "DP": Layout(dp=8)}
+    cases = {
+        "TP": ParallelLayout(tp=8, etp=8),
+        "PP": ParallelLayout(pp=8),
+        "CP": ParallelLayout(cp=8),
+        "DP": ParallelLayout(dp=8),
+    }
     for kind, layout in cases.items():
         traffic = step_costs(model, layout, BATCH, cluster).traffic
         assert traffic[kind] > 0
         assert all(traffic[other] == 0 for other in cases if other != kind and {kind, other} != {"CP", "DP"})
     one_dispatch = 32 * 1024 // 8 * 2 * 4096 * 2 * 3 / 4  # tokens of a rank, two groups, bfloat16, three of four ranks
     passes = 3 + 7 * 4  # the first of 8 Mix-MoE layers sends no gradient of its tokens back
-    assert step_costs(model, Layout(dp=8, ep=4), BATCH, cluster).traffic["EP"] == passes * one_dispatch
+    assert step_costs(model, ParallelLayout(dp=8, ep=4), BATCH, cluster).traffic["EP"] == passes * one_dispatch
 
 
 def test_recomputation_trades_memory_for_time() -> None:
-    model, cluster, layout = model_of("llama3.1_8b", 1), Cluster(GPUS["A100-40G"], 8), Layout(tp=2, dp=4, ep=4)
+    model, cluster, layout = model_of("llama3.1_8b", 1), Cluster(GPUS["A100-40G"], 8), ParallelLayout(tp=2, dp=4, ep=4)
     full = replace(BATCH, recompute="full")
     assert activation_bytes(model, layout, full, 0) < activation_bytes(model, layout, BATCH, 0)
     assert step_costs(model, layout, full, cluster).compute > step_costs(model, layout, BATCH, cluster).compute
@@ -121,7 +126,7 @@ def test_activations_are_near_what_autograd_saves(stage: int) -> None:
         **sizes, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": VOCAB_SIZE, "add_qkv_bias": False,
         "make_vocab_size_divisible_by": 1, "untie_embeddings_and_output_weights": False, "init_method_std": 0.02,
     }  # fmt: skip
-    estimate = activation_bytes(Model(args, options, stage), Layout(), Batch(4, 4, 32, dtype="fp32"), 0)
+    estimate = activation_bytes(Model(args, options, stage), ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0)
     assert 0.6 < estimate / sum(saved.values()) < 1.1
 
 
@@ -138,7 +143,7 @@ def test_json_holds_the_same_plan(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert plan_cluster(tmp_path, "--stage 1 --gpus 8 --global-batch-size 32 --json") == 0
     plan = json.loads(capsys.readouterr().out)
     cluster = Cluster(GPUS["A100-40G"], 8)
-    expected = make_plan(model_of("llama3.2_1b", 1), BATCH, cluster)
+    expected = plan_layouts(model_of("llama3.2_1b", 1), BATCH, cluster)
     assert [entry["layout"] for entry in plan["layouts"]] == [candidate.to_dict()["layout"] for candidate in expected]
     best = plan["layouts"][0]
     assert best["memory_bytes"] == expected[0].to_dict()["memory_bytes"]
@@ -177,7 +182,7 @@ def test_the_examples_quote_their_plan(name: str) -> None:
     script = (ROOT / "examples" / name / "run.sh").read_text("utf-8")
     (stated,) = re.findall(r"layout ([A-Z0-9 ]+):", text)
     sizes = {part.rstrip("0123456789").lower(): int(re.sub(r"\D", "", part)) for part in stated.split()}
-    layout = Layout(**sizes)
+    layout = ParallelLayout(**sizes)
     (flags,) = re.findall('LAYOUT="([^"]*)"', script)
     assert sorted(flags.split()) == sorted(layout.flags())
     assert layout.world_size == EXAMPLE_GPUS[name]
