@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.byte_progress import progress
-from mixmoe_megatron.conversion.hf_config import check_architecture, model_family
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
+from mixmoe_megatron.conversion.hf_config import check_architecture
+from mixmoe_megatron.conversion.plan import LazyTensor, Target, describe_tensors, expand, plan_tensors, verify_written
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Context, Sizes
+from mixmoe_megatron.model.mapping import TABLES, Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes, router_fold
+from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PreparedExport:
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
-        return describe_plan(self.plan, self.request.output_dir)
+        return describe_tensors(self.plan, self.request.output_dir)
 
 
 def prepare_export(request: ExportRequest) -> PreparedExport:
@@ -91,10 +91,8 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
         )
     sizes = model_sizes(metadata.megatron_args, options, metadata.stage, padded_vocab=rows)
     _check_stage(metadata, reader)
-    context = Context(fold=None if options is None else router_fold(options))
-    plan = make_plan(
-        expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype, None, request.check_finite
-    )
+    target = Target("hf", request.dtype, options, check_finite=request.check_finite)
+    plan = plan_tensors(expand(TABLES["same"], sizes), reader, sizes, target)
     return PreparedExport(request, metadata, sizes, plan)
 
 
@@ -112,7 +110,9 @@ def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
     metadata = prepared.metadata
     dtype = _declared_dtype(prepared)
-    config = dict(metadata.hf_config) if metadata.options is None else _mixmoe_config(metadata, prepared.sizes)
+    config = dict(metadata.hf_config)
+    if metadata.options is not None:
+        config = mixmoe_config(config, MixMoEOptions.from_dict(metadata.options), prepared.sizes)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
         config[name] = dtype
     return config
@@ -126,31 +126,6 @@ def _declared_dtype(prepared: PreparedExport) -> str:
             values[tensor.dtype] += math.prod(tensor.shape)
     declared = prepared.metadata.hf_config.get("dtype") or prepared.metadata.hf_config.get("torch_dtype")
     return str(declared) if declared in values else values.most_common(1)[0][0]
-
-
-def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
-    from mixmoe_megatron.hf import AUTO_MAP, MixMoEConfig
-
-    assert metadata.options is not None
-    options = MixMoEOptions.from_dict(metadata.options)
-    base = {**metadata.hf_config, "model_type": model_family(metadata.hf_config)}
-    if base["model_type"] == "mistral":  # whose sliding window does not act, else it would have been refused
-        base |= {"model_type": "llama", "sliding_window": None}
-    config = MixMoEConfig.from_base_config(
-        base,
-        moe_layers=list(sizes.moe_layers),
-        stage=STAGE_NUMBERS[metadata.stage],
-        num_experts_per_group=options.num_experts_per_group,
-        topk_per_group=options.topk_per_group,
-        moe_intermediate_size=sizes.moe_ffn_hidden_size,
-        group_combine=options.group_combine,
-        router_prob_scaling=options.router_prob_scaling,
-        expert_scale=options.resolved_expert_scale,
-        router_bias=options.router_bias,
-        mixmoe=metadata.options,
-    )
-    values = json.loads(config.to_json_string())
-    return {**values, "architectures": ["MixMoEForCausalLM"], "auto_map": AUTO_MAP}
 
 
 def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
@@ -167,16 +142,14 @@ def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
     total = sum(t.num_bytes for t in plan)
     ranks.on_first(lambda: check_space(request.output_dir, total))
     with (
-        ThreadPoolExecutor(1) as beside,
         whole_directory(request.output_dir, request.force, ranks) as directory,
         progress(total // ranks.size, "to Hugging Face", ranks.rank) as advance,
     ):
-        config = beside.submit(_config, prepared)  # transformers may take longer to import than weights to be written
         write_safetensors(directory, plan, request.max_shard_bytes, advance, ranks)
 
         def finish() -> None:
             verify_written(plan, SafetensorsReader(directory))
-            _write_beside_the_weights(prepared, config.result(), directory)
+            _write_beside_the_weights(prepared, _config(prepared), directory)
 
         ranks.on_first(finish)
 
@@ -186,8 +159,6 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files(source / TOKENIZER_DIR, directory)
     if metadata.options is not None:
-        from mixmoe_megatron.hf import copy_code
-
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))

@@ -24,18 +24,19 @@ from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.hf_config import dense_config, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.plan import (
     LazyTensor,
-    Source,
+    Target,
+    TensorSource,
     check_stacks,
-    describe_plan,
+    describe_tensors,
     expand,
-    make_plan,
+    plan_tensors,
     verify_written,
 )
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Context, Sizes, extra_state_keys
+from mixmoe_megatron.model.mapping import TABLES, Sizes, extra_state_keys
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes, router_generators
+from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes
 
 # Buffers that old Llama checkpoints store beside their weights.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -81,7 +82,7 @@ class PreparedImport:
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
-        return describe_plan(self.plan, self.request.output_dir)
+        return describe_tensors(self.plan, self.request.output_dir)
 
 
 class _TiedSource(SafetensorsReader):
@@ -181,7 +182,7 @@ def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     return metadata
 
 
-def open_weights(directory: Path) -> Source:
+def open_weights(directory: Path) -> TensorSource:
     """Return the weights of a Hugging Face directory, or of one iteration of a checkpoint.
 
     Raises:
@@ -242,11 +243,8 @@ def read_hf_model(request: ImportRequest) -> PreparedImport:
     sizes = model_sizes(megatron_args, options, stage)
     table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
     source = HashedSource(open_weights(Path(request.hf_dir)))
-    context = Context(generator=router_generators(request.seed))
-    units = expand(table, sizes)
-    plan = make_plan(
-        units, source, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS, check_finite=request.check_finite
-    )
+    target = Target("megatron", request.dtype, options, request.seed, request.check_finite)
+    plan = plan_tensors(expand(table, sizes), source, sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
         stage=stage,
         options=None if options is None else options.to_dict(),

@@ -6,12 +6,12 @@ Training does the same by itself when stage 2 starts from a stage 1 checkpoint; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mixmoe_megatron.checkpoint.bits import Bits, from_torch
+import numpy as np
+
+from mixmoe_megatron.checkpoint.bits import Bits, from_float32
 from mixmoe_megatron.checkpoint.fingerprint import HashedSource
 from mixmoe_megatron.checkpoint.health import whole_iteration
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, vocabulary_rows
@@ -21,15 +21,12 @@ from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.hf_import import write_checkpoint
-from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, describe_plan, expand
+from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, describe_tensors, expand
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES, Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import model_sizes, router_generators
-from mixmoe_megatron.model.upcycling import init_router_weight
-
-if TYPE_CHECKING:
-    import torch
+from mixmoe_megatron.model.router_rows import new_router_weight
+from mixmoe_megatron.model.sizes import model_sizes
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class PreparedStage2:
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
-        return describe_plan(self.plan, self.request.output_dir)
+        return describe_tensors(self.plan, self.request.output_dir)
 
 
 def prepare_stage2(request: Stage2Request) -> PreparedStage2:
@@ -82,7 +79,6 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
     reader = HashedSource(stored)
     rows = vocabulary_rows(stored, directory)
     sizes = model_sizes(metadata.megatron_args, options, "stage2", padded_vocab=rows)
-    generators = router_generators(request.seed)
     plan = []
     for name, shape in (tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.megatron):
         source = name.replace(".mt_experts.", ".lm_experts.").replace(".router.mt.", ".router.lm.")
@@ -91,7 +87,7 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
         dtype = reader.dtype(source)
         check_dtype(source, dtype)
         if options.mt_router_init == "random" and ".router.mt." in name:
-            read = _new_router(name, shape, sizes.init_std, generators, dtype)
+            read = functools.partial(_new_router, name, shape, sizes.init_std, request.seed, dtype)
         else:
             read = functools.partial(reader.read_region, source)
         plan.append(LazyTensor(name, shape, dtype, read))
@@ -99,19 +95,10 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
     return PreparedStage2(request, child, sizes, plan, reader)
 
 
-def _new_router(
-    name: str, shape: tuple[int, ...], init_std: float, generators: Callable[[str], torch.Generator], dtype: str
-) -> Callable[[Region], Bits]:
-    def read(region: Region) -> Bits:
-        import torch
-
-        if name.endswith("bias"):
-            start = torch.zeros(shape)
-        else:
-            start = init_router_weight(shape[0], shape[1], init_std, generators(name))
-        return from_torch(start.to(getattr(torch, dtype)))[region]
-
-    return read
+def _new_router(name: str, shape: tuple[int, ...], init_std: float, seed: int, dtype: str, region: Region) -> Bits:
+    is_bias = name.endswith("bias")
+    start = np.zeros(shape, np.float32) if is_bias else new_router_weight(name, shape, init_std, seed)
+    return from_float32(start, dtype)[region]
 
 
 def run_stage2(prepared: PreparedStage2, ranks: Ranks = ALONE) -> None:

@@ -1,18 +1,12 @@
-"""From Megatron arguments and Mix-MoE options to the sizes and the fold that the mapping tables need."""
+"""From Megatron arguments and Mix-MoE options to the sizes that the mapping tables need."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions, resolve_moe_layers
 from mixmoe_megatron.model.upcycling import expert_ffn_hidden_size
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 STAGE_NUMBERS = {"dense": 0, "upcycled": 1, "stage1": 1, "stage2": 2}
 
@@ -64,32 +58,3 @@ def model_sizes(
         qkv_bias=args["add_qkv_bias"],
         **moe,
     )
-
-
-def router_fold(options: MixMoEOptions) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return the function (W_h, W_f) -> plain router weight, [n, H] float32, of these options."""
-    from mixmoe_megatron.model.spectral import fold_router_weight
-
-    def fold(weight: Tensor, spectral_weight: Tensor | None) -> Tensor:
-        return fold_router_weight(
-            weight,
-            spectral_weight,
-            options.spectral_transform,
-            options.spectral_norm,
-            options.spectral_scale,
-            options.spectral_seed,
-        )
-
-    return fold
-
-
-def router_generators(seed: int) -> Callable[[str], torch.Generator]:
-    """Return place -> CPU generator; what a layer draws depends on the seed and its name, not on the order."""
-
-    def generator(where: str) -> torch.Generator:
-        import torch
-
-        digest = hashlib.sha256(f"{seed} {where}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    return generator

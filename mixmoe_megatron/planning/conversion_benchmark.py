@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from mixmoe_megatron.checkpoint.bits import Bits, from_torch
+from mixmoe_megatron.checkpoint.bits import Bits, from_float32
 from mixmoe_megatron.checkpoint.output_dir import check_space
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.checkpoint.stored import Region, lengths, whole
@@ -70,7 +69,7 @@ def write_random_model(directory: Path, config: dict[str, Any]) -> int:
         config: its config.json.
     """
     directory.mkdir(parents=True)
-    noise = from_torch(torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16())
+    noise = from_float32(np.random.default_rng(0).normal(0, 0.02, _BLOCK).astype(np.float32), "bfloat16")
 
     def bits(name: str, shape: tuple[int, ...], region: Region) -> Bits:
         """Each tensor has noise of its own; its rows, if they are long, have some in common."""

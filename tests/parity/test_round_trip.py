@@ -19,8 +19,8 @@ from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.checkpoint.metadata import read_metadata, write_metadata
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.conversion.plan import read_tensor
 from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
+from tests.helpers.mappings import read_tensor
 from tests.helpers.tiny_hf import randomize, save_tiny_dense, tiny_mixmoe, tiny_mixmoe_config
 
 
