@@ -42,7 +42,7 @@ class HashedSource:
             self._hashes[name].take(starts[0], size, bits)
         return bits
 
-    def fingerprint(self, ranks: Ranks = ALONE) -> str:
+    def weights_digest(self, ranks: Ranks = ALONE) -> str:
         """Read what has not been read in order yet, and return the hash of all.
 
         Args:
@@ -77,8 +77,8 @@ class HashedSource:
 
 
 def weights_xxh128(source: TensorSource) -> str:
-    """Return the fingerprint of all tensors of a source, see `HashedSource.fingerprint`."""
-    return HashedSource(source).fingerprint()
+    """Return the fingerprint of all tensors of a source, see `HashedSource.weights_digest`."""
+    return HashedSource(source).weights_digest()
 
 
 class _Hash:

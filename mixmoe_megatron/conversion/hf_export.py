@@ -20,12 +20,11 @@ from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_s
 from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
-from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.conversion.plan import LazyTensor, Target, describe_tensors, expand, plan_tensors, verify_written
+from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Sizes
-from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, model_sizes
+from mixmoe_megatron.model.mapping import GROUPS, TABLES
+from mixmoe_megatron.model.sizes import ModelDescription
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class PreparedExport:
     """A checked export: everything but the weights is settled."""
 
     request: ExportRequest
+    model: ModelDescription
     metadata: Metadata
-    sizes: Sizes
     plan: list[LazyTensor]
 
     def describe(self) -> str:
@@ -80,41 +79,36 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
             "model's name, such as organisation/name."
         )
     metadata = read_metadata(request.checkpoint_dir)
-    check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
-    options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
     reader = TorchDistReader(directory)
     rows = vocabulary_rows(reader, directory)
+    model = describe_model(metadata, rows)
     if rows < metadata.megatron_args["vocab_size"]:
         raise MixMoEError(
             f"{EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
         )
-    sizes = model_sizes(metadata.megatron_args, options, metadata.stage, padded_vocab=rows)
-    _check_stage(metadata, reader)
-    target = Target("hf", request.dtype, options, check_finite=request.check_finite)
-    plan = plan_tensors(expand(TABLES["same"], sizes), reader, sizes, target)
-    return PreparedExport(request, metadata, sizes, plan)
+    _check_stage(model, reader)
+    target = Target("hf", request.dtype, model.options, check_finite=request.check_finite)
+    plan = plan_tensors(expand(TABLES["same"], model.sizes), reader, model.sizes, target)
+    return PreparedExport(request, model, metadata, plan)
 
 
-def _check_stage(metadata: Metadata, reader: TorchDistReader) -> None:
+def _check_stage(model: ModelDescription, reader: TorchDistReader) -> None:
     """Raise if the checkpoint's experts are not those of the stage its metadata tells."""
-    found = (
-        2 if any(".mt_experts." in n for n in reader.names()) else int(any(".lm_experts." in n for n in reader.names()))
-    )
-    if found != STAGE_NUMBERS[metadata.stage]:
+    found = sum(any(f".{group}_experts." in name for name in reader.names()) for group in GROUPS)
+    if found != model.stage_number:
         held = ("no experts (a dense model)", "LM experts only", "LM and MT experts")[found]
-        raise MixMoEError(f"{METADATA_FILE} says stage {metadata.stage!r}, but the weights hold {held}.")
+        raise MixMoEError(f"{METADATA_FILE} says stage {model.stage!r}, but the weights hold {held}.")
 
 
 def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
-    metadata = prepared.metadata
-    dtype = _declared_dtype(prepared)
-    config = dict(metadata.hf_config)
-    if metadata.options is not None:
-        config = mixmoe_config(config, MixMoEOptions.from_dict(metadata.options), prepared.sizes)
+    model = prepared.model
+    config = dict(model.hf_config)
+    if model.options is not None:
+        config = mixmoe_config(config, model.options, model.sizes)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
-        config[name] = dtype
+        config[name] = _declared_dtype(prepared)
     return config
 
 
@@ -124,7 +118,7 @@ def _declared_dtype(prepared: PreparedExport) -> str:
     for tensor in prepared.plan:
         if ".mlp.router." not in tensor.name:  # float32 beside any other dtype
             values[tensor.dtype] += math.prod(tensor.shape)
-    declared = prepared.metadata.hf_config.get("dtype") or prepared.metadata.hf_config.get("torch_dtype")
+    declared = prepared.model.hf_config.get("dtype") or prepared.model.hf_config.get("torch_dtype")
     return str(declared) if declared in values else values.most_common(1)[0][0]
 
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from mixmoe_megatron import hf
 from mixmoe_megatron.checkpoint.bits import from_torch, to_torch
+from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.conversion.hf_import import options_from_hf
 from mixmoe_megatron.conversion.parity import transformer_fields
 from mixmoe_megatron.model.config import MixMoETransformerConfig, check_transformer_config
 from mixmoe_megatron.model.freezing import freeze_for_stage

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mixmoe_megatron.checkpoint.bits import Bits, from_torch, to_torch
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.checkpoint.stored import Region, whole
 from mixmoe_megatron.conversion.plan import LazyTensor, TensorSource, expand
 from mixmoe_megatron.model.mapping import TABLES, Sizes
@@ -62,6 +64,12 @@ class CountedMemory(Memory):
 def read_tensor(source: TensorSource, name: str) -> Tensor:
     """Return all values of a source's tensor."""
     return to_torch(source.read_region(name, whole(source.shape(name))), source.dtype(name))
+
+
+def checkpoint_of(directory: Path) -> dict[str, Tensor]:
+    """Return all weights of one iteration of a checkpoint."""
+    reader = TorchDistReader(directory)
+    return {name: read_tensor(reader, name) for name in reader.names()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
