@@ -13,7 +13,7 @@ from mixmoe_megatron.checkpoint.bits import ITEMSIZE, Bits, as_bytes
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.stored import Region, in_order, pieces
 from mixmoe_megatron.checkpoint.streaming import in_parallel
-from mixmoe_megatron.conversion.plan import BLOCK_BYTES, TensorSource
+from mixmoe_megatron.checkpoint.tensors import BLOCK_BYTES, TensorSource
 
 
 class HashedSource:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.checkpoint.hf_files import own_file
+from mixmoe_megatron.checkpoint.megatron_checkpoint import MOST_LAYERS
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata
 from mixmoe_megatron.errors import MixMoEError
 
@@ -20,7 +21,6 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
 _DEFAULT_ROPE_THETA = 10000.0
 _MAX_VOCAB_MULTIPLE = 16
-MOST_LAYERS = 10_000  # more than any model has, few enough for a list
 # What megatron.core's RotaryEmbedding._apply_scaling fixes; only the factor is an argument there.
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ROPE_FIELDS = {"type", "rope_type", "rope_theta", "factor", "partial_rotary_factor", *_LLAMA3_FIXED}

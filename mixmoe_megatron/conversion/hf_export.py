@@ -17,10 +17,11 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_me
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, verify_written
 from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
-from mixmoe_megatron.conversion.plan import LazyTensor, Target, describe_tensors, expand, plan_tensors, verify_written
+from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import GROUPS, TABLES

@@ -17,9 +17,10 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_me
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region
+from mixmoe_megatron.checkpoint.tensors import TensorSource
 from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
-from mixmoe_megatron.conversion.plan import Target, TensorSource, check_stacks, expand, plan_tensors
+from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError

@@ -12,10 +12,11 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.checkpoint.metadata import Metadata, package_versions, write_metadata
 from mixmoe_megatron.checkpoint.output_dir import check_space, whole_directory
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, verify_written
 from mixmoe_megatron.checkpoint.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, check_architecture
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_tensors, verify_written
+from mixmoe_megatron.conversion.plan import describe_tensors
 from mixmoe_megatron.model.mapping import extra_state_keys
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import ModelDescription

@@ -18,7 +18,8 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, voca
 from mixmoe_megatron.checkpoint.metadata import read_metadata, require_stage
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, expand
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
+from mixmoe_megatron.conversion.plan import check_dtype, expand
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint, describe_model
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES

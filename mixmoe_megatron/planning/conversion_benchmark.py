@@ -20,8 +20,9 @@ from mixmoe_megatron.checkpoint.bits import Bits, from_float32
 from mixmoe_megatron.checkpoint.output_dir import check_space
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.checkpoint.stored import Region, lengths, whole
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.conversion.plan import LazyTensor, expand
+from mixmoe_megatron.conversion.plan import expand
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.sizes import model_sizes
@@ -120,7 +121,7 @@ def _check_same(one: Path, other: Path) -> None:
             raise MixMoEError(f"{name} did not come back bit-equal.")
 
 
-def measure(model: str, scratch: Path, kind: str, processes: int = 1, repeats: int = 5) -> dict[str, Any]:
+def measure_conversions(model: str, scratch: Path, kind: str, processes: int = 1, repeats: int = 5) -> dict[str, Any]:
     """Write a random model, time `cp` and a read, convert it to Megatron and back, several times in turn, and compare.
 
     Before each timing a copy is made and removed: memory that lay free for long is slow to get on a virtual machine,

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import LAYER, TRACKER_FILE
 from mixmoe_megatron.checkpoint.ranks import Ranks
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
-from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions

@@ -11,7 +11,8 @@ from torch import Tensor
 from mixmoe_megatron.checkpoint.bits import Bits, from_torch, to_torch
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.checkpoint.stored import Region, whole
-from mixmoe_megatron.conversion.plan import LazyTensor, TensorSource, expand
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, TensorSource
+from mixmoe_megatron.conversion.plan import expand
 from mixmoe_megatron.model.mapping import TABLES, Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mixmoe_megatron.checkpoint.bits import Bits
 from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.conversion.plan import LazyTensor, Target, describe_tensors, expand, plan_tensors
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
+from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES, Side, Sizes, extra_state_keys
 from tests.helpers.mappings import DENSE, MOE, OPTIONS, Memory, random_hf, values

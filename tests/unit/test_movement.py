@@ -14,8 +14,9 @@ from torch import Tensor
 from mixmoe_megatron.checkpoint.bits import to_torch
 from mixmoe_megatron.checkpoint.safetensors_io import SINGLE_FILE, SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region, in_order
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
-from mixmoe_megatron.conversion.plan import LazyTensor, Target, Unit, expand, plan_tensors
+from mixmoe_megatron.conversion.plan import Target, Unit, expand, plan_tensors
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES, Side, Sizes
 from mixmoe_megatron.model.router_rows import folded_router, new_router_weight
@@ -91,7 +92,7 @@ def test_any_region_is_that_part_of_the_whole(case: str, to: Side, dtype: str) -
 @pytest.mark.parametrize("most", [1, 3, 7, 8, 50, 10_000])
 @pytest.mark.parametrize("to", ["megatron", "hf"])
 def test_blocks_are_all_bytes_in_order(monkeypatch: pytest.MonkeyPatch, to: Side, most: int) -> None:
-    monkeypatch.setattr("mixmoe_megatron.conversion.plan.BLOCK_BYTES", 4 * most)
+    monkeypatch.setattr("mixmoe_megatron.checkpoint.tensors.BLOCK_BYTES", 4 * most)
     _, tensors = sliced_and_whole(MOE, "same", to, "keep")
     for tensor, expected in tensors:
         blocks = [bytes(block) for block in tensor.blocks()]

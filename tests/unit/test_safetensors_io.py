@@ -17,7 +17,7 @@ from mixmoe_megatron.checkpoint.safetensors_io import (
     parse_size,
     write_safetensors,
 )
-from mixmoe_megatron.conversion.plan import LazyTensor
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.errors import MixMoEError
 from tests.helpers.mappings import lazy, read_tensor
 
