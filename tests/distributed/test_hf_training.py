@@ -86,8 +86,8 @@ def count_opens(directory: Path, told: Path) -> None:
     def listen(event: str, arguments: tuple[Any, ...]) -> None:
         # os.open, which reads values, tells no mode
         if event == "open" and arguments[1] is not None and str(arguments[0]).startswith(str(directory)):
-            files = [frame.filename for frame in traceback.extract_stack()]
-            if any("/mixmoe_megatron/" in file for file in files) and not any("/transformers/" in f for f in files):
+            callers = [frame.filename for frame in traceback.extract_stack()[:-1] if "/pathlib" not in frame.filename]
+            if "/mixmoe_megatron/" in callers[-1]:  # not a library's tokenizer, which looks there too
                 opened[Path(arguments[0]).name] += 1
                 told.write_text(json.dumps(opened))
 
