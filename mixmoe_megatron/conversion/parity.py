@@ -175,11 +175,11 @@ def load_weights(model: torch.nn.Module, directory: Path) -> None:
 
 def _outputs(modules: dict[str, torch.nn.Module], run: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Run a model and return what its modules gave, by name, and `logits`; float32 on the CPU."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, module in modules.items():
             hook = module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: found.update({name: output})  # type: ignore[misc]
+                lambda _module, _inputs, output, name=name: found.update({name: output})
             )
             stack.callback(hook.remove)
         found["logits"] = run()

@@ -176,7 +176,7 @@ def plan_tensors(
     _check_inputs(units, "hf" if target.side == "megatron" else "megatron", source, ignored)
     if target.check_finite:
         source = FiniteSource(source)
-    plan = []
+    plan: list[LazyTensor] = []
     for unit in units:
         moves = unit.row.crossing.to_hf if target.side == "hf" else unit.row.crossing.to_megatron
         plan += (_computed if moves is None else _moved)(unit, source, sizes, target)

@@ -131,7 +131,7 @@ class MixMoERouter(TopKRouter):
         if self.config.perform_initialization:
             for group, router in zip(GROUPS, self.group_routers(), strict=False):
                 name = f"decoder.layers.{(self.layer_number or 1) - 1}.mlp.router.{group}"
-                router.draw(name, self.config.init_method_std, self.config.seed)  # type: ignore[attr-defined]
+                router.draw(name, self.config.init_method_std, self.config.seed)
 
     def _aux_loss_divisor(self) -> int:
         """Number of MoE layers with lb_reduction "mean", else 1."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -58,7 +59,8 @@ def folded_router(weights: Sequence[Array], options: MixMoEOptions) -> Array:
 
 def _times_transform(rows: Array, options: MixMoEOptions) -> Array:
     """Return rows @ M, [E, H] float64, for the matrix M of the options' transform."""
-    size, norm = rows.shape[-1], options.spectral_norm
+    size = rows.shape[-1]
+    norm: Literal["ortho", "backward"] = "ortho" if options.spectral_norm == "ortho" else "backward"
     if options.spectral_transform == "fft":
         return np.fft.fft(rows, norm=norm).real
     if options.spectral_transform == "dct":
