@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         with joined_ranks() as ranks:
             prepared = prepare_import(request)
-            done = f"{prepared.metadata.stage} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
+            done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
             if not args.dry_run:
                 write_checkpoint(prepared, ranks)
             if ranks.rank == 0:

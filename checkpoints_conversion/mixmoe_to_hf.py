@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         with joined_ranks() as ranks:
             prepared = prepare_export(request)
-            done = f"{prepared.metadata.stage} model of {len(prepared.plan)} tensors in {args.output_dir}"
+            done = f"{prepared.metadata.phase.name} model of {len(prepared.plan)} tensors in {args.output_dir}"
             if not args.dry_run:
                 run_export(prepared, ranks)
             if ranks.rank == 0:

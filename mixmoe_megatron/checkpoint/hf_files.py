@@ -101,24 +101,24 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
     """
     import yaml  # which few conversions need
 
-    dense = metadata.stage == "dense"
+    dense = not metadata.phase.groups
     header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     header |= {} if base_model is None else {"base_model": base_model}
     tags = ["translation", *([] if dense else ["mixmoe", "mixture-of-experts"])]
     front_matter = yaml.safe_dump({**header, "tags": tags}, sort_keys=False, allow_unicode=True)
-    title = "Dense model" if dense else f"Mix-MoE, {metadata.stage}"
+    title = "Dense model" if dense else f"Mix-MoE, {metadata.phase.name}"
     lines = [f"---\n{front_matter}---", "", f"# {escape_markdown(title)}", "", "| | |", "|---|---|"]
-    rows: dict[str, Any] = {"base model": base_model or "not recorded", "stage": metadata.stage}
+    rows: dict[str, Any] = {"base model": base_model or "not recorded", "phase": metadata.phase.name}
     rows |= {"parameters": num_parameters, **(metadata.options or {})}
     if metadata.parent:
         hashes = {k.removeprefix("weights_"): v for k, v in metadata.parent.items() if k.startswith("weights_")}
-        rows["made from"] = ", ".join([metadata.parent["stage"], *(f"weights {k} {v}" for k, v in hashes.items())])
+        rows["made from"] = ", ".join([metadata.parent["phase"], *(f"weights {k} {v}" for k, v in hashes.items())])
     rows["made by"] = ", ".join([metadata.created_by, *(f"{k} {v}" for k, v in metadata.versions.items())])
     lines += [f"| {escape_markdown(str(name))} | {escape_markdown(str(value))} |" for name, value in rows.items()]
     if metadata.data:
-        lines += ["", "## Training data", "", "| stage | files | kind | tokens | sha256 of the manifest |"]
+        lines += ["", "## Training data", "", "| phase | files | kind | tokens | sha256 of the manifest |"]
         lines += ["|---|---|---|---:|---|"]
-        names = ("stage", "prefix", "kind", "tokens", "manifest_sha256")
+        names = ("phase", "prefix", "kind", "tokens", "manifest_sha256")
         cells = [[escape_markdown(str(entry.get(name, ""))) for name in names] for entry in metadata.data]
         lines += ["| " + " | ".join(row) + " |" for row in cells]
     if not dense:

@@ -1,7 +1,10 @@
-"""`mixmoe_metadata.json`: what a checkpoint directory is, where it came from, and which stage may follow.
+"""`mixmoe_metadata.json`: what a checkpoint directory is, where it came from, and which phase may follow.
 
-Every checkpoint directory carries one. Each step of the pipeline reads it and refuses a checkpoint of the wrong stage
+Every checkpoint directory carries one. Each step of the pipeline reads it and refuses a checkpoint of the wrong phase
 with a sentence that says what to run. Standard library only, so that any tool may read it.
+
+Version 2 names the method and the phase (see `methods`). Version 1 knew Mix-MoE and dense models alone: it named no
+method, and a phase was its `stage`. It is still read.
 """
 
 from __future__ import annotations
@@ -15,15 +18,14 @@ from typing import Any
 
 from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import PHASES, method_of
 
 METADATA_FILE = "mixmoe_metadata.json"
-FORMAT_VERSION = 1
-STAGES = ("dense", "upcycled", "stage1", "stage2")
+FORMAT_VERSION = 2
 _VERSIONED_PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "transformer-engine", "mixmoe-megatron")
-
-
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "stage": (str,), "options": (dict, NoneType), "megatron_args": (dict,), "hf_config": (dict,),
+    "phase": (Phase,), "options": (dict, NoneType), "megatron_args": (dict,), "hf_config": (dict,),
     "parent": (dict, NoneType), "versions": (dict,), "created_by": (str,), "data": (list,),
 }  # fmt: skip
 
@@ -33,18 +35,17 @@ class Metadata:
     """The contents of `mixmoe_metadata.json`.
 
     Attributes:
-        stage: one of `STAGES`.
+        phase: what the checkpoint is, written by its name beside its method's.
         options: MixMoEOptions as a dict; None for a dense checkpoint.
         megatron_args: Megatron argument name -> value, the dense architecture (see conversion/hf_config.py).
         hf_config: the base model's config.json.
-        parent: {"path", "stage", "weights_xxh128"} of what this was made from; None if it was made from nothing.
+        parent: {"path", "phase", "weights_xxh128"} of what this was made from; None if it was made from nothing.
         versions: package name -> version at the time of writing.
         created_by: the command that wrote it.
-        data: what it was trained on so far, {"stage", "prefix", "kind", "tokens", "manifest_sha256", "order"} a file.
-        format_version: of this file.
+        data: what it was trained on so far, {"phase", "prefix", "kind", "tokens", "manifest_sha256", "order"} a file.
     """
 
-    stage: str
+    phase: Phase
     options: dict[str, Any] | None
     megatron_args: dict[str, Any]
     hf_config: dict[str, Any]
@@ -52,31 +53,23 @@ class Metadata:
     versions: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
     data: list[dict[str, Any]] = field(default_factory=list)
-    format_version: int = FORMAT_VERSION
 
     def validate(self) -> None:
         """Check the fields' types, and the fields against each other.
 
         Raises:
-            MixMoEError: a field of another type, unknown stage or version, or options missing for a Mix-MoE stage.
+            MixMoEError: a field of another type, or options in a dense checkpoint or missing in another.
         """
         for name, kinds in _FIELD_TYPES.items():
             if not isinstance(getattr(self, name), kinds):
                 raise MixMoEError(f"{METADATA_FILE}: {name} is of the wrong type: {getattr(self, name)!r:.60}.")
-        if self.parent is not None and not isinstance(self.parent.get("stage"), str):
-            raise MixMoEError(f"{METADATA_FILE}: parent lacks stage.")
+        if self.parent is not None and not isinstance(self.parent.get("phase"), str):
+            raise MixMoEError(f"{METADATA_FILE}: parent lacks phase.")
         if not all(isinstance(entry, dict) for entry in self.data):
             raise MixMoEError(f"{METADATA_FILE}: data must be a list of objects.")
-        if self.format_version != FORMAT_VERSION:
-            raise MixMoEError(
-                f"{METADATA_FILE} has format_version {self.format_version!r}, this package reads {FORMAT_VERSION}."
-            )
-        if self.stage not in STAGES:
-            raise MixMoEError(f"{METADATA_FILE} has stage {self.stage!r}, expected one of {', '.join(STAGES)}.")
-        if (self.options is None) != (self.stage == "dense"):
-            raise MixMoEError(
-                f"{METADATA_FILE} of stage {self.stage!r} must {'not ' * (self.stage == 'dense')}have options."
-            )
+        if (self.options is None) != (not self.phase.groups):
+            must = "must have" if self.phase.groups else "must not have"
+            raise MixMoEError(f"{METADATA_FILE} of phase {self.phase.name!r} {must} options.")
 
     def to_json(self) -> str:
         """Return the file's contents; package versions are filled in when empty.
@@ -86,7 +79,9 @@ class Metadata:
         """
         self.validate()
         self.versions = self.versions or package_versions()
-        return json.dumps({"format_version": self.format_version, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        method = method_of(self.phase).name
+        fields = {"format_version": FORMAT_VERSION, "method": method, **asdict(self), "phase": self.phase.name}
+        return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
 def package_versions() -> dict[str, str]:
@@ -125,30 +120,54 @@ def read_metadata(directory: str | Path) -> Metadata:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise MixMoEError(f"{path} is not valid JSON ({error}).") from None
-    names = set(Metadata.__dataclass_fields__)
-    required = {"stage", "options", "megatron_args", "hf_config"}
-    if not isinstance(raw, dict) or not required <= set(raw):
-        missing = sorted(required - set(raw if isinstance(raw, dict) else {}))
+    fields = raw if isinstance(raw, dict) else {}
+    version = fields.pop("format_version", 1)
+    if version not in (1, FORMAT_VERSION):
+        raise MixMoEError(f"{path} has format_version {version!r}, this package reads 1 and {FORMAT_VERSION}.")
+    if version == 1:
+        fields = _from_version_1(fields)
+    required = {"phase", "options", "megatron_args", "hf_config"}
+    if missing := sorted(required - set(fields)):
         raise MixMoEError(f"{path} lacks {', '.join(missing)}.")
-    if unknown := sorted(set(raw) - names):
+    phase = PHASES.get(str(fields["phase"]))
+    if phase is None:
+        raise MixMoEError(f"{path} has phase {fields['phase']!r}, expected one of {', '.join(PHASES)}.")
+    method = method_of(phase).name
+    if (found := fields.pop("method", method)) != method:
+        raise MixMoEError(f"{path} has phase {phase.name!r} of method {found!r}, but it is one of {method!r}.")
+    if unknown := sorted(set(fields) - set(_FIELD_TYPES)):
         raise MixMoEError(f"{path} has unknown fields: {', '.join(unknown)}.")
-    metadata = Metadata(**raw)
+    metadata = Metadata(**{**fields, "phase": phase})
     metadata.validate()
     return metadata
 
 
-def require_stage(metadata: Metadata, wanted: str | tuple[str, ...], what_to_run: str) -> None:
-    """Refuse a checkpoint of the wrong stage.
+def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with `stage` renamed to `phase`: their own, the parent's and those of the entries of data."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(entry) for entry in value]
+        return {"phase" if k == "stage" else k: v for k, v in value.items()} if isinstance(value, dict) else value
+
+    return renamed(fields) | {name: renamed(fields[name]) for name in ("parent", "data") if name in fields}
+
+
+def require_phase(metadata: Metadata, wanted: str | tuple[str, ...], what_to_run: str | None = None) -> None:
+    """Refuse a checkpoint of the wrong phase.
 
     Args:
         metadata: of the checkpoint that was given.
-        wanted: the stage, or stages, that the step accepts.
-        what_to_run: the command that makes the wanted stage, for the message.
+        wanted: the name, or names, of the phases that the step accepts.
+        what_to_run: the command that makes a wanted one, for the message; default: as the first of them tells.
 
     Raises:
-        MixMoEError: metadata.stage is not among the wanted ones.
+        MixMoEError: metadata.phase is not among the wanted ones.
     """
-    stages = (wanted,) if isinstance(wanted, str) else wanted
-    if metadata.stage not in stages:
-        needed = " or ".join(map(repr, stages))
-        raise MixMoEError(f"the checkpoint is of stage {metadata.stage!r}, but this step needs {needed}: {what_to_run}")
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    if metadata.phase.name not in names:
+        needed = " or ".join(map(repr, names))
+        what_to_run = what_to_run or PHASES[names[0]].made_by
+        raise MixMoEError(
+            f"the checkpoint is of stage {metadata.phase.name!r}, but this step needs {needed}: {what_to_run}"
+        )

@@ -24,7 +24,8 @@ from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
 from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import GROUPS, TABLES
+from mixmoe_megatron.methods.mixmoe import GROUPS
+from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.sizes import ModelDescription
 
 
@@ -88,18 +89,18 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
         raise MixMoEError(
             f"{EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
         )
-    _check_stage(model, reader)
+    _check_experts(model, reader)
     target = Target("hf", request.dtype, model.options, check_finite=request.check_finite)
     plan = plan_tensors(expand(TABLES["same"], model.sizes), reader, model.sizes, target)
     return PreparedExport(request, model, metadata, plan)
 
 
-def _check_stage(model: ModelDescription, reader: TorchDistReader) -> None:
-    """Raise if the checkpoint's experts are not those of the stage its metadata tells."""
+def _check_experts(model: ModelDescription, reader: TorchDistReader) -> None:
+    """Raise if the checkpoint's experts are not those of the phase its metadata tells."""
     found = sum(any(f".{group}_experts." in name for name in reader.names()) for group in GROUPS)
-    if found != model.stage_number:
+    if found != model.phase.stage:
         held = ("no experts (a dense model)", "LM experts only", "LM and MT experts")[found]
-        raise MixMoEError(f"{METADATA_FILE} says stage {model.stage!r}, but the weights hold {held}.")
+        raise MixMoEError(f"{METADATA_FILE} says phase {model.phase.name!r}, but the weights hold {held}.")
 
 
 def _config(prepared: PreparedExport) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
     request, metadata, source = prepared.request, prepared.metadata, Path(prepared.request.checkpoint_dir)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files(source / TOKENIZER_DIR, directory)
-    if metadata.options is not None:
+    if metadata.phase.groups:
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))

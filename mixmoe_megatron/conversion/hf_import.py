@@ -24,9 +24,10 @@ from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_t
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
 from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, ModelDescription
+from mixmoe_megatron.model.sizes import ModelDescription
 
 # Buffers that old Llama checkpoints store beside their weights.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -109,8 +110,8 @@ def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     if not (Path(hf_dir) / METADATA_FILE).is_file():
         return None
     metadata = read_metadata(hf_dir)
-    if STAGE_NUMBERS[metadata.stage] != number:
-        raise MixMoEError(f"{METADATA_FILE} says {metadata.stage!r}, but config.json says stage {number}.")
+    if metadata.phase.stage != number:
+        raise MixMoEError(f"{METADATA_FILE} says {metadata.phase.name!r}, but config.json says stage {number}.")
     return metadata
 
 
@@ -157,27 +158,26 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     model, data = (_exported_model if is_mixmoe else _dense_model)(request, config)
     model.checkpoint_args()  # refuses options that do not fit
     source = HashedSource(_hf_weights(request.hf_dir, config))
-    is_upcycled = not is_mixmoe and model.options is not None
     target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
-    units = expand(TABLES["upcycle" if is_upcycled else "same"], model.sizes)
+    units = expand(TABLES["upcycle" if model.phase.groups and not is_mixmoe else "same"], model.sizes)
     plan = plan_tensors(units, source, model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
-        stage=model.stage,
-        options=None if model.options is None else model.options.to_dict(),
+        phase=model.phase,
+        options=model.options.to_dict() if model.options else None,
         megatron_args=model.megatron_args,
         hf_config=model.hf_config,
         created_by=request.created_by,
         data=data,
     )
-    parent_stage = "dense" if model.stage == "upcycled" else model.stage
+    parent_phase = "dense" if model.phase.name == "upcycled" else model.phase.name
     parent = Path(request.hf_dir)
-    return PreparedCheckpoint(request.output_dir, request.force, model, metadata, plan, source, parent, parent_stage)
+    return PreparedCheckpoint(request.output_dir, request.force, model, metadata, plan, source, parent, parent_phase)
 
 
 def _dense_model(request: ImportRequest, config: dict[str, Any]) -> tuple[ModelDescription, list[dict[str, Any]]]:
     """Return the model to make of a dense one, and that it was trained on nothing here."""
-    stage = "dense" if request.options is None else "upcycled"
-    return ModelDescription(config, _megatron_args(request, config), request.options, stage), []
+    phase = PHASES["dense" if request.options is None else "upcycled"]
+    return ModelDescription(config, _megatron_args(request, config), request.options, phase), []
 
 
 def _exported_model(request: ImportRequest, config: dict[str, Any]) -> tuple[ModelDescription, list[dict[str, Any]]]:
@@ -192,8 +192,8 @@ def _exported_model(request: ImportRequest, config: dict[str, Any]) -> tuple[Mod
     base_config = dense_config(config)
     if shipped and shipped.hf_config.get("_name_or_path"):
         base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
-    stage = shipped.stage if shipped else f"stage{config['stage']}"
-    return ModelDescription(base_config, megatron_args, options, stage), shipped.data if shipped else []
+    phase = shipped.phase if shipped else phase_of_stage(config["stage"])
+    return ModelDescription(base_config, megatron_args, options, phase), shipped.data if shipped else []
 
 
 def _megatron_args(request: ImportRequest, config: dict[str, Any]) -> dict[str, Any]:

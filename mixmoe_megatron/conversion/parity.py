@@ -22,7 +22,7 @@ from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
-from mixmoe_megatron.model.sizes import STAGE_NUMBERS, padded_vocab_size
+from mixmoe_megatron.model.sizes import padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) ->
         dtype: of the parameters.
         fields: TransformerConfig fields to add or override.
     """
-    options = MixMoEOptions() if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
+    options = MixMoEOptions.from_dict(metadata.options or {})
     settings: dict[str, Any] = {
         **transformer_fields(metadata.megatron_args),
         "params_dtype": dtype,
@@ -109,7 +109,7 @@ def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) ->
         "apply_rope_fusion": False,
         **fields,
     }
-    return MixMoETransformerConfig.build(options, STAGE_NUMBERS[metadata.stage], **settings)
+    return MixMoETransformerConfig.build(options, metadata.phase.stage, **settings)
 
 
 def build_megatron_model(metadata: Metadata, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:

@@ -33,8 +33,8 @@ def describe_model(metadata: Metadata, embedding_rows: int) -> ModelDescription:
         MixMoEError: the metadata contradicts itself, or an option is out of range.
     """
     check_architecture(metadata)
-    options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
-    return ModelDescription(metadata.hf_config, metadata.megatron_args, options, metadata.stage, embedding_rows)
+    options = MixMoEOptions.from_dict(metadata.options or {}) if metadata.phase.groups else None
+    return ModelDescription(metadata.hf_config, metadata.megatron_args, options, metadata.phase, embedding_rows)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PreparedCheckpoint:
         plan: the tensors, by per-layer name.
         source: of the weights, which the plan reads.
         parent: their directory: a Hugging Face one, or a checkpoint's.
-        parent_stage: of those weights.
+        parent_phase: name of the phase of those weights.
     """
 
     output_dir: str
@@ -59,7 +59,7 @@ class PreparedCheckpoint:
     plan: list[LazyTensor]
     source: HashedSource
     parent: Path
-    parent_stage: str
+    parent_phase: str
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
@@ -94,7 +94,7 @@ def write_checkpoint(prepared: PreparedCheckpoint, ranks: Ranks = ALONE) -> None
             verify_written(plan, TorchDistReader(iteration))
             is_hf = (parent / CONFIG_FILE).is_file()
             copy_side_files(parent if is_hf else parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
-            metadata.parent = {"path": str(parent), "stage": prepared.parent_stage, "weights_xxh128": digest}
+            metadata.parent = {"path": str(parent), "phase": prepared.parent_phase, "weights_xxh128": digest}
             metadata.versions = versions.result()
             write_metadata(directory, metadata)
 

@@ -15,13 +15,14 @@ from mixmoe_megatron.checkpoint.bits import Bits, from_float32
 from mixmoe_megatron.checkpoint.fingerprint import HashedSource
 from mixmoe_megatron.checkpoint.health import whole_iteration
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, vocabulary_rows
-from mixmoe_megatron.checkpoint.metadata import read_metadata, require_stage
+from mixmoe_megatron.checkpoint.metadata import read_metadata, require_phase
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.plan import check_dtype, expand
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint, describe_model
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.mixmoe import STAGE1, STAGE2
 from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.router_rows import new_router_weight
 
@@ -53,11 +54,11 @@ def prepare_stage2(request: Stage2Request) -> PreparedCheckpoint:
     """
     check_output_dir(request.output_dir, request.force)
     metadata = read_metadata(request.checkpoint_dir)
-    require_stage(metadata, "stage1", "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1).")
+    require_phase(metadata, STAGE2.starts_from)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
     stored = TorchDistReader(directory)
     reader = HashedSource(stored)
-    model = replace(describe_model(metadata, vocabulary_rows(stored, directory)), stage="stage2")
+    model = replace(describe_model(metadata, vocabulary_rows(stored, directory)), phase=STAGE2)
     assert model.options is not None, "stage 1 has options"
     plan = []
     for name, shape in (tensor for unit in expand(TABLES["same"], model.sizes) for tensor in unit.megatron):
@@ -71,9 +72,9 @@ def prepare_stage2(request: Stage2Request) -> PreparedCheckpoint:
         else:
             read = functools.partial(reader.read_region, source)
         plan.append(LazyTensor(name, shape, dtype, read))
-    child = replace(metadata, stage="stage2", versions={}, created_by="add_mt_experts.py")
+    child = replace(metadata, phase=STAGE2, versions={}, created_by="add_mt_experts.py")
     parent = Path(request.checkpoint_dir)
-    return PreparedCheckpoint(request.output_dir, request.force, model, child, plan, reader, parent, "stage1")
+    return PreparedCheckpoint(request.output_dir, request.force, model, child, plan, reader, parent, STAGE1.name)
 
 
 def _new_router(name: str, shape: tuple[int, ...], init_std: float, seed: int, dtype: str, region: Region) -> Bits:

@@ -22,8 +22,7 @@ from mixmoe_megatron.evaluation.perplexity import (
     split_windows,
 )
 from mixmoe_megatron.evaluation.progress import Progress
-
-GROUP_NAMES = ("lm", "mt")
+from mixmoe_megatron.methods.mixmoe import GROUPS
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
     layers = {
         str(layer): {
             name: _group_routing(sums[layer][0][group], sums[layer][1][group], sums[layer][2][group], tokens)
-            for group, name in enumerate(GROUP_NAMES[: config.stage])
+            for group, name in enumerate(GROUPS[: config.stage])
         }
         for layer in config.moe_layers
     }

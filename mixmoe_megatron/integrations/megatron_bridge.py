@@ -202,7 +202,7 @@ class MixMoEBridge(MegatronModelBridge):
 
     def _sizes(self) -> Sizes:
         config = self.hf_config.to_dict()
-        return model_sizes(megatron_args_from_hf(config), options_from_hf(config), f"stage{config['stage']}")
+        return model_sizes(megatron_args_from_hf(config), options_from_hf(config), config["stage"])
 
 
 _VOCAB_TENSORS = tuple(row.megatron[0].name for row in TABLES["same"] if row.crossing is VOCAB)

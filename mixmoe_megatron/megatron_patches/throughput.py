@@ -17,7 +17,6 @@ from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.metrics import install_metrics_tracker
 from mixmoe_megatron.model.sizes import model_sizes
-from mixmoe_megatron.training.arguments import STAGE_NAMES
 
 
 class Throughput:
@@ -28,11 +27,10 @@ class Throughput:
     """
 
     def __init__(self, args: Any):
-        options = None
-        if args.mixmoe_stage:
-            options = MixMoEOptions(**{name: getattr(args, name) for name in MixMoEOptions().to_dict()})
-        self.sizes = model_sizes(vars(args), options, STAGE_NAMES[args.mixmoe_stage], args.padded_vocab_size)
-        self.topk = options.topk_per_group if options else 1
+        defaults = MixMoEOptions().to_dict()  # stand in a dense run, which uses none of them
+        options = MixMoEOptions(**{name: getattr(args, name, default) for name, default in defaults.items()})
+        self.sizes = model_sizes(vars(args), options, args.mixmoe_stage, args.padded_vocab_size)
+        self.topk = options.topk_per_group
         self.world_size = args.world_size
         self.peak = None
         if torch.cuda.is_available() and (args.bf16 or args.fp16):

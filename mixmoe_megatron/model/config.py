@@ -12,10 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.options import (
     OPTION_NAMES,
     MixMoEOptions,
-    check_stage,
     mixmoe_megatron_args,
     resolve_moe_layers,
 )
@@ -61,7 +61,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
 
     def __post_init__(self) -> None:
         MixMoEOptions.validate(self)
-        check_stage(self.mixmoe_stage)
+        phase_of_stage(self.mixmoe_stage)  # refuses an unknown one
         if self.mixmoe_stage == 0:
             if self.num_moe_experts is not None:
                 raise MixMoEError("mixmoe_stage=0 is the dense model: num_moe_experts must be left out.")

@@ -1,13 +1,4 @@
-"""Which parameters train in which stage, a report of it, and fingerprints for bit-identity checks.
-
-| stage | trained |
-|---|---|
-| 0 (dense) | all |
-| 1 | LM experts, LM routers |
-| 2 | MT experts, MT routers |
-
-Source: Mix-MoE (arXiv:2605.24681) Table I.
-"""
+"""Freezes what a phase does not train (see `methods`), reports it, and fingerprints weights for bit-identity checks."""
 
 from __future__ import annotations
 
@@ -23,42 +14,20 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_attr_wrapped_model
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.base import PARTS, part_of
+from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
-
-# Parameter groups of the report, in order: the first pattern found in a parameter's name decides.
-_PARTS: tuple[tuple[str, str], ...] = (
-    ("LM experts", r"\.mlp\.experts\.lm_experts\."),
-    ("MT experts", r"\.mlp\.experts\.mt_experts\."),
-    ("LM routers", r"\.mlp\.router\.lm\."),
-    ("MT routers", r"\.mlp\.router\.mt\."),
-    ("embedding", r"(^|\.)embedding\."),
-    ("output layer", r"(^|\.)output_layer\."),
-    ("norms", r"norm"),
-    ("attention", r"\.self_attention\."),
-    ("dense FFNs", r"\.mlp\."),
-)
-_TRAINED_PARTS = {1: ("LM experts", "LM routers"), 2: ("MT experts", "MT routers")}
 
 Models = torch.nn.Module | list[torch.nn.Module]
 
 
-def part_of(name: str) -> str:
-    """Return the part ("LM experts", "attention", ...) that a parameter belongs to, by its name in a GPTModel."""
-    for part, pattern in _PARTS:
-        if re.search(pattern, name):
-            return part
-    return "other"
-
-
 def is_trained(name: str, stage: int) -> bool:
-    """Whether a parameter trains in a stage (0: all do), by its name in a GPTModel.
+    """Whether a parameter trains in the phase of a stage, by its name in a GPTModel.
 
     Raises:
         MixMoEError: the stage is not 0, 1 or 2.
     """
-    if stage not in (0, 1, 2):
-        raise MixMoEError(f"stage must be 0 (dense), 1 or 2, got {stage!r}.")
-    return stage == 0 or part_of(name) in _TRAINED_PARTS[stage]
+    return phase_of_stage(stage).is_trained(name)
 
 
 def freeze_for_stage(models: Models, stage: int) -> Models:
@@ -88,7 +57,7 @@ def freeze_for_stage(models: Models, stage: int) -> Models:
     has_moe_layer = any(isinstance(module, MoELayer) for chunk in chunks for module in chunk.modules())
     if not trains and (has_moe_layer or _pipeline_size() == 1):
         raise MixMoEError(
-            f"the model has nothing that stage {stage} trains ({' and '.join(_TRAINED_PARTS.get(stage, ()))}): "
+            f"the model has nothing that stage {stage} trains ({' and '.join(phase_of_stage(stage).trains)}): "
             "was it built for another stage?"
         )
     return models
@@ -166,7 +135,7 @@ def parameter_report(models: Models, stage: int) -> ParameterReport:
         count[0] += 1
         count[1] += parameter.numel()
         count[2] += parameter.numel() * _number_of_shards(parameter)
-    keys = [(part, trained) for part in (*(name for name, _ in _PARTS), "other") for trained in (True, False)]
+    keys = [(part, trained) for part in PARTS for trained in (True, False)]
     totals = _sum_over_pipeline([counts[key][2] if key in counts else 0 for key in keys])
     report = ParameterReport(stage)
     for key, total in zip(keys, totals, strict=True):

@@ -20,10 +20,10 @@ from typing import Literal
 
 import numpy as np
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model import upcycling
 from mixmoe_megatron.model.upcycling import Array
 
-GROUPS = ("lm", "mt")
 Scope = Literal["model", "layer", "dense", "moe"]
 Side = Literal["megatron", "hf"]
 

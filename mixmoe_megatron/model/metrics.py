@@ -29,8 +29,8 @@ from megatron.core.transformer.moe.moe_logging import (
     set_moe_metrics_tracker,
 )
 
-#: Names of the expert groups, in logical order; stage 1 has the first, stage 2 both.
-GROUPS = ("lm", "mt")
+from mixmoe_megatron.methods.mixmoe import GROUPS
+
 _AUX_LOSS = "load_balancing_loss"
 # Columns of the sums behind the n token counts of the experts.
 _PROB, _AUX, _AUX_COUNT, _SQUARED_NORM, _NORM_COUNT = range(5)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import phase_of_stage
 
 _PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom")
 _PAPER = {"preset": "paper", "spectral_norm": "backward", "group_combine": "sum", "expert_scale": 1.0}
@@ -228,7 +229,7 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
     Raises:
         MixMoEError: F is not divisible by n, there is no MoE layer, or the stage is unknown.
     """
-    check_stage(stage)
+    phase_of_stage(stage)  # refuses an unknown one
     if stage == 0:
         return {"num_experts": None, "moe_layer_freq": 1}
     n = options.num_experts_per_group
@@ -248,13 +249,3 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32",
     }
-
-
-def check_stage(stage: int) -> None:
-    """Check a stage's number.
-
-    Raises:
-        MixMoEError: it is not 0, 1 or 2.
-    """
-    if stage not in (0, 1, 2):
-        raise MixMoEError(f"mixmoe_stage must be 0 (dense), 1 or 2, got {stage!r}.")

@@ -20,8 +20,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.config import MixMoEOptions, options_and_stage
-from mixmoe_megatron.model.mapping import GROUPS
 from mixmoe_megatron.model.metrics import record_aux_losses, recording_tracker
 from mixmoe_megatron.model.router_rows import new_router_weight
 from mixmoe_megatron.model.spectral import fold_router_weight

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 from mixmoe_megatron.model.upcycling import expert_ffn_hidden_size
-
-STAGE_NUMBERS = {"dense": 0, "upcycled": 1, "stage1": 1, "stage2": 2}
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
@@ -19,14 +18,14 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 def model_sizes(
-    megatron_args: dict[str, Any], options: MixMoEOptions | None, stage: str, padded_vocab: int | None = None
+    megatron_args: dict[str, Any], options: MixMoEOptions | None, stage: int, padded_vocab: int | None = None
 ) -> Sizes:
     """Return the sizes of a model.
 
     Args:
         megatron_args: of the dense architecture (hf_config.megatron_args_from_hf).
-        options: None for a dense model.
-        stage: one of `metadata.STAGES`.
+        options: the Mix-MoE options; not used in stage 0.
+        stage: 0 (dense), 1 or 2, see `methods.Phase.stage`.
         padded_vocab: rows of the embedding in a checkpoint; default: as Megatron pads without tensor parallelism.
 
     Raises:
@@ -34,10 +33,11 @@ def model_sizes(
     """
     args = megatron_args
     moe: dict[str, Any] = {}
-    if options is not None:
+    if stage:
+        assert options is not None, "experts have options"
         moe = {
             "moe_layers": tuple(resolve_moe_layers(options, args["num_layers"])),
-            "num_groups": STAGE_NUMBERS[stage],
+            "num_groups": stage,
             "num_experts_per_group": options.num_experts_per_group,
             "moe_ffn_hidden_size": expert_ffn_hidden_size(
                 args["ffn_hidden_size"], options.num_experts_per_group, options.expert_init
@@ -70,20 +70,15 @@ class ModelDescription:
         hf_config: config.json of the dense base.
         megatron_args: of the dense architecture, by their names in Megatron's args namespace.
         options: the Mix-MoE options; None for a dense model.
-        stage: one of `metadata.STAGES`.
+        phase: what it has been trained to be, which tells its expert groups.
         embedding_rows: of a checkpoint, padding included; None: as Megatron pads without tensor parallelism.
     """
 
     hf_config: dict[str, Any]
     megatron_args: dict[str, Any]
     options: MixMoEOptions | None
-    stage: str
+    phase: Phase
     embedding_rows: int | None = None
-
-    @property
-    def stage_number(self) -> int:
-        """0 (dense), 1 or 2, the number of expert groups."""
-        return STAGE_NUMBERS[self.stage]
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -92,7 +87,7 @@ class ModelDescription:
         Raises:
             MixMoEError: the options do not fit the architecture.
         """
-        return model_sizes(self.megatron_args, self.options, self.stage, self.embedding_rows)
+        return model_sizes(self.megatron_args, self.options, self.phase.stage, self.embedding_rows)
 
     def checkpoint_args(self) -> dict[str, Any]:
         """Return the arguments that Megatron keeps in a checkpoint of this model.
@@ -103,5 +98,5 @@ class ModelDescription:
         args = dict(self.megatron_args)
         if self.options is not None:
             width = args["ffn_hidden_size"]
-            args |= mixmoe_megatron_args(self.options, self.stage_number, args["num_layers"], width)
+            args |= mixmoe_megatron_args(self.options, self.phase.stage, args["num_layers"], width)
         return {**args, "padded_vocab_size": self.sizes.padded_vocab_size}

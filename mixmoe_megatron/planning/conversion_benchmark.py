@@ -77,7 +77,7 @@ def write_random_model(directory: Path, config: dict[str, Any]) -> int:
         start = zlib.crc32(f"{name} {region[0].start}".encode()) % _BLOCK
         return np.resize(np.roll(noise, -start), lengths(region))
 
-    sizes = model_sizes(megatron_args_from_hf(config), None, "dense")
+    sizes = model_sizes(megatron_args_from_hf(config), None, 0)
     tensors = [tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.hf]
     plan = [LazyTensor(name, shape, "bfloat16", partial(bits, name, shape)) for name, shape in tensors]
     write_safetensors(directory, plan, 5 * 10**9)
@@ -181,5 +181,5 @@ def measure_conversions(model: str, scratch: Path, kind: str, processes: int = 1
 
 
 def _shapes(config: dict[str, Any]) -> list[tuple[int, ...]]:
-    sizes = model_sizes(megatron_args_from_hf(config), None, "dense")
+    sizes = model_sizes(megatron_args_from_hf(config), None, 0)
     return [shape for unit in expand(TABLES["same"], sizes) for _, shape in unit.hf]

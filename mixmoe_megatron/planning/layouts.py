@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from mixmoe_megatron.checkpoint.metadata import STAGES
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes, padded_vocab_size
-
-#: stage -> its name among `metadata.STAGES`, which `model_sizes` takes
-_STAGE_NAMES = {0: STAGES[0], 1: STAGES[2], 2: STAGES[3]}
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Model:
         """
         args = self.megatron_args
         vocab = padded_vocab_size(args["vocab_size"], args["make_vocab_size_divisible_by"] * tensor_parallel)
-        return model_sizes(args, self.options if self.stage else None, _STAGE_NAMES[self.stage], vocab)
+        return model_sizes(args, self.options, self.stage, vocab)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.freezing import is_trained
-from mixmoe_megatron.model.mapping import GROUPS, Sizes
+from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
 
 _ADAM_BYTES = 8  # two float32 averages

@@ -26,7 +26,6 @@ from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.sizes import model_sizes
-from mixmoe_megatron.training.arguments import STAGE_NAMES
 from mixmoe_megatron.training.engine_step import engine_step, random_batch
 
 _LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
@@ -112,8 +111,7 @@ def measure(systems: tuple[System, ...], task: Task, count: int) -> dict[str, di
 
 
 def _flops(stage: int, task: Task) -> float:
-    options = MixMoEOptions() if stage else None
-    sizes = model_sizes(megatron_args_from_hf(read_hf_config(task.hf_dir)), options, STAGE_NAMES[stage])
+    sizes = model_sizes(megatron_args_from_hf(read_hf_config(task.hf_dir)), MixMoEOptions(), stage)
     return step_flops(sizes, MixMoEOptions().topk_per_group, task.batch_size * task.seq_length, task.seq_length).total
 
 

@@ -14,21 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_stage
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, require_phase
 from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import this_machine
+from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
 from mixmoe_megatron.model.sizes import padded_vocab_size
 from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
-
-#: stage to train -> (stages of the checkpoint it may start from, how to get one)
-PARENT_STAGES = {
-    0: (("dense",), "convert one with checkpoints_conversion/hf_to_mixmoe.py --dense."),
-    1: (("upcycled",), "upcycle a dense model with checkpoints_conversion/hf_to_mixmoe.py."),
-    2: (("stage1",), "train stage 1 first (tools/pretrain_mixmoe.py --mixmoe-stage 1)."),
-}
-STAGE_NAMES = {0: "dense", 1: "stage1", 2: "stage2"}
 
 #: Megatron defaults that suit this project; the user's flags come later and win.
 _DEFAULTS = {
@@ -69,9 +62,9 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--mixmoe-stage",
         type=int,
-        choices=sorted(PARENT_STAGES),
+        choices=sorted(STAGES),
         required=True,
-        help="1: LM experts on monolingual text; 2: MT experts on parallel text; 0: the dense model, all parameters.",
+        help="; ".join(f"{n}: {' and '.join(p.trains)} on {' or '.join(p.data)} text" for n, p in STAGES.items()),
     )
     group.add_argument(
         "--init-from",
@@ -153,9 +146,9 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     early.add_argument("--tensor-model-parallel-size", type=int, default=1)
     known, _ = early.parse_known_args(words)
     stage = known.mixmoe_stage
-    if stage not in PARENT_STAGES:
+    if stage not in STAGES:
         got = "it is missing" if stage is None else f"got {stage}"
-        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, PARENT_STAGES))}; {got}.")
+        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, STAGES))}; {got}.")
     directory, metadata = source_checkpoint(known.load, known.init_from, stage, known.upcycle_options)
     model = dict(metadata.megatron_args)
     if stage > 0:
@@ -188,7 +181,7 @@ def source_checkpoint(
     """
     if load is not None and has_checkpoint(Path(load)):
         metadata = read_metadata(load)
-        require_stage(metadata, STAGE_NAMES[stage], f"--load {load} must be a run of --mixmoe-stage {stage}.")
+        require_phase(metadata, STAGES[stage].name, f"--load {load} must be a run of --mixmoe-stage {stage}.")
         check_architecture(metadata)
         return Path(load), metadata
     if init_from is None:
@@ -200,8 +193,7 @@ def source_checkpoint(
         metadata = open_hf_start(init_from, stage, upcycle_options).metadata
     else:
         metadata = read_metadata(init_from)
-    wanted, what_to_run = PARENT_STAGES[stage]
-    require_stage(metadata, wanted, what_to_run)
+    require_phase(metadata, STAGES[stage].starts_from)
     check_architecture(metadata)
     return Path(init_from), metadata
 

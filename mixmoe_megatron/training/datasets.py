@@ -52,12 +52,12 @@ def data_prefixes(args: Any) -> list[str]:
     return [prefix for prefixes, _ in blends for prefix in prefixes]
 
 
-def training_data(args: Any, stage: str) -> list[dict[str, Any]]:
+def training_data(args: Any, phase: str) -> list[dict[str, Any]]:
     """What a run trains on, for the metadata of its checkpoints: one entry a token file.
 
     Args:
         args: Megatron's namespace with the data flags.
-        stage: the stage's name.
+        phase: the phase's name.
 
     Raises:
         MixMoEError: as `data_kind`.
@@ -66,19 +66,19 @@ def training_data(args: Any, stage: str) -> list[dict[str, Any]]:
     for prefix in data_prefixes(args):
         manifest = read_manifest(prefix)
         digest = hashlib.sha256(Path(f"{prefix}.json").read_bytes()).hexdigest()
-        entry = {"stage": stage, "prefix": Path(prefix).name, "kind": manifest["kind"], "tokens": manifest["tokens"]}
+        entry = {"phase": phase, "prefix": Path(prefix).name, "kind": manifest["kind"], "tokens": manifest["tokens"]}
         found.append({**entry, "manifest_sha256": digest, "order": _ORDER})
     return found
 
 
-def tell_of_another_order(data: Sequence[dict[str, Any]], stage: str) -> None:
+def tell_of_another_order(data: Sequence[dict[str, Any]], phase: str) -> None:
     """Warn that a run was begun in the order of documents of an earlier version.
 
     Args:
         data: of its checkpoint's metadata, see `training_data`.
-        stage: the stage's name.
+        phase: the phase's name.
     """
-    if any(entry.get("stage") == stage and entry.get("order") != _ORDER for entry in data):
+    if any(entry.get("phase") == phase and entry.get("order") != _ORDER for entry in data):
         logger.warning(
             "this run was begun by an earlier version, whose documents came in another order: of the epoch that it is "
             "in some may come twice and some not at all; each later epoch holds each document once"

@@ -13,9 +13,10 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.methods.registry import PHASES, STAGES
 from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
-from mixmoe_megatron.training.arguments import PARENT_STAGES, add_mixmoe_args, apply_options, complete_arguments
+from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
 from mixmoe_megatron.training.pretrain import build_config, stand_alone_environment
 
 
@@ -112,10 +113,10 @@ def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int, flags: 
     """Megatron's validated arguments, completed from the metadata of a parent that holds nothing else."""
     from megatron.training.arguments import parse_args, validate_args
 
-    options = MixMoEOptions().to_dict() if stage else None
+    parent_phase = PHASES[STAGES[stage].starts_from[0]]
+    options = MixMoEOptions().to_dict() if parent_phase.groups else None
     with tempfile.TemporaryDirectory() as parent:
-        parent_stage = PARENT_STAGES[stage][0][0]
-        write_metadata(parent, Metadata(parent_stage, options, megatron_args_from_hf(hf_config), hf_config))
+        write_metadata(parent, Metadata(parent_phase, options, megatron_args_from_hf(hf_config), hf_config))
         line = f"--mixmoe-stage {stage} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
         line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000 {flags}"
         words, metadata = complete_arguments(line.split())

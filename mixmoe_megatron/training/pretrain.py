@@ -14,6 +14,7 @@ from typing import Any
 from mixmoe_megatron.checkpoint.metadata import Metadata
 from mixmoe_megatron.machine import order_device_queues, prepare_megatron
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.methods.registry import STAGES
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def main() -> None:
         from megatron.training.global_vars import set_global_variables
 
     from mixmoe_megatron.megatron_patches.saving import check_start
-    from mixmoe_megatron.training.arguments import STAGE_NAMES, add_mixmoe_args, apply_options, complete_arguments
+    from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
     from mixmoe_megatron.training.datasets import configure_data, tell_of_another_order
     from mixmoe_megatron.training.going_on import check_schedule, is_finished, saved_run
     from mixmoe_megatron.training.refusals import check_loggers, one_sentence
@@ -61,7 +62,7 @@ def main() -> None:
         return
     check_schedule(args, saved)
     if saved is not None and args.rank == 0:
-        tell_of_another_order(metadata.data, STAGE_NAMES[args.mixmoe_stage])
+        tell_of_another_order(metadata.data, STAGES[args.mixmoe_stage].name)
     _train(args, config, metadata)
 
 
@@ -73,7 +74,7 @@ def _train(args: Any, config: Any, metadata: Metadata) -> None:
     from mixmoe_megatron.megatron_patches.resume import mend_optimizers
     from mixmoe_megatron.megatron_patches.saving import not_finite, secure_saving, where_to_go_on
     from mixmoe_megatron.megatron_patches.throughput import install_metrics
-    from mixmoe_megatron.training.arguments import STAGE_NAMES, has_checkpoint
+    from mixmoe_megatron.training.arguments import has_checkpoint
     from mixmoe_megatron.training.datasets import datasets_provider, training_data
     from mixmoe_megatron.training.hf_directories import export_after_saves
     from mixmoe_megatron.training.refusals import one_sentence
@@ -81,7 +82,7 @@ def _train(args: Any, config: Any, metadata: Metadata) -> None:
     from mixmoe_megatron.training.step import forward_step
 
     source = Path(args.load if args.load and has_checkpoint(Path(args.load)) else args.init_from)
-    data = [] if args.dry_run else training_data(args, STAGE_NAMES[args.mixmoe_stage])
+    data = [] if args.dry_run else training_data(args, STAGES[args.mixmoe_stage].name)
 
     def provide_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         """Build the data, which is the last that may be refused; only then is anything written."""

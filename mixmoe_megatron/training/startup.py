@@ -23,9 +23,9 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iter
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.freezing import freeze_for_stage, parameter_report
 from mixmoe_megatron.model.moe_layer import MixMoELayer
-from mixmoe_megatron.training.arguments import STAGE_NAMES
 from mixmoe_megatron.training.hf_directories import CONTENT_METADATA, is_hf_directory, load_from_hf, open_hf_start
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def load_parent(directory: Path, stage: int) -> Callable[[ModelChunks], ModelChu
     data-parallel ranks need is read by one of them, which sends it to the others.
 
     Args:
-        directory: the parent, see `arguments.PARENT_STAGES`; or a Hugging Face directory, see `hf_directories`.
+        directory: the parent, see `methods`; or a Hugging Face directory, see `hf_directories`.
         stage: the stage to train.
 
     Returns:
@@ -195,8 +195,8 @@ def check_save_directory(save: str | None, stage: int) -> None:
     if save is None:
         return
     directory = Path(save)
-    if (directory / METADATA_FILE).is_file() and (found := read_metadata(directory).stage) != STAGE_NAMES[stage]:
-        raise MixMoEError(f"--save {save} holds a checkpoint of stage {found!r}: choose another directory.")
+    if (directory / METADATA_FILE).is_file() and (found := read_metadata(directory).phase) != STAGES[stage]:
+        raise MixMoEError(f"--save {save} holds a checkpoint of stage {found.name!r}: choose another directory.")
     existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise MixMoEError(f"--save {save}: {existing} is not a directory that can be written to.")
@@ -230,16 +230,16 @@ def prepare_save_directory(
         copy_side_files(source if is_hf_directory(source) else source / "tokenizer", temporary)
         temporary.rename(directory / "tokenizer")
     parent = metadata.parent
-    if metadata.stage != STAGE_NAMES[stage] or stage == 0:
+    if metadata.phase != STAGES[stage] or stage == 0:
         from_hf = is_hf_directory(source)
         if from_hf:
             digest = open_hf_start(source, stage, get_args().upcycle_options).source.weights_digest()
         else:
             digest = weights_xxh128(TorchDistReader(iteration_directory(source)))
-        parent_stage = "dense" if from_hf and metadata.stage == "upcycled" else metadata.stage  # upcycled at load
-        parent = {"path": str(source), "stage": parent_stage, "weights_xxh128": digest}
+        phase = "dense" if from_hf and metadata.phase.name == "upcycled" else metadata.phase.name  # upcycled at load
+        parent = {"path": str(source), "phase": phase, "weights_xxh128": digest}
     child = Metadata(
-        stage=STAGE_NAMES[stage],
+        phase=STAGES[stage],
         options=metadata.options,
         megatron_args=metadata.megatron_args,
         hf_config=metadata.hf_config,

@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
-from mixmoe_megatron.model.freezing import part_of
+from mixmoe_megatron.methods.base import part_of
 from tests.te.pretend import pretend_cuda
 
 with pretend_cuda():  # Transformer Engine asks on import

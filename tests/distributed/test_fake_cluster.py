@@ -24,6 +24,7 @@ import pytest
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.freezing import is_trained
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Layout, Model
@@ -87,7 +88,7 @@ def example(request: pytest.FixtureRequest, corpora: Path, tmp_path_factory: pyt
         (out / directory).mkdir()
         shutil.copytree(corpora / "tokenizer", out / directory / "tokenizer")
         hf_config = BASES[name]
-        metadata = Metadata(stage, MixMoEOptions().to_dict(), megatron_args_from_hf(hf_config), hf_config)
+        metadata = Metadata(PHASES[stage], MixMoEOptions().to_dict(), megatron_args_from_hf(hf_config), hf_config)
         write_metadata(out / directory, metadata)
     (out / "data").mkdir()
     preprocess = script("tools/preprocess_data.py")

@@ -55,9 +55,9 @@ def test_there_and_back(world: Path, tmp_path: Path, layout: str) -> None:
         assert torch.equal(tensor, expected[name]), name
     metadata = read_metadata(both)
     assert metadata.parent == {
-        "path": str(world / "base"), "stage": "dense", "weights_xxh128": weights_xxh128(open_weights(world / "base"))
+        "path": str(world / "base"), "phase": "dense", "weights_xxh128": weights_xxh128(open_weights(world / "base"))
     }  # fmt: skip
-    assert [entry["stage"] for entry in metadata.data] == ["stage1"]
+    assert [entry["phase"] for entry in metadata.data] == ["stage1"]
     assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", both, "--output-dir", tmp_path / "out") == 0
     assert contents(hf / "iter_0000003") == contents(tmp_path / "out")
     assert metadata.data[0]["manifest_sha256"] in (tmp_path / "out" / "README.md").read_text()

@@ -98,7 +98,7 @@ def test_stage_1_and_what_tensorboard_gets(world: Path, tmp_path: Path) -> None:
         check_equal(ours, expected, 2)
     assert not any(name.startswith("mt_") for name in log)
     metadata = read_metadata(world / "upcycled")
-    sizes = model_sizes(metadata.megatron_args, MixMoEOptions.from_dict(metadata.options or {}), "stage1")
+    sizes = model_sizes(metadata.megatron_args, MixMoEOptions.from_dict(metadata.options or {}), 1)
     assert flops_per_token(log, 1) == pytest.approx([step_flops(sizes, 1, 1.0, 32).total] * 3, rel=1e-5)
     shares = [dict(tensorboard[f"moe_lm_load_layer_3_expert_{expert}"]) for expert in range(4)]
     for step, largest in log["lm_load_max"]:

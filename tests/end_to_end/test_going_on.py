@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE
 from tests.end_to_end.conftest import Run
 from tests.helpers.command_batch import assert_one_sentence, listing
 from tests.helpers.forked import Job
@@ -54,6 +56,18 @@ def test_another_schedule_is_refused_with_its_flag(
     assert 2 in codes and not steps_in(output), err
     assert_one_sentence(err, message)
     assert listing(begun) == before
+
+
+def test_a_run_with_metadata_of_version_1_goes_on(tiny_world: Path, begun: Path, tmp_path: Path) -> None:
+    file = begun / METADATA_FILE
+    content = json.loads(file.read_text())
+    del content["method"]
+    for entry in (content, content["parent"], *content["data"]):
+        entry["stage"] = entry.pop("phase")
+    file.write_text(json.dumps(content | {"format_version": 1}))
+    words = words_of(tiny_world, begun, 7, "--override-opt-param-scheduler")
+    codes, output, err = run(words, tmp_path / "logs")
+    assert codes == [0] and steps_in(output) == [7], err
 
 
 @pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"], ids=["plain", "distributed optimizer"])

@@ -39,4 +39,4 @@ def test_four_models_are_compared(tmp_path: Path) -> None:
     assert all(f"| et       | {system}" in kept for system in systems)
     parents = [json.loads((tmp_path / "out" / name / "mixmoe_metadata.json").read_text()) for name in ("sft", "pt_sft")]
     assert [Path(parent["parent"]["path"]).name for parent in parents] == ["dense", "pt"]
-    assert all(parent["stage"] == "dense" for parent in parents)
+    assert all(parent["phase"] == "dense" for parent in parents)

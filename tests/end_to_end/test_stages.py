@@ -14,6 +14,7 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.parity import build_megatron_model, load_weights, single_process
 from mixmoe_megatron.data.tokenizers import open_tokenizer
+from mixmoe_megatron.methods.mixmoe import STAGE2
 from mixmoe_megatron.model.freezing import freeze_for_stage
 from tests.end_to_end.conftest import Run
 from tests.helpers.training import TINY_RUN, run_command, train
@@ -28,14 +29,14 @@ def test_stage_2_starts_with_the_logits_of_stage_1(stage1_run: Run) -> None:
     from mixmoe_megatron.training.startup import load_parent
 
     metadata = read_metadata(stage1_run.directory)
-    assert metadata.stage == "stage1" and metadata.options is not None
+    assert metadata.phase.name == "stage1" and metadata.options is not None
     assert (metadata.options["preset"], metadata.options["group_combine"]) == ("recommended", "mean")
     tokens = torch.randint(0, metadata.megatron_args["vocab_size"], (2, 24))
     positions = torch.arange(24).expand(2, 24)
     with single_process(), torch.no_grad():
         stage1 = build_megatron_model(metadata)
         load_weights(stage1, iteration_directory(stage1_run.directory))
-        stage2 = build_megatron_model(dataclasses.replace(metadata, stage="stage2"))
+        stage2 = build_megatron_model(dataclasses.replace(metadata, phase=STAGE2))
         for parameter in stage2.parameters():
             parameter.fill_(float("nan"))  # the hook must fill every one
         assert load_parent(stage1_run.directory, 2)([stage2]) == [stage2]

@@ -56,7 +56,7 @@ def test_stage1_gives_the_losses_of_our_own_command(stage1_run: Run, stock_stage
     assert norms == pytest.approx(stage1_run.norms[:STEPS], abs=2e-3)
     assert len(re.findall(r"lm_load_balancing_loss: [0-9.E+-]+ ", output)) == STEPS
     metadata = read_metadata(directory)
-    assert metadata.stage == "stage1" and metadata.parent["stage"] == "upcycled"
+    assert metadata.phase.name == "stage1" and metadata.parent["phase"] == "upcycled"
 
 
 def test_stage1_moves_the_lm_group_alone(tiny_world: Path, stock_stage1: tuple[Path, str]) -> None:

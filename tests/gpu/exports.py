@@ -48,9 +48,10 @@ def relabel(upcycled: Path, stage1: Path) -> None:
     from dataclasses import replace
 
     from mixmoe_megatron.checkpoint.metadata import read_metadata, write_metadata
+    from mixmoe_megatron.methods.mixmoe import STAGE1
 
     shutil.copytree(upcycled, stage1)
-    write_metadata(stage1, replace(read_metadata(upcycled), stage="stage1"))
+    write_metadata(stage1, replace(read_metadata(upcycled), phase=STAGE1))
 
 
 def run_parity(rows: Rows) -> None:

@@ -14,6 +14,7 @@ from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata
 from mixmoe_megatron.conversion import parity
 from mixmoe_megatron.conversion.plan import expand
 from mixmoe_megatron.hf import register_auto_classes
+from mixmoe_megatron.methods.registry import PHASES, STAGES
 from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.mapping import TABLES, extra_state_keys
 from mixmoe_megatron.model.sizes import model_sizes
@@ -107,7 +108,7 @@ def test_trained_mixmoe(tmp_path: Path, family: str, stage: int, options: dict[s
         == 0
     )
     metadata = read_metadata(checkpoint)
-    metadata.stage = f"stage{stage}"
+    metadata.phase = STAGES[stage]
     model = save_random_model(checkpoint, metadata)
     assert run_conversion("mixmoe_to_hf", "--checkpoint-dir", checkpoint, "--output-dir", out, "--iteration", "3") == 0
     assert_parity(out, model)
@@ -153,9 +154,9 @@ def test_our_keys_are_the_models_keys(tmp_path: Path, stage: str) -> None:
     ]
     assert run_conversion("hf_to_mixmoe", *arguments) == 0
     metadata = read_metadata(tmp_path / "m")
-    metadata.stage = stage
+    metadata.phase = PHASES[stage]
     options = None if metadata.options is None else MixMoEOptions.from_dict(metadata.options)
-    sizes = model_sizes(metadata.megatron_args, options, stage)
+    sizes = model_sizes(metadata.megatron_args, options, metadata.phase.stage)
     ours = {name for unit in expand(TABLES["same"], sizes) for name, _ in unit.megatron}
     if stage == "dense":
         ours = {".".join(part for part in name.split(".") if not part.isdigit()) for name in ours}

@@ -34,8 +34,8 @@ def test_dense(tmp_path: Path, family: str, tied: bool) -> None:
         k: v for k, v in before.items() if k != "_name_or_path"
     }
     metadata = read_metadata(checkpoint)
-    assert metadata.stage == "dense" and metadata.parent == {
-        "path": str(hf), "stage": "dense", "weights_xxh128": weights_xxh128(open_weights(hf))
+    assert metadata.phase.name == "dense" and metadata.parent == {
+        "path": str(hf), "phase": "dense", "weights_xxh128": weights_xxh128(open_weights(hf))
     }  # fmt: skip
     text = "Das Haus ist alt."
     assert AutoTokenizer.from_pretrained(back)(text) == AutoTokenizer.from_pretrained(hf)(text)
@@ -67,7 +67,7 @@ def test_mixmoe(tmp_path: Path, family: str, stage: int, fields: dict) -> None:
     )
     assert_bit_equal(load_weights_of(back), load_weights_of(hf))
     assert len(list(back.glob("model-*.safetensors"))) > 1
-    assert read_metadata(checkpoint).stage == f"stage{stage}"
+    assert read_metadata(checkpoint).phase.name == f"stage{stage}"
     again = AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).eval()
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_exported_directory_is_complete(tmp_path: Path) -> None:
     # an upcycled model that comes back is still an upcycled one
     assert run_conversion("hf_to_mixmoe", "--hf-dir", out, "--output-dir", tmp_path / "again") == 0
     before, after = read_metadata(checkpoint), read_metadata(tmp_path / "again")
-    assert (after.stage, after.options, after.megatron_args) == (before.stage, before.options, before.megatron_args)
+    assert (after.phase, after.options, after.megatron_args) == (before.phase, before.options, before.megatron_args)
 
 
 PATHS = ["/ckpt/llama2-7b", "./run: 3 #best", "../base", "~/llama", "C:\\models\\base", "D:/base", "file:///b",
@@ -151,7 +151,7 @@ def test_the_card_names_the_base_but_no_path(
 
 def test_file_names_that_are_no_utf8(dense_checkpoint: Path, tmp_path: Path) -> None:
     metadata = read_metadata(dense_checkpoint)
-    metadata.data = [{"stage": "stage1", "prefix": "b\udce4d"}]
+    metadata.data = [{"phase": "stage1", "prefix": "b\udce4d"}]
     shutil.copytree(dense_checkpoint, tmp_path / "m\udce4")
     write_metadata(tmp_path / "m\udce4", metadata)
     out, back = tmp_path / "o\udce4", tmp_path / "b\udce4"
@@ -316,7 +316,7 @@ def test_stage_2_as_a_command(tmp_path: Path, router: str) -> None:
         run_conversion("add_mt_experts", "--checkpoint-dir", tmp_path / "stage2", "--output-dir", tmp_path / "x") == 2
     )
     reader, metadata = TorchDistReader(tmp_path / "stage2" / "release"), read_metadata(tmp_path / "stage2")
-    assert (metadata.stage, metadata.parent["stage"]) == ("stage2", "stage1")
+    assert (metadata.phase.name, metadata.parent["phase"]) == ("stage2", "stage1")
     mt = {name for name in reader.names() if ".mt_experts." in name or ".router.mt." in name}
     assert len(mt) == 2 * 5  # two MoE layers: two expert matrices; the router's two weights and bias
     for name in mt:

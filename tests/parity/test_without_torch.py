@@ -98,7 +98,7 @@ def test_help_needs_no_torch(tmp_path: Path, command: str) -> None:
 def test_an_exports_config_is_what_transformers_would_write(family: str, stage: int) -> None:
     base = tiny_dense_config(family, **base_fields(family)).to_dict()
     options = MixMoEOptions(num_experts_per_group=2, expert_scale=3.0, moe_every=2)
-    sizes = model_sizes(megatron_args_from_hf(base), options, f"stage{stage}")
+    sizes = model_sizes(megatron_args_from_hf(base), options, stage)
     written = mixmoe_config(base, options, sizes)
     if family == "mistral":
         base |= {"model_type": "llama", "sliding_window": None}

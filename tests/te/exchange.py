@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, write_metadata
 from mixmoe_megatron.conversion import parity
+from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.freezing import freeze_for_stage, parameter_report
 from mixmoe_megatron.training.startup import load_parent
 from tests.te.pretend import pretend_cuda
@@ -59,8 +60,8 @@ def exchange(checkpoint: Path, output: Path, stage: int, sizes: dict[str, int]) 
     parallel_state.initialize_model_parallel(expert_tensor_parallel_size=1, **sizes)
     model_parallel_cuda_manual_seed(0)
     metadata = read_metadata(checkpoint)
-    starts_mt = metadata.stage == "stage1" and stage == 2
-    metadata = dataclasses.replace(metadata, stage=f"stage{stage}")
+    starts_mt = metadata.phase.name == "stage1" and stage == 2
+    metadata = dataclasses.replace(metadata, phase=STAGES[stage])
     seen, source = {}, checkpoint
     for name, implementation in (("te", "transformer_engine"), ("torch", "local")):
         with pretend_cuda(name == "te"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mixmoe_megatron.methods.registry import PHASES
 from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
 from tests.helpers.damage import (
     INDEX,
@@ -157,8 +158,8 @@ EXPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "truncated shard": ("upcycled", file(SHARD, lambda d: d[:-100]), [], "is truncated: it ends before"),
     "damaged shard": ("upcycled", file(SHARD, lambda d: b"x" * len(d)), [], "cannot be read"),
     "poisoned shard": ("upcycled", poison_tensors, [], "cannot be read"),
-    "stage 2 of stage 1": ("upcycled", metadata_fields(stage="stage2"), [], "hold LM experts only"),
-    "dense of Mix-MoE": ("upcycled", metadata_fields(stage="dense", options=None), [], "hold LM experts only"),
+    "stage 2 of stage 1": ("upcycled", metadata_fields(phase=PHASES["stage2"]), [], "hold LM experts only"),
+    "dense of Mix-MoE": ("upcycled", metadata_fields(phase=PHASES["dense"], options=None), [], "hold LM experts only"),
     "long tracker": ("upcycled", file(TRACKER, lambda d: b"1" * 5000), [], "expected a number"),
     "no size": ("upcycled", edit_embedding(lambda e: delattr(e, "size")), [], "contradicts itself"),
     "no properties": ("upcycled", edit_embedding(lambda e: setattr(e, "properties", e.size)), [], "contradicts itself"),
@@ -189,7 +190,7 @@ EXPORT_CASES: dict[str, tuple[str, Damage, list[str], str]] = {
     "no options": ("upcycled", raw_metadata(lambda m: m.update(options=[])), [], "options is of the wrong"),
     "no versions": ("upcycled", raw_metadata(lambda m: m.update(versions=[])), [], "versions is of the wrong"),
     "senseless parent": ("upcycled", raw_metadata(lambda m: m.update(parent="x")), [], "parent is of the wrong"),
-    "parent of no stage": ("upcycled", raw_metadata(lambda m: m["parent"].pop("stage")), [], "parent lacks stage"),
+    "parent of no phase": ("upcycled", raw_metadata(lambda m: m["parent"].pop("phase")), [], "parent lacks phase"),
     "senseless data": ("upcycled", raw_metadata(lambda m: m.update(data=["x"])), [], "data must be a list of objects"),
     "nested metadata": (
         "upcycled", file("mixmoe_metadata.json", lambda d: b"[" * 100_000), [], "is not valid JSON"

@@ -15,7 +15,7 @@ from mixmoe_megatron.model.sizes import model_sizes
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options, model_loss
 
 BATCH, LENGTH = 3, 8
-STAGES = {0: "dense", 1: "stage1", 2: "stage2"}
+STAGES = (0, 1, 2)
 #: A Llama-3.2-1B.
 LLAMA_1B: dict[str, Any] = {
     "num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32, "num_query_groups": 8,
@@ -27,7 +27,7 @@ LLAMA_1B: dict[str, Any] = {
 def sizes_of(config: Any, stage: int, options: Any) -> Sizes:
     names = vars(config) | {"vocab_size": VOCAB_SIZE, "make_vocab_size_divisible_by": 1, "add_qkv_bias": False}
     names["untie_embeddings_and_output_weights"] = False
-    return model_sizes(names, options if stage else None, STAGES[stage])
+    return model_sizes(names, options, stage)
 
 
 def unmasked_half(sizes: Sizes, tokens: int, length: int) -> StepFlops:
@@ -68,19 +68,17 @@ def test_counts_equal_torchs_counter_in_the_real_model(stage: int, overrides: di
 def test_a_full_step_of_a_known_model_is_six_operations_a_parameter_and_attention() -> None:
     """The usual rule: 6 N a token for N parameters in matrices, and 6 L Q (S + 1) for causal attention."""
     parameters = 16 * (2048 * (2048 + 1024) + 2048 * 2048 + 3 * 2048 * 8192) + 2048 * 128256
-    flops = step_flops(model_sizes(LLAMA_1B, None, "dense"), 1, 1000, 4096)
+    flops = step_flops(model_sizes(LLAMA_1B, None, 0), 1, 1000, 4096)
     assert flops.total == 1000 * (6 * parameters + 6 * 16 * 2048 * 4097)
     assert flops.forward == flops.total / 3
 
 
 def test_stages_cost_less_than_full_fine_tuning_and_lengths_average() -> None:
     options = make_options()
-    dense, stage1, stage2 = (
-        step_flops(model_sizes(LLAMA_1B, options if stage else None, STAGES[stage]), 1, 1.0, 4096.0) for stage in STAGES
-    )
+    dense, stage1, stage2 = (step_flops(model_sizes(LLAMA_1B, options, stage), 1, 1.0, 4096.0) for stage in STAGES)
     assert stage1.total < stage2.total < 0.75 * dense.total
     assert stage1.forward < stage2.forward < dense.forward
-    sizes = model_sizes(LLAMA_1B, options, "stage2")
+    sizes = model_sizes(LLAMA_1B, options, 2)
     lengths = [5, 7, 30]
     mean = sum(length**2 for length in lengths) / sum(lengths)
     apart = sum(step_flops(sizes, 1, length, length).total for length in lengths)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.freezing import fingerprint, freeze_for_stage, is_trained, parameter_report, part_of
+from mixmoe_megatron.methods.base import part_of
+from mixmoe_megatron.model.freezing import fingerprint, freeze_for_stage, is_trained, parameter_report
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
 from tests.helpers.megatron import gradients, initialize_megatron, make_config, make_model, make_options, model_loss
 

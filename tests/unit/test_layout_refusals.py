@@ -16,6 +16,7 @@ from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import Machine
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model import config
 from mixmoe_megatron.model.config import check_settings
 from mixmoe_megatron.training import layout_refusals
@@ -70,7 +71,7 @@ REFUSED = {
 @pytest.fixture
 def parent(tmp_path: Path) -> Path:
     """The directory of an upcycled checkpoint, its metadata alone."""
-    write_metadata(tmp_path, Metadata("upcycled", config.MixMoEOptions(moe_every=2).to_dict(), MODEL, CONFIG))
+    write_metadata(tmp_path, Metadata(PHASES["upcycled"], config.MixMoEOptions(moe_every=2).to_dict(), MODEL, CONFIG))
     return tmp_path
 
 

@@ -14,6 +14,7 @@ import pytest
 from mixmoe_megatron.checkpoint.hf_files import model_card
 from mixmoe_megatron.checkpoint.metadata import Metadata
 from mixmoe_megatron.markup import bold, code_span, escape_latex, escape_markdown
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.study.comparison import latex_comparison, markdown_comparison
 from mixmoe_megatron.study.figures import draw_scores
 from mixmoe_megatron.study.html_report import render_html
@@ -77,9 +78,9 @@ def test_a_paragraph_shows_its_text(text: str) -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_model_card_shows_its_texts(text: str) -> None:
     """The card's names come from metadata and file names that others may have written."""
-    data = {"stage": text, "prefix": text, "kind": text, "tokens": 1, "manifest_sha256": text}
-    parent = {"stage": text, "weights_xxh128": "00"}
-    card = model_card(Metadata("dense", None, {}, {}, parent, {}, text, [data]), text, 7)
+    data = {"phase": text, "prefix": text, "kind": text, "tokens": 1, "manifest_sha256": text}
+    parent = {"phase": text, "weights_xxh128": "00"}
+    card = model_card(Metadata(PHASES["dense"], None, {}, {}, parent, {}, text, [data]), text, 7)
     found = Cells(markdown.markdown(card.split("---\n", 2)[2], extensions=["tables"]))
     assert [cell for cell in found.cells if text in cell] == [text, f"{text}, weights xxh128 00", *[text] * 5]
     assert set(found.tags) <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td"}

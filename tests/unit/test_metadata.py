@@ -11,33 +11,40 @@ from mixmoe_megatron.checkpoint.metadata import (
     METADATA_FILE,
     Metadata,
     read_metadata,
-    require_stage,
+    require_phase,
     write_metadata,
 )
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import PHASES
 
 
 def make_metadata(**fields) -> Metadata:
     return Metadata(
-        **{"stage": "stage1", "options": {"a": 1}, "megatron_args": {"num_layers": 4}, "hf_config": {}, **fields}
+        **{
+            "phase": PHASES["stage1"],
+            "options": {"a": 1},
+            "megatron_args": {"num_layers": 4},
+            "hf_config": {},
+            **fields,
+        }
     )
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    written = make_metadata(parent={"path": "base", "stage": "dense", "weights_xxh128": "0" * 64}, created_by="test")
+    written = make_metadata(parent={"path": "base", "phase": "dense", "weights_xxh128": "0" * 64}, created_by="test")
     write_metadata(tmp_path, written)
     assert read_metadata(tmp_path) == written
     assert written.versions["torch"] and [p.name for p in tmp_path.iterdir()] == [METADATA_FILE]
-    assert json.loads((tmp_path / METADATA_FILE).read_text())["format_version"] == 1
+    content = json.loads((tmp_path / METADATA_FILE).read_text())
+    assert [content[name] for name in ("format_version", "method", "phase")] == [2, "mixmoe", "stage1"]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stage": "stage3"}, "stage 'stage3'"),
+        ({"phase": "stage1"}, "phase is of the wrong type"),
         ({"options": None}, "must have options"),
-        ({"stage": "dense"}, "must not have options"),
-        ({"format_version": 2}, "format_version 2"),
+        ({"phase": PHASES["dense"]}, "must not have options"),
     ],
 )
 def test_inconsistent_metadata_is_not_written(tmp_path: Path, fields, message) -> None:
@@ -56,6 +63,20 @@ def test_inconsistent_metadata_is_not_written(tmp_path: Path, fields, message) -
             '{"stage": "dense", "options": null, "megatron_args": {}, "hf_config": {}, "extra": 1}',
             "unknown fields: extra",
         ),
+        ('{"format_version": 3, "stage": "dense"}', "format_version 3, this package reads 1 and 2"),
+        (
+            '{"stage": "stage3", "options": {}, "megatron_args": {}, "hf_config": {}}',
+            "has phase 'stage3', expected one",
+        ),
+        (
+            '{"format_version": 2, "method": "full", "phase": "stage1", "options": {}, "megatron_args": {}, '
+            '"hf_config": {}}',
+            "has phase 'stage1' of method 'full', but it is one of 'mixmoe'",
+        ),
+        (
+            '{"format_version": 2, "stage": "stage1", "options": {}, "megatron_args": {}, "hf_config": {}}',
+            "lacks phase",
+        ),
     ],
 )
 def test_broken_file(tmp_path: Path, text, message) -> None:
@@ -69,7 +90,9 @@ def test_missing_file_says_what_to_run(tmp_path: Path) -> None:
         read_metadata(tmp_path)
 
 
-def test_wrong_stage_says_what_to_run() -> None:
-    require_stage(make_metadata(), ("upcycled", "stage1"), "unused")
+def test_wrong_phase_says_what_to_run() -> None:
+    require_phase(make_metadata(), ("upcycled", "stage1"), "unused")
     with pytest.raises(MixMoEError, match=r"'stage1'.*needs 'stage2': run stage 2 first"):
-        require_stage(make_metadata(), "stage2", "run stage 2 first")
+        require_phase(make_metadata(), "stage2", "run stage 2 first")
+    with pytest.raises(MixMoEError, match=r"needs 'upcycled' or 'dense': upcycle a dense model with"):
+        require_phase(make_metadata(), ("upcycled", "dense"))

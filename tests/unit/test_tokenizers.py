@@ -20,6 +20,7 @@ from mixmoe_megatron.data.tokenizers import (
     open_tokenizer,
 )
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import PHASES
 from tests.helpers.tiny_tokenizers import KINDS, make_tokenizer
 
 
@@ -103,7 +104,7 @@ def test_a_tokenizer_beside_a_model_with_fewer_rows(tokenizers: dict[str, TextTo
     ids = tokenizers["bpe"].vocab_size
     folder = shutil.copytree(tokenizers["bpe"].directory, tmp_path / "run" / "tokenizer")
     for rows in (ids, ids - 1):
-        metadata = Metadata("dense", None, {"vocab_size": rows}, {})
+        metadata = Metadata(PHASES["dense"], None, {"vocab_size": rows}, {})
         write_metadata(tmp_path / "run", metadata)
         (folder / "config.json").unlink(missing_ok=True)
         for _ in range(2):

@@ -12,6 +12,7 @@ import pytest
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments, has_checkpoint
 
@@ -26,7 +27,7 @@ def make_checkpoint(directory: Path, stage: str, complete: bool = True, **model:
     directory.mkdir()
     options = None if stage == "dense" else MixMoEOptions(moe_every=4, topk_per_group=2).to_dict()
     arguments = {**MODEL, **model}
-    write_metadata(directory, Metadata(stage, options, arguments, hf_config_from_megatron_args(arguments)))
+    write_metadata(directory, Metadata(PHASES[stage], options, arguments, hf_config_from_megatron_args(arguments)))
     if complete:
         (directory / "latest_checkpointed_iteration.txt").write_text("release")
     return directory
@@ -89,7 +90,7 @@ def test_a_run_goes_on_from_load(tmp_path: Path) -> None:
     both = ["--mixmoe-stage", 1, "--init-from", parent, "--load", run]
     assert has_checkpoint(run)
     words, metadata = complete_arguments([str(word) for word in both])
-    assert metadata.stage == "stage1" and last_value(words, "--rotary-base") == "2"
+    assert metadata.phase.name == "stage1" and last_value(words, "--rotary-base") == "2"
     assert last_value(words, "--tokenizer-model") == str(run / "tokenizer")
     assert last_value(complete("--mixmoe-stage", 1, "--load", run), "--rotary-base") == "2"
 
@@ -99,7 +100,7 @@ def test_a_run_without_an_iteration_starts_from_its_parent(tmp_path: Path) -> No
     run = make_checkpoint(tmp_path / "run", "stage1", complete=False)
     assert not has_checkpoint(run)
     words, metadata = complete_arguments(["--mixmoe-stage", "1", "--init-from", str(parent), "--load", str(run)])
-    assert metadata.stage == "upcycled" and last_value(words, "--rotary-base") == "1"
+    assert metadata.phase.name == "upcycled" and last_value(words, "--rotary-base") == "1"
 
 
 @pytest.mark.parametrize(

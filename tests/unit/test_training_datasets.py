@@ -163,8 +163,8 @@ def test_a_gpu_sees_few_widths(
 
 
 def test_a_run_of_the_old_order_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
-    now = {"stage": "stage1", "order": datasets._ORDER}
-    datasets.tell_of_another_order([now, {"stage": "stage0"}], "stage1")
+    now = {"phase": "stage1", "order": datasets._ORDER}
+    datasets.tell_of_another_order([now, {"phase": "stage0"}], "stage1")
     assert not caplog.text
-    datasets.tell_of_another_order([now, {"stage": "stage1"}], "stage1")
+    datasets.tell_of_another_order([now, {"phase": "stage1"}], "stage1")
     assert "begun by an earlier version" in caplog.text

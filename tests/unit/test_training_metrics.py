@@ -11,8 +11,9 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_logging
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.flops import peak_flops
-from mixmoe_megatron.model.metrics import GROUPS, MixMoEMetricsTracker, install_metrics_tracker
+from mixmoe_megatron.model.metrics import MixMoEMetricsTracker, install_metrics_tracker
 from mixmoe_megatron.model.moe_layer import MixMoELayer
 from mixmoe_megatron.study.training_log import read_training_log
 from tests.helpers.megatron import initialize_megatron, make_config, make_layer, make_model, make_options, model_loss
