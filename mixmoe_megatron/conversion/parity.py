@@ -21,7 +21,8 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import NOT_WEIGHTS
 from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.config import MixMoETransformerConfig
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import padded_vocab_size
 
 

@@ -4,7 +4,7 @@ A document has two sequences: the prompt's tokens as they are at generation, and
 stored with each sequence is the number of the translation direction in the manifest's `directions`, so that statistics
 per direction stay possible. `parallel.ParallelDataset` reads what is built here.
 
-Source: Mix-MoE (arXiv:2605.24681) section IV; prompt and filters are decisions of the README.
+Source: Mix-MoE (arXiv:2605.24681) section IV. Deviates: D12, D13 (model/README.md).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ except ImportError:  # transformers 4.57
 _grouped_mm: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-class MixMoERouter(nn.Module):
+class MixMoETopKRouter(nn.Module):
     """Route each token to its top-k experts in each group. All maths in float32.
 
     Source: Mix-MoE (arXiv:2605.24681) eq. 3-7. The spectral features are folded into `weight`: Re FFT is linear, so
@@ -81,7 +81,7 @@ class MixMoERouter(nn.Module):
 
 
 @use_experts_implementation
-class MixMoEExperts(nn.Module):
+class MixMoEPackedExperts(nn.Module):
     """All experts of a layer, packed: LM experts 0..n-1, then MT experts n..2n-1.
 
     Source: Mix-MoE (arXiv:2605.24681) eq. 1-2. Each expert is down(SiLU(gate(h)) * up(h)), with the base's activation.
@@ -168,13 +168,14 @@ def _can_use_grouped_mm(*tensors: torch.Tensor) -> bool:
 class MixMoEBlock(nn.Module):
     """The FFN of a Mix-MoE layer: y = s * p * E(h) of the LM group; in stage 2 its mean or sum with the MT group's.
 
-    Source: Mix-MoE (arXiv:2605.24681) section III-A; the scale s and the mean are additions.
+    Source: Mix-MoE (arXiv:2605.24681) section III-A; the scale s and the mean are additions, D1 and D2 of
+    mixmoe_megatron/model/README.md.
     """
 
     def __init__(self, config: MixMoEConfig):
         super().__init__()
-        self.router = MixMoERouter(config)
-        self.experts = MixMoEExperts(config)
+        self.router = MixMoETopKRouter(config)
+        self.experts = MixMoEPackedExperts(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply router and experts to [B, S, H] after the post-attention RMSNorm; the same shape and dtype come out."""
@@ -235,7 +236,7 @@ class MixMoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: Any = {
-        "router_logits": OutputRecorder(MixMoERouter, index=0),
+        "router_logits": OutputRecorder(MixMoETopKRouter, index=0),
         "hidden_states": [llama.LlamaDecoderLayer, qwen2.Qwen2DecoderLayer],
         "attentions": "self_attn",  # by module name: 4.57 takes a list of two classes for self and cross attention
     }
@@ -244,11 +245,11 @@ class MixMoEPreTrainedModel(PreTrainedModel):
         """Initialise one module: experts and router weights normal(initializer_range), router bias 0."""
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MixMoERouter):
+        if isinstance(module, MixMoETopKRouter):
             nn.init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, MixMoEExperts):
+        elif isinstance(module, MixMoEPackedExperts):
             nn.init.normal_(module.gate_up_proj, mean=0.0, std=std)
             nn.init.normal_(module.down_proj, mean=0.0, std=std)
 

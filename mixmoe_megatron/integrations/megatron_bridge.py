@@ -53,7 +53,7 @@ class MixMoEProvider(GPTModelProvider, MixMoETransformerConfig):
             MixMoEError: a setting does not go with Mix-MoE; one sentence says which.
         """
         super().finalize()
-        check_transformer_config(self, self.options(), self.mixmoe_stage)
+        check_transformer_config(self)
 
 
 class GroupMapping(MegatronParamMapping[Tensor]):

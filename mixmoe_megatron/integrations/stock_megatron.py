@@ -25,8 +25,9 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import check_megatron_version, this_machine
 from mixmoe_megatron.megatron_patches.resume import mend_optimizers
 from mixmoe_megatron.megatron_patches.throughput import install_metrics
-from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig, check_transformer_config
+from mixmoe_megatron.model.config import MixMoETransformerConfig, check_transformer_config
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.training.arguments import apply_options, has_checkpoint, model_arguments, source_checkpoint
 from mixmoe_megatron.training.going_on import keep_saved_rates, saved_run
 from mixmoe_megatron.training.pretrain import add_hooks
@@ -108,4 +109,5 @@ def _become_mixmoe_config(config: TransformerConfig, options: MixMoEOptions, sta
     """Give a TransformerConfig the Mix-MoE fields in place: Megatron's wrappers hold this very object already."""
     config.__class__ = MixMoETransformerConfig
     vars(config).update(options.to_dict(), mixmoe_stage=stage, experts_backend="auto", moe_grouped_gemm=True)
-    check_transformer_config(config, options, stage)
+    assert isinstance(config, MixMoETransformerConfig)
+    check_transformer_config(config)

@@ -13,9 +13,9 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers, training
 
-from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.metrics import install_metrics_tracker
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
 
 

@@ -13,7 +13,6 @@ this rank (K divides A), D head size.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -39,11 +38,11 @@ class TorchCoreAttention(MegatronModule):
         attention_type: "self" or "cross"; unused.
         attention_dropout: None: the config's.
         softmax_scale: None: 1 / sqrt(D).
-        cp_comm_type: unused: keys and values are gathered, whatever it says.
         pg_collection: Megatron's process groups (cp).
+        kwargs: arguments of Megatron's other attentions, unused: keys and values are gathered whatever cp_comm_type is.
 
     Raises:
-        MixMoEError: a sliding window or a softmax variant, which need Transformer Engine.
+        MixMoEError: a sliding window or a softmax variant, which need Transformer Engine, or query-key layer scaling.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class TorchCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ):
@@ -66,9 +64,7 @@ class TorchCoreAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.cp_group = pg_collection.cp if pg_collection is not None else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        head_size = config.kv_channels
-        assert head_size is not None
-        self.softmax_scale = 1.0 / math.sqrt(head_size) if softmax_scale is None else softmax_scale
+        self.softmax_scale = softmax_scale
         if config.apply_query_key_layer_scaling:
             # Megatron divides by the layer number and multiplies back after the mask: no change in exact maths.
             raise MixMoEError("apply_query_key_layer_scaling is not supported by the torch attention.")
@@ -93,10 +89,10 @@ class TorchCoreAttention(MegatronModule):
             packed_seq_params: where the documents of a packed row begin (qkv_format "thd"); each attends to itself.
 
         Returns:
-            [S, B, A * D].
+            [S, B, A * D], the dtype of the query.
 
         Raises:
-            MixMoEError: attention_bias is given, or what needs Transformer Engine.
+            MixMoEError: attention_bias is given, or the case needs Transformer Engine.
         """
         if attention_bias is not None:
             raise MixMoEError("attention bias needs Transformer Engine.")
@@ -107,21 +103,22 @@ class TorchCoreAttention(MegatronModule):
         causal = mask_type == AttnMaskType.causal and query.shape[0] > 1
         if causal and query.shape[0] != key.shape[0]:
             raise MixMoEError("causal attention of several queries over a longer cache needs Transformer Engine.")
-        use_mask = attention_mask is not None and mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask)
-        allowed = ~attention_mask if use_mask and attention_mask is not None else None
+        ignores_mask = attention_mask is None or mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
+        allowed = None if ignores_mask else ~attention_mask  # type: ignore[operator]
         if utils.get_pg_size(self.cp_group) > 1:
             if not causal:
                 raise MixMoEError("context parallelism is for causal attention over the whole sequence.")
             key, value, allowed = self._gather(key, value)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            query,
+            key,
+            value,
             attn_mask=allowed,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal and allowed is None,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -145,12 +142,6 @@ class TorchCoreAttention(MegatronModule):
         positions = torch.stack([chunks[:ranks], chunks[ranks:].flip(0)], dim=1).view(ranks, -1)
         key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         return key, value, positions[rank].unsqueeze(1) >= positions.flatten()
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Return nothing: the module has no state."""
-        return {}
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):

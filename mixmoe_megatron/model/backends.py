@@ -35,12 +35,8 @@ def choose_experts_backend(config: TransformerConfig, num_per_group: int) -> str
     wanted = getattr(config, "experts_backend", "auto")
     if wanted == "te" and not HAVE_TE:
         raise MixMoEError("experts_backend=te needs Transformer Engine, which is not installed (use auto or torch).")
-    sizes = {
-        "hidden_size": config.hidden_size,
-        "moe_ffn_hidden_size per rank": (config.moe_ffn_hidden_size or 0) // (config.expert_tensor_parallel_size or 1),
-    }
-    dtype, capability = config.params_dtype, cuda_capability()
-    misfit = grouped_mm_misfit(sizes, dtype, capability)
+    capability = cuda_capability()
+    misfit = _grouped_mm_misfit(config, capability)
     if wanted == "torch" and misfit and num_per_group > 1:
         raise MixMoEError(f"experts_backend=torch: {misfit} (use auto or sequential).")
     if wanted != "auto":
@@ -49,7 +45,7 @@ def choose_experts_backend(config: TransformerConfig, num_per_group: int) -> str
         backend, why = "te", "Transformer Engine is there"
     elif num_per_group == 1:
         backend, why = "sequential", "one expert of a group per rank is a plain GEMM"
-    elif reason := misfit or grouped_mm_slowness(dtype, capability):
+    elif reason := misfit or _grouped_mm_slowness(config.params_dtype, capability):
         backend, why = "sequential", reason
     else:
         backend, why = "torch", "torch's grouped GEMM is one kernel here, and Transformer Engine is not used"
@@ -64,31 +60,21 @@ def cuda_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def grouped_mm_misfit(sizes: dict[str, int], dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
-    """Return why torch's grouped GEMM cannot be used, or None.
-
-    Args:
-        sizes: the widths of the experts' matrices by name.
-        dtype: of the experts.
-        capability: compute capability of the GPU, None for a CPU.
-    """
+def _grouped_mm_misfit(config: TransformerConfig, capability: tuple[int, int] | None) -> str | None:
+    """Return why torch's grouped GEMM cannot be used with a compute capability (None: a CPU), or None."""
     if capability is not None and capability[0] > 9:
         # pytorch issue 172439
         return f"it gives experts without tokens wrong gradients on compute capability {capability[0]}.{capability[1]}"
-    alignment = _GEMM_ALIGNMENT_BYTES // dtype.itemsize
-    for name, size in sizes.items():
+    alignment = _GEMM_ALIGNMENT_BYTES // config.params_dtype.itemsize
+    ffn_size = (config.moe_ffn_hidden_size or 0) // (config.expert_tensor_parallel_size or 1)
+    for name, size in (("hidden_size", config.hidden_size), ("moe_ffn_hidden_size per rank", ffn_size)):
         if size % alignment:
             return f"{name}={size} is not a multiple of {alignment}, which torch's grouped GEMM needs"
     return None
 
 
-def grouped_mm_slowness(dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
-    """Return why torch's grouped GEMM is no faster than a GEMM per expert, or None: it is one kernel.
-
-    Args:
-        dtype: of the experts.
-        capability: compute capability of the GPU, None for a CPU.
-    """
+def _grouped_mm_slowness(dtype: torch.dtype, capability: tuple[int, int] | None) -> str | None:
+    """Return why torch's grouped GEMM is no faster than a GEMM per expert, or None: it is one kernel."""
     if capability is None:
         return "torch's grouped GEMM is a loop on a CPU"
     if capability[0] < 9 or dtype != torch.bfloat16:

@@ -13,29 +13,9 @@ from torch.nn import functional
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import phase_of_stage
-from mixmoe_megatron.model.options import (
-    OPTION_NAMES,
-    MixMoEOptions,
-    mixmoe_megatron_args,
-    resolve_moe_layers,
-)
+from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args
 
-__all__ = [
-    "EXPERTS_BACKENDS",
-    "OPTION_NAMES",
-    "PAPER_AUX_LOSS_COEFF",
-    "MixMoEOptions",
-    "MixMoETransformerConfig",
-    "check_expert_parallel",
-    "check_transformer_config",
-    "mixmoe_megatron_args",
-    "options_and_stage",
-    "resolve_moe_layers",
-]
-
-#: Coefficient of the aux loss in the paper (lambda of eq. 8-9). Megatron's own flag is --moe-aux-loss-coeff.
-PAPER_AUX_LOSS_COEFF = 0.01
-
+#: Values of `experts_backend`, see `backends.choose_experts_backend`.
 EXPERTS_BACKENDS: tuple[str, ...] = ("auto", "torch", "te", "sequential")
 
 
@@ -68,7 +48,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
         else:
             # Stock Megatron would ask for this flag (selective recompute of `moe_act`); our experts are always grouped.
             self.moe_grouped_gemm = True
-            check_transformer_config(self, self.options(), self.mixmoe_stage)
+            check_transformer_config(self)
         TransformerConfig.__post_init__(self)
 
     @classmethod
@@ -80,14 +60,20 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
         Raises:
             MixMoEError: as the class.
         """
-        derived = mixmoe_megatron_args(options, stage, num_layers, ffn_hidden_size)
-        derived["num_moe_experts"] = derived.pop("num_experts")
+        derived = _derived_fields(options, stage, num_layers, ffn_hidden_size)
         sizes = {"num_layers": num_layers, "ffn_hidden_size": ffn_hidden_size, "mixmoe_stage": stage}
         return cls(**{**options.to_dict(), **derived, **sizes, **kwargs})
 
     def options(self) -> MixMoEOptions:
         """Return the Mix-MoE options alone."""
         return MixMoEOptions.from_dict({name: getattr(self, name) for name in OPTION_NAMES})
+
+
+def _derived_fields(options: MixMoEOptions, stage: int, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:
+    """Return the fields of a config that follow from the options; one is named otherwise than Megatron's argument."""
+    fields = mixmoe_megatron_args(options, stage, num_layers, ffn_hidden_size)
+    fields["num_moe_experts"] = fields.pop("num_experts")
+    return fields
 
 
 def options_and_stage(config: TransformerConfig) -> tuple[MixMoEOptions, int]:
@@ -180,8 +166,8 @@ def check_expert_parallel(num_experts_per_group: int, expert_model_parallel_size
         )
 
 
-def check_transformer_config(config: TransformerConfig, options: MixMoEOptions, stage: int) -> None:
-    """Check a TransformerConfig against the options of an MoE stage (1 or 2).
+def check_transformer_config(config: MixMoETransformerConfig) -> None:
+    """Check the config of an MoE stage (1 or 2) against its own Mix-MoE options.
 
     Raises:
         MixMoEError: a setting contradicts the options or is not supported; one sentence says which.
@@ -189,20 +175,17 @@ def check_transformer_config(config: TransformerConfig, options: MixMoEOptions, 
     check_settings(config, _REQUIRED_SETTINGS)
     if isinstance(config.moe_aux_loss_coeff, list) and len(config.moe_aux_loss_coeff) != 1:
         raise MixMoEError("moe_aux_loss_coeff must be one number: both groups share it.")
-    backend = getattr(config, "experts_backend", "auto")
-    if backend not in EXPERTS_BACKENDS:
-        raise MixMoEError(f"experts_backend must be one of {', '.join(EXPERTS_BACKENDS)}, got {backend!r}.")
-    check_expert_parallel(options.num_experts_per_group, config.expert_model_parallel_size)
+    if config.experts_backend not in EXPERTS_BACKENDS:
+        backends = ", ".join(EXPERTS_BACKENDS)
+        raise MixMoEError(f"experts_backend must be one of {backends}, got {config.experts_backend!r}.")
+    check_expert_parallel(config.num_experts_per_group, config.expert_model_parallel_size)
     etp = config.expert_tensor_parallel_size or 1
     if config.moe_ffn_hidden_size and config.moe_ffn_hidden_size % etp:
         raise MixMoEError(
             f"moe_ffn_hidden_size={config.moe_ffn_hidden_size} is not divisible by expert_tensor_parallel_size={etp}."
         )
-    derived = mixmoe_megatron_args(options, stage, config.num_layers, config.ffn_hidden_size or 4 * config.hidden_size)
-    derived["num_moe_experts"] = derived.pop("num_experts")
-    if isinstance(config, MixMoETransformerConfig):
-        for name in ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"):
-            if getattr(config, name) != derived[name]:
-                raise MixMoEError(
-                    f"{name}={getattr(config, name)!r} contradicts the Mix-MoE options, which give {derived[name]!r}."
-                )
+    ffn_hidden_size = config.ffn_hidden_size or 4 * config.hidden_size
+    derived = _derived_fields(config.options(), config.mixmoe_stage, config.num_layers, ffn_hidden_size)
+    for name in ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"):
+        if (value := getattr(config, name)) != derived[name]:
+            raise MixMoEError(f"{name}={value!r} contradicts the Mix-MoE options, which give {derived[name]!r}.")

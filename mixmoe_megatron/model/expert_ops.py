@@ -26,14 +26,17 @@ def looped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> t
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Return the same with torch's grouped GEMM, one kernel where `backends.grouped_mm_slowness` has nothing to say.
+    """Return the same with torch's grouped GEMM, one kernel where `choose_experts_backend` takes it by itself.
 
     Args:
         x, weight, counts: as in `looped_linear`.
     """
     offsets = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(x.device, non_blocking=True)
     grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
-    return _ContiguousGrad.apply(grouped_mm(x.contiguous(), weight.transpose(-2, -1), offs=offsets))
+    output = grouped_mm(x.contiguous(), weight.transpose(-2, -1), offs=offsets)
+    if output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)  # grouped_mm's own backward pass demands it
+    return output
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -52,13 +55,13 @@ class _LoopedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        grad_rows = grads[0].split(ctx.counts)
-        grad_x = weight.new_empty(len(grads[0]), weight.shape[2]) if need_x else None
-        if grad_x is not None:
+        grad_rows, grad_x, grad_weight = grads[0].split(ctx.counts), None, None
+        if need_x:
+            grad_x = weight.new_empty(len(grads[0]), weight.shape[2])
             for grad, matrix, result in zip(grad_rows, weight, grad_x.split(ctx.counts), strict=True):
                 _multiply(grad, matrix, result)
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        if grad_weight is not None:
+        if need_weight:
+            grad_weight = torch.empty_like(weight)
             for grad, rows, result in zip(grad_rows, x.split(ctx.counts), grad_weight, strict=True):
                 torch.mm(grad.T, rows, out=result)  # zero where an expert has no rows
         return grad_x, grad_weight, None
@@ -75,18 +78,6 @@ def _multiply(rows: torch.Tensor, matrix: torch.Tensor, result: torch.Tensor) ->
         result.copy_(torch.mm(matrix.T, rows.T).T)
     else:
         torch.mm(rows, matrix, out=result)
-
-
-class _ContiguousGrad(torch.autograd.Function):
-    """The identity; makes the gradient contiguous, which grouped_mm's backward demands."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0].contiguous()
 
 
 def weighted_swiglu(gate_up: torch.Tensor, probs: torch.Tensor, fused: bool) -> torch.Tensor:

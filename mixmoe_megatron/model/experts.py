@@ -26,51 +26,58 @@ from mixmoe_megatron.model.backends import choose_experts_backend
 from mixmoe_megatron.model.config import options_and_stage
 from mixmoe_megatron.model.expert_ops import grouped_linear, looped_linear, weighted_swiglu
 from mixmoe_megatron.model.metrics import recording_tracker
+from mixmoe_megatron.model.recompute import recomputed
 from mixmoe_megatron.model.sharding import StackedWeight
 
 
 class GroupedLinear(torch.nn.Module):
-    """One bias-free linear layer per expert, in one stacked weight; y_e = x_e W_e^T.
+    """One of the two layers of a group's experts: a bias-free linear layer per expert, in one stacked weight.
+
+    "linear_fc1" is gate and up projection, [2 F, H], "linear_fc2" the down projection, [H, F]; y_e = x_e W_e^T. Expert
+    tensor parallelism splits F: the output of the first, gate and up each on its own, and the input of the second.
 
     Args:
+        name: "linear_fc1" or "linear_fc2".
         num_local_experts: n, experts of the group on this rank.
-        input_size: full (unsharded) input width.
-        output_size: full output width.
         config: a MixMoETransformerConfig.
-        init_method: fills an [output_size, input_size] float32 tensor in place.
-        parallel_axis: weight axis that expert tensor parallelism splits: 0 (column) or 1 (row).
-        stride: 2 when the output is a gate and an up projection, each split on its own, else 1.
-        pg_collection: Megatron's process groups (ep, expt_tp).
+        pg_collection: Megatron's process groups (ep, expt_tp, expt_dp).
         use_grouped_mm: one grouped GEMM instead of a GEMM per expert.
 
     Attributes:
-        weight: [n, output_size, input_size] params_dtype, one of the two sizes divided by the expert TP size.
+        weight: [n, output size, input size] params_dtype.
+        parallel_axis: axis of [output size, input size] that expert tensor parallelism splits.
+        stride: 2 when the output is a gate and an up projection, each split on its own, else 1.
+        ep_rank, ep_size, tp_rank, tp_size, dp_rank: this rank among those that share out the experts, each expert's
+            weight, and among those that hold the same.
     """
 
     def __init__(
         self,
+        name: str,
         num_local_experts: int,
-        input_size: int,
-        output_size: int,
-        *,
         config: TransformerConfig,
-        init_method: Any,
-        parallel_axis: int,
-        stride: int,
         pg_collection: ProcessGroupCollection,
         use_grouped_mm: bool,
     ):
         super().__init__()
-        self.use_grouped_mm = use_grouped_mm
-        self.parallel_axis, self.stride = parallel_axis, stride
-        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
-        full_shape = [output_size, input_size]
+        self.name, self.use_grouped_mm = name, use_grouped_mm
+        self.ep_rank, self.ep_size = utils.get_pg_rank(pg_collection.ep), utils.get_pg_size(pg_collection.ep)
+        self.tp_rank, self.tp_size = utils.get_pg_rank(pg_collection.expt_tp), utils.get_pg_size(pg_collection.expt_tp)
+        self.dp_rank = utils.get_pg_rank(pg_collection.expt_dp)
+        hidden_size, ffn_size = config.hidden_size, config.moe_ffn_hidden_size
+        assert ffn_size is not None
+        if name == "linear_fc1":
+            full_shape, init_method = [2 * ffn_size, hidden_size], config.init_method
+            self.parallel_axis, self.stride = 0, 2
+        else:
+            full_shape, init_method = [hidden_size, ffn_size], config.output_layer_init_method
+            self.parallel_axis, self.stride = 1, 1
         shape = list(full_shape)
-        shape[parallel_axis] //= utils.get_pg_size(self.tp_group)
+        shape[self.parallel_axis] //= self.tp_size
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device)
         self.weight = torch.nn.Parameter(weight)
-        set_tensor_model_parallel_attributes(self.weight, True, parallel_axis + 1, stride)
+        set_tensor_model_parallel_attributes(self.weight, True, self.parallel_axis + 1, self.stride)
         if config.perform_initialization:
             self._initialize(init_method, full_shape, config)
         self.register_load_state_dict_pre_hook(_drop_extra_state)
@@ -83,14 +90,13 @@ class GroupedLinear(torch.nn.Module):
                     init_method(expert)
             return
         # On the CPU every rank draws all experts, so that the model does not depend on the parallel sizes.
-        n, ep_rank, ep_size = len(self.weight), utils.get_pg_rank(self.ep_group), utils.get_pg_size(self.ep_group)
-        tp_rank, tp_size = utils.get_pg_rank(self.tp_group), utils.get_pg_size(self.tp_group)
-        for index in range(n * ep_size):
+        n = len(self.weight)
+        for index in range(n * self.ep_size):
             full = torch.empty(full_shape, dtype=torch.float32, device="cpu")
             init_method(full)
-            if index // n == ep_rank:
-                blocks = full.chunk(self.stride * tp_size, dim=self.parallel_axis)
-                self.weight[index % n].copy_(torch.cat(blocks[tp_rank::tp_size], dim=self.parallel_axis))
+            if index // n == self.ep_rank:
+                blocks = full.chunk(self.stride * self.tp_size, dim=self.parallel_axis)
+                self.weight[index % n].copy_(torch.cat(blocks[self.tp_rank :: self.tp_size], dim=self.parallel_axis))
 
     def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
         """Apply each expert's layer to its rows: [T, in] sorted by expert -> [T, out].
@@ -115,7 +121,7 @@ class ExpertGroup(MegatronModule):
     As in Megatron's own experts, p multiplies the activation before the second layer, which is the same (the layer is
     linear). Under expert tensor parallelism the result is this rank's summand; the token dispatcher adds them up.
 
-    Source: Mix-MoE (arXiv:2605.24681) eq. 1-2.
+    Source: Mix-MoE (arXiv:2605.24681) eq. 1-2. Deviates: D10 (model/README.md).
 
     Args:
         num_local_experts: n, experts of this group on this rank.
@@ -132,19 +138,9 @@ class ExpertGroup(MegatronModule):
         use_grouped_mm: bool,
     ):
         super().__init__(config=config)
-        self.pg_collection = pg_collection
-        build = partial(
-            GroupedLinear,
-            num_local_experts,
-            config=config,
-            pg_collection=pg_collection,
-            use_grouped_mm=use_grouped_mm,
-        )
-        hidden_size, ffn_size = config.hidden_size, config.moe_ffn_hidden_size
-        assert ffn_size is not None
-        self.linear_fc1 = build(hidden_size, 2 * ffn_size, init_method=config.init_method, parallel_axis=0, stride=2)
-        self.linear_fc2 = build(
-            ffn_size, hidden_size, init_method=config.output_layer_init_method, parallel_axis=1, stride=1
+        self.linear_fc1, self.linear_fc2 = (
+            GroupedLinear(name, num_local_experts, config, pg_collection, use_grouped_mm)
+            for name in ("linear_fc1", "linear_fc2")
         )
         self.recompute_activation = config.recompute_granularity == "selective" and "moe_act" in (
             config.recompute_modules or []
@@ -166,49 +162,17 @@ class ExpertGroup(MegatronModule):
             [T, H] params_dtype.
         """
         gate_up = self.linear_fc1(hidden_states, tokens_per_expert)
-        if not self.recompute_activation:
-            return self.linear_fc2(self._activation(gate_up, probs), tokens_per_expert)
-        return self._recomputed_fc2(gate_up, tokens_per_expert, probs)
-
-    def _recomputed_fc2(self, gate_up: torch.Tensor, tokens_per_expert: list[int], probs: torch.Tensor) -> torch.Tensor:
-        """Return fc2(activation), keeping gate_up alone for the backward pass: the activation is computed again.
-
-        Megatron's CheckpointWithoutOutput does the same, but compiles C++ at run time.
-        """
-        activation = self._activation(gate_up, probs)  # keeps its inputs alone
-        storage = activation.untyped_storage().data_ptr()
-        again: list[torch.Tensor] = []
-
-        def pack(saved: torch.Tensor) -> Any:
-            if saved.untyped_storage().data_ptr() != storage:
-                return saved
-            return saved.size(), saved.stride(), saved.storage_offset()
-
-        def unpack(packed: Any) -> torch.Tensor:
-            if torch.is_tensor(packed):
-                return packed
-            if not again:
-                with torch.no_grad():
-                    again.append(self._activation(gate_up, probs))
-            return again[0].as_strided(*packed)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self.linear_fc2(activation, tokens_per_expert)
+        activation = partial(self._activation, gate_up, probs)
+        fc2 = partial(self.linear_fc2, tokens_per_expert=tokens_per_expert)
+        return recomputed(activation, fc2) if self.recompute_activation else fc2(activation())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Return the sharded weights under the keys of Megatron's TEGroupedMLP and SequentialMLP."""
         own_keys = bool((metadata or {}).get("singleton_local_shards", False))
-        result: ShardedStateDict = {}
-        for name, layer in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            axis, stride, groups = layer.parallel_axis, layer.stride, self.pg_collection
-            stacked = StackedWeight(name, layer.weight, axis, stride, groups, tuple(sharded_offsets), own_keys)
-            result.update(stacked.sharded_state_dict(prefix))
-        return result
-
-    def backward_dw(self) -> None:
-        """Do nothing: weight gradients are computed in the ordinary backward pass."""
+        layers = (StackedWeight(layer, sharded_offsets, own_keys) for layer in (self.linear_fc1, self.linear_fc2))
+        return {key: entry for layer in layers for key, entry in layer.sharded_state_dict(prefix).items()}
 
 
 class MixMoEExperts(MegatronModule):
@@ -300,6 +264,6 @@ class MixMoEExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Compute delayed weight gradients (Transformer Engine only; the other backends delay none)."""
-        for group in self.groups():
+        for group in self.groups() if self.backend == "te" else []:
             if any(parameter.requires_grad for parameter in group.parameters()):
                 group.backward_dw()

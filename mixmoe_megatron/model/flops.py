@@ -12,7 +12,7 @@ because the groups share one tensor of probabilities and one router product.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ class StepFlops:
     """Operations of one training step of the whole model, all ranks together.
 
     Attributes:
-        forward: of the forward pass.
-        backward_inputs: for gradients of activations.
-        backward_weights: for gradients of weights.
+        forward: operations of the forward pass.
+        backward_inputs: operations for the gradients of activations.
+        backward_weights: operations for the gradients of weights.
     """
 
-    forward: float
-    backward_inputs: float
-    backward_weights: float
+    forward: float = 0.0
+    backward_inputs: float = 0.0
+    backward_weights: float = 0.0
 
     @property
     def total(self) -> float:
@@ -51,19 +51,15 @@ class StepFlops:
         return self.forward + self.backward_inputs + self.backward_weights
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A matrix product, or several of one kind.
+def _product(forward: float, inputs: int, weights: int) -> StepFlops:
+    """Return the operations of a matrix product, or of several of one kind.
 
-    Attributes:
+    Args:
         forward: operations of the forward pass.
         inputs: how many times as many the gradients of its inputs cost (attention has two inputs), 0: not computed.
         weights: how many times as many the gradient of its weight costs: 1 when it trains, else 0.
     """
-
-    forward: float
-    inputs: int
-    weights: int
+    return StepFlops(forward, forward * inputs, forward * weights)
 
 
 def step_flops(
@@ -72,22 +68,18 @@ def step_flops(
     """Count the operations of one training step.
 
     Args:
-        sizes: of the model (`conversion.model_sizes.model_sizes`); num_groups 0, 1 or 2 is the stage.
+        sizes: the model's sizes (`sizes.model_sizes`); num_groups 0, 1 or 2 is the stage.
         topk_per_group: k, experts chosen per token and group.
-        tokens: in the step, all data-parallel ranks together.
+        tokens: tokens of the step, all data-parallel ranks together.
         seq_length: tokens that attend to each other, causally. For sequences of lengths l: sum(l^2) / sum(l).
         layers: only these layers (a pipeline stage); the output layer goes with the last one. None: the whole model.
     """
     layers = range(sizes.num_layers) if layers is None else layers
-    products = list(_products(sizes, topk_per_group, seq_length, layers))
-    return StepFlops(
-        forward=tokens * sum(product.forward for product in products),
-        backward_inputs=tokens * sum(product.forward * product.inputs for product in products),
-        backward_weights=tokens * sum(product.forward * product.weights for product in products),
-    )
+    products = [astuple(product) for product in _products(sizes, topk_per_group, seq_length, layers)]
+    return StepFlops(*(tokens * sum(column) for column in zip(*products, strict=True)))
 
 
-def _products(sizes: Sizes, topk_per_group: int, seq_length: float, layers: range) -> Iterator[_Product]:
+def _products(sizes: Sizes, topk_per_group: int, seq_length: float, layers: range) -> Iterator[StepFlops]:
     """Yield the products of these layers, operations for one token."""
     dense = sizes.num_groups == 0
     hidden, query = sizes.hidden_size, sizes.num_attention_heads * sizes.kv_channels
@@ -95,22 +87,22 @@ def _products(sizes: Sizes, topk_per_group: int, seq_length: float, layers: rang
     first = -1 if dense else sizes.moe_layers[0]
     for layer in layers:
         above = int(layer > first)
-        yield _Product(2 * hidden * (query + key_value) + 2 * query * hidden, above, int(dense))
-        yield _Product(2 * query * (seq_length + 1), 2 * above, 0)  # q k^T and its product with v; half is masked
+        yield _product(2 * hidden * (query + key_value) + 2 * query * hidden, above, int(dense))
+        yield _product(2 * query * (seq_length + 1), 2 * above, 0)  # q k^T and its product with v; half is masked
         if layer in sizes.moe_layers:
             yield from _moe_layer(sizes, topk_per_group, above)
         else:
-            yield _Product(6 * hidden * sizes.ffn_hidden_size, above, int(dense))
+            yield _product(6 * hidden * sizes.ffn_hidden_size, above, int(dense))
     if layers.stop == sizes.num_layers:
-        yield _Product(2 * hidden * sizes.padded_vocab_size, 1, int(dense))
+        yield _product(2 * hidden * sizes.padded_vocab_size, 1, int(dense))
 
 
-def _moe_layer(sizes: Sizes, topk_per_group: int, above: int) -> Iterator[_Product]:
+def _moe_layer(sizes: Sizes, topk_per_group: int, above: int) -> Iterator[StepFlops]:
     """Yield the products of a Mix-MoE layer; `above`: 1 if a trained layer lies below it, else 0."""
     hidden, groups = sizes.hidden_size, sizes.num_groups
-    yield _Product(2 * hidden * sizes.num_experts_per_group * groups, above, 1)
+    yield _product(2 * hidden * sizes.num_experts_per_group * groups, above, 1)
     for group in range(groups):
         trained = int(group == groups - 1)
         rows = topk_per_group * hidden * sizes.moe_ffn_hidden_size
-        yield _Product(4 * rows, above, trained)  # gate and up
-        yield _Product(2 * rows, 1, trained)  # down
+        yield _product(4 * rows, above, trained)  # gate and up
+        yield _product(2 * rows, 1, trained)  # down

@@ -1,12 +1,10 @@
-"""Freezes what a phase does not train (see `methods`), reports it, and fingerprints weights for bit-identity checks."""
+"""Freezes what a phase does not train (see `methods`), and reports what trains."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -16,7 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import PARTS, part_of
 from mixmoe_megatron.methods.registry import phase_of_stage
-from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
+from mixmoe_megatron.model.frozen_prefix import run_frozen_layers_ahead
 
 Models = torch.nn.Module | list[torch.nn.Module]
 
@@ -31,10 +29,10 @@ def is_trained(name: str, stage: int) -> bool:
 
 
 def freeze_for_stage(models: Models, stage: int) -> Models:
-    """Set requires_grad by the stage, and run the frozen layers below the first MoE layer without a graph.
+    """Make a model ready to train a stage: freeze the other parameters, and run the frozen layers below ahead.
 
-    Call it before the DDP wrapper (as a pre-wrap hook): frozen parameters then get no gradient buffer and no optimizer
-    state. See `frozen_prefix` for what happens below the first MoE layer.
+    The two steps are `freeze_parameters` and `frozen_prefix.run_frozen_layers_ahead`; call this, or both, before the
+    DDP wrapper (as a pre-wrap hook): frozen parameters then get no gradient buffer and no optimizer state.
 
     Args:
         models: a GPTModel built from this package's specs, or this rank's list of model chunks.
@@ -44,33 +42,42 @@ def freeze_for_stage(models: Models, stage: int) -> Models:
         `models`.
 
     Raises:
+        MixMoEError: the stage is unknown, the model has no part that it trains, or it was not built from this
+            package's layer specs.
+    """
+    freeze_parameters(models, stage)
+    run_frozen_layers_ahead(_chunks(models), stage)
+    return models
+
+
+def freeze_parameters(models: Models, stage: int) -> None:
+    """Let exactly the parameters that the stage trains require a gradient.
+
+    Source: Mix-MoE (arXiv:2605.24681) Table I.
+
+    Args:
+        models: a GPTModel, or this rank's list of model chunks.
+        stage: 0, 1 or 2.
+
+    Raises:
         MixMoEError: the stage is unknown, or the model has no part that it trains.
     """
-    chunks = models if isinstance(models, list) else [models]
+    modules = [module for chunk in _chunks(models) for module in chunk.modules()]
     trains = 0
-    for chunk in chunks:
+    for chunk in _chunks(models):
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(is_trained(name, stage))
             trains += parameter.requires_grad
-        decoder = get_attr_wrapped_model(chunk, "decoder")
-        set_frozen_prefix(decoder, _first_moe_layer(decoder) if stage else None)
-    has_moe_layer = any(isinstance(module, MoELayer) for chunk in chunks for module in chunk.modules())
-    if not trains and (has_moe_layer or _pipeline_size() == 1):
+    alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
+    if not trains and (alone or any(isinstance(module, MoELayer) for module in modules)):
         raise MixMoEError(
             f"the model has nothing that stage {stage} trains ({' and '.join(phase_of_stage(stage).trains)}): "
             "was it built for another stage?"
         )
-    return models
 
 
-def _first_moe_layer(decoder: torch.nn.Module) -> int:
-    """Return the 0-based global index of the model's first MoE layer, which may lie on another pipeline stage."""
-    frequency: int | list[int] = decoder.config.moe_layer_freq  # type: ignore[union-attr,assignment]
-    return frequency.index(1) if isinstance(frequency, list) else 0
-
-
-def _pipeline_size() -> int:
-    return parallel_state.get_pipeline_model_parallel_world_size() if parallel_state.is_initialized() else 1
+def _chunks(models: Models) -> list[torch.nn.Module]:
+    return models if isinstance(models, list) else [models]
 
 
 @dataclass
@@ -102,7 +109,7 @@ class ParameterReport:
     """
 
     stage: int
-    parts: list[PartReport] = field(default_factory=list)
+    parts: list[PartReport]
 
     def count(self, trained: bool) -> int:
         """Return the parameters of the whole model that train (or that are frozen)."""
@@ -127,27 +134,27 @@ def parameter_report(models: Models, stage: int) -> ParameterReport:
 
     Args:
         models: a model or this rank's list of model chunks, wrapped or not.
-        stage: 0, 1 or 2; recorded.
+        stage: 0, 1 or 2; it stands in the report.
+
+    Returns:
+        The counts of each part that has parameters anywhere in the model, trained and frozen ones apart.
     """
-    counts: defaultdict[tuple[str, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
+    parts = {(name, trained): PartReport(name, trained) for name in PARTS for trained in (True, False)}
     for name, parameter in _named_parameters(models):
-        count = counts[part_of(name), parameter.requires_grad]
-        count[0] += 1
-        count[1] += parameter.numel()
-        count[2] += parameter.numel() * _number_of_shards(parameter)
-    keys = [(part, trained) for part in PARTS for trained in (True, False)]
-    totals = _sum_over_pipeline([counts[key][2] if key in counts else 0 for key in keys])
-    report = ParameterReport(stage)
-    for key, total in zip(keys, totals, strict=True):
-        tensors, local, _ = counts.get(key, (0, 0, 0))
-        if total or tensors:
-            report.parts.append(PartReport(*key, tensors, local, total))
-    return report
+        part = parts[part_of(name), parameter.requires_grad]
+        part.tensors += 1
+        part.local += parameter.numel()
+        part.total += parameter.numel() * _number_of_shards(parameter)
+    totals = torch.tensor([part.total for part in parts.values()], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
+    for part, total in zip(parts.values(), totals.tolist(), strict=True):
+        part.total = total
+    return ParameterReport(stage, [part for part in parts.values() if part.total])
 
 
 def _named_parameters(models: Models) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield each parameter once, under its name in the GPTModel. A tied copy of the embedding is left out."""
-    for chunk in models if isinstance(models, list) else [models]:
+    for chunk in _chunks(models):
         for name, parameter in chunk.named_parameters():
             is_copy = getattr(parameter, "shared", False) and not get_attr_wrapped_model(chunk, "pre_process")
             if not is_copy:
@@ -156,44 +163,8 @@ def _named_parameters(models: Models) -> Iterator[tuple[str, torch.nn.Parameter]
 
 def _number_of_shards(parameter: torch.nn.Parameter) -> int:
     """Return how many ranks hold a different part of this parameter (tensor and expert parallelism)."""
-    if not parallel_state.is_initialized():
-        return 1
-    if _is_expert(parameter):
-        return (
-            parallel_state.get_expert_model_parallel_world_size()
-            * parallel_state.get_expert_tensor_parallel_world_size()
-        )
-    split = getattr(parameter, "tensor_model_parallel", False)
-    return parallel_state.get_tensor_model_parallel_world_size() if split else 1
-
-
-def _is_expert(parameter: torch.nn.Parameter) -> bool:
-    return not getattr(parameter, "allreduce", True)
-
-
-def _sum_over_pipeline(values: Iterable[int]) -> list[int]:
-    values = list(values)
-    if _pipeline_size() == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.long, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(tensor, group=parallel_state.get_pipeline_model_parallel_group())
-    return tensor.tolist()
-
-
-def fingerprint(models: Models) -> dict[str, str]:
-    """Return a SHA-256 of each parameter's and buffer's name, dtype, shape and bits on this rank.
-
-    Two equal fingerprints mean bit-identical tensors: the check that frozen parameters did not move.
-
-    Args:
-        models: a model or this rank's list of model chunks, wrapped or not; chunk c's names start with "c/".
-    """
-    result = {}
-    for index, chunk in enumerate(models if isinstance(models, list) else [models]):
-        prefix = f"{index}/" if isinstance(models, list) else ""
-        for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
-            name = re.sub(r"^(module\.)+", "", name)
-            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            result[prefix + name] = digest.hexdigest()
-    return result
+    if getattr(parameter, "allreduce", True):
+        split = getattr(parameter, "tensor_model_parallel", False)
+        return parallel_state.get_tensor_model_parallel_world_size() if split else 1
+    expert_parallel_size = parallel_state.get_expert_model_parallel_world_size()
+    return expert_parallel_size * parallel_state.get_expert_tensor_parallel_world_size()

@@ -31,9 +31,8 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import WrappedTensor, make_viewless_tensor
+from megatron.core.utils import WrappedTensor, get_attr_wrapped_model, make_viewless_tensor
 
 from mixmoe_megatron.errors import MixMoEError
 
@@ -71,6 +70,24 @@ class MixMoETransformerLayer(TransformerLayer):
             return super()._forward_attention(hidden_states.detach(), *args, **kwargs)
 
 
+def run_frozen_layers_ahead(chunks: list[torch.nn.Module], stage: int) -> None:
+    """Run what is frozen below the first MoE layer ahead of each chunk's block; in stage 0 all runs as Megatron has it.
+
+    Call it where the model is built, beside `freezing.freeze_parameters`.
+
+    Args:
+        chunks: this rank's GPTModels, built from this package's specs, wrapped or not.
+        stage: 0, 1 or 2.
+
+    Raises:
+        MixMoEError: a model was not built from this package's layer specs.
+    """
+    for chunk in chunks:
+        decoder = get_attr_wrapped_model(chunk, "decoder")
+        # Counted over the whole model: the first MoE layer may lie on another pipeline stage.
+        set_frozen_prefix(decoder, decoder.config.moe_layer_freq.index(1) if stage else None)
+
+
 def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None) -> None:
     """Set the layers' modes and put the hooks on the decoder block; a second call replaces the first.
 
@@ -84,25 +101,21 @@ def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None
     for handle in getattr(decoder, "_mixmoe_hooks", ()):
         handle.remove()
     decoder._mixmoe_hooks = []
-    runs_ahead = first_trained_layer is not None and _can_run_ahead(decoder.config)
+    config = decoder.config
+    has_contexts = config.fp8 or config.fp4 or config.cpu_offloading  # these belong to the block
+    boundary = -1 if first_trained_layer is None or has_contexts else first_trained_layer
     for layer in decoder.layers:
         if not isinstance(layer, MixMoETransformerLayer):
             raise MixMoEError(
                 "the model's layers do not come from mixmoe_megatron.model.layer_specs: build it from there."
             )
         index = layer.layer_number - 1
-        layer.mode = "normal"
-        if runs_ahead and first_trained_layer is not None and index <= first_trained_layer:
-            layer.mode = "first" if index == first_trained_layer else "ahead"
+        layer.mode = "normal" if index > boundary else "first" if index == boundary else "ahead"
     if first_trained_layer is not None:
         decoder._mixmoe_hooks = [
             decoder.register_forward_pre_hook(_before_block, with_kwargs=True),
             decoder.register_forward_hook(_after_block),
         ]
-
-
-def _can_run_ahead(config: TransformerConfig) -> bool:
-    return not (config.fp8 or config.fp4 or config.cpu_offloading)
 
 
 def _before_block(decoder: TransformerBlock, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -113,12 +126,10 @@ def _before_block(decoder: TransformerBlock, args: tuple, kwargs: dict[str, Any]
     hidden_states = bound["hidden_states"] if decoder.pre_process else decoder.input_tensor
     if isinstance(hidden_states, WrappedTensor):
         hidden_states = hidden_states.unwrap()
-    first = decoder.layers[0] if len(decoder.layers) else None
-    starts_graph = first is not None and first.mode != "normal"
     decoder._mixmoe_received = None
-    if starts_graph and not decoder.pre_process and torch.is_grad_enabled():
-        decoder._mixmoe_received = hidden_states
-    if starts_graph:
+    if any(layer.mode != "normal" for layer in decoder.layers):  # nothing trained lies below this stage's first layer
+        if torch.is_grad_enabled() and not decoder.pre_process:
+            decoder._mixmoe_received = hidden_states
         hidden_states = _run_ahead(decoder, hidden_states, bound)
     recomputes = decoder.config.recompute_granularity == "full" and decoder.training and torch.is_grad_enabled()
     if recomputes and not hidden_states.requires_grad and any(layer.mode != "ahead" for layer in decoder.layers):

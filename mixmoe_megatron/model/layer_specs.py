@@ -2,7 +2,7 @@
 
 The only file that knows how Megatron 0.19 describes a model. `mixmoe_decoder_block_spec(config, vp_stage=...)` serves
 any stage, dense included, and has the form that Megatron's GPTModelBuilder calls. For a stock `pretrain_gpt.py --spec`
-see `training.stock`, which adds the options, freezing and weights.
+see `integrations.stock_megatron`, which adds the options, freezing and weights.
 
 Without Transformer Engine the local modules are used, with this package's attention core and RMSNorm.
 """
@@ -56,14 +56,7 @@ def mixmoe_decoder_block_spec(
     """
     config = getattr(config, "transformer", config)
     use_te = uses_transformer_engine(config)
-    block = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=use_te,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-        pp_rank=pp_rank,
-    )
+    block = get_gpt_decoder_block_spec(config, use_te, config.normalization, config.qk_l2_norm, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
         layer_specs=[_mixmoe_layer_spec(spec, use_te) for spec in block.layer_specs],
         layer_norm=block.layer_norm if use_te else SeparateRMSNorm,
@@ -71,8 +64,8 @@ def mixmoe_decoder_block_spec(
 
 
 def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
-    """Return a copy of a Megatron layer spec (they are shared) with this package's modules in it."""
-    submodules: TransformerLayerSubmodules = copy.copy(spec.submodules)
+    """Return a copy of a Megatron layer spec (layers share them) with this package's modules in it."""
+    submodules: TransformerLayerSubmodules = copy.deepcopy(spec.submodules)
     is_moe = isinstance(submodules.mlp, partial) and submodules.mlp.func is MoELayer
     if is_moe:
         submodules.mlp = MixMoELayer
@@ -84,14 +77,12 @@ def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
 def _use_torch_modules(submodules: TransformerLayerSubmodules, is_moe: bool) -> None:
     submodules.input_layernorm = TorchRMSNorm
     submodules.pre_mlp_layernorm = SeparateRMSNorm if is_moe else TorchRMSNorm
-    attention = copy.copy(submodules.self_attention)
-    attention.submodules = copy.copy(attention.submodules)
-    if attention.submodules.core_attention is DotProductAttention:
-        attention.submodules.core_attention = TorchCoreAttention
+    attention = submodules.self_attention.submodules
+    if attention.core_attention is DotProductAttention:
+        attention.core_attention = TorchCoreAttention
     for name in ("q_layernorm", "k_layernorm"):
-        if getattr(attention.submodules, name, IdentityOp) is not IdentityOp:
-            setattr(attention.submodules, name, SeparateRMSNorm)
-    submodules.self_attention = attention
+        if getattr(attention, name, IdentityOp) is not IdentityOp:
+            setattr(attention, name, SeparateRMSNorm)
     if is_moe:
         # Transformer Engine fuses the norm before a dense FFN into it, never the one before experts: same keys there.
         keys = submodules.sharded_state_dict_keys_map

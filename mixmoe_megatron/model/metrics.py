@@ -38,7 +38,7 @@ _NUM_COLUMNS = 5
 
 
 class Rates(Protocol):
-    """Values a second for the log (`training.throughput.Throughput`)."""
+    """Values a second for the log (`megatron_patches.throughput.Throughput`)."""
 
     def end_step(self) -> None:
         """Count the step that ended."""
@@ -48,20 +48,15 @@ class Rates(Protocol):
         ...
 
 
-def aux_loss_name(group: str) -> str:
-    """Return the name under which a group's raw aux loss is logged."""
-    return f"{group}_{_AUX_LOSS}"
-
-
 class MixMoEMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker of MoE metrics, for expert groups.
 
     Args:
         stage: 1 (LM) or 2 (LM and MT).
         moe_layers: 0-based indices of the MoE layers of the whole model.
-        num_experts_per_group: n.
+        num_experts_per_group: n, the experts of each group.
         log_interval: steps between log lines.
-        rates: gives values a second to the log.
+        rates: what gives values a second to the log; None: nothing does.
     """
 
     def __init__(
@@ -125,7 +120,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         Args:
             layer_number: 1-based.
             group: index in GROUPS.
-            output: of this rank's experts; under expert tensor parallelism a summand.
+            output: [T, H], what this rank's experts give; under expert tensor parallelism a summand of the output.
             tp_group: the expert tensor parallel group.
         """
         if not self._logs_next:
@@ -153,11 +148,11 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
 
         Args:
             loss_scale: not used, micro-batches are counted.
-            iteration: of the step that ended.
-            writer: TensorBoard's, on one rank.
-            wandb_writer: W&B's, on one rank.
-            per_layer_logging: write each layer's values too.
-            kwargs: Megatron's other arguments, not needed here.
+            iteration: number of the step that ended.
+            writer: TensorBoard's writer, on one rank.
+            wandb_writer: W&B's writer, on one rank.
+            per_layer_logging: whether each layer's values are written too.
+            kwargs: Megatron's other arguments, which are not needed here.
 
         Returns:
             The part of the log line, "" between log lines.
@@ -206,7 +201,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             routed = counts.sum(dim=1, keepdim=True)
             share = counts / routed
             if columns[:, _AUX_COUNT].all():
-                values[aux_loss_name(group)] = columns[:, _AUX] / columns[:, _AUX_COUNT]
+                values[f"{group}_{_AUX_LOSS}"] = columns[:, _AUX] / columns[:, _AUX_COUNT]
             values[f"{group}_load_max"] = share.amax(dim=1, keepdim=True)
             values[f"{group}_load_entropy"] = torch.special.entr(share).sum(dim=1, keepdim=True)
             values[f"{group}_load_variation"] = share.std(dim=1, keepdim=True, correction=0) * self.num_experts
@@ -235,22 +230,22 @@ def record_aux_losses(
     Args:
         values: [G] float32, summands on each rank of `reduce_group`.
         layer_number: 1-based; None: of no layer, and told to nobody.
-        num_layers: of the model.
+        num_layers: layers of the whole model.
         reduce_group: the ranks that share the batch's sequences.
     """
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, MixMoEMetricsTracker):
         for group, value in zip(GROUPS, values, strict=False):
-            tracker.record(aux_loss_name(group), value, layer_number, num_layers, reduce_group=reduce_group)
+            tracker.record(f"{group}_{_AUX_LOSS}", value, layer_number, num_layers, reduce_group=reduce_group)
     elif layer_number is not None:
         tracker.record_aux_losses(layer_number, values, utils.get_pg_size(reduce_group))
 
 
 def install_metrics_tracker(*args: Any, **kwargs: Any) -> MixMoEMetricsTracker:
-    """Make a MixMoEMetricsTracker the process's tracker and return it. Call before training starts.
+    """Make a MixMoEMetricsTracker the process's tracker and return it. Call this before training starts.
 
     Args:
-        args, kwargs: as MixMoEMetricsTracker.
+        args, kwargs: the arguments of MixMoEMetricsTracker.
     """
     tracker = MixMoEMetricsTracker(*args, **kwargs)
     set_moe_metrics_tracker(tracker)

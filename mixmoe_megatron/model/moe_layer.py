@@ -9,7 +9,7 @@ The groups combine in the router's probs, which carry c s p: one dispatch takes 
 groups, and the dispatcher's sum over a token's experts is y. All else (dispatchers, recomputation, overlap) is
 Megatron's.
 
-Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7.
+Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7. Deviates: D1, D2 (model/README.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,37 +31,18 @@ class MixMoELayer(MoELayer):
 
     Args:
         config: a MixMoETransformerConfig.
-        submodules: router and experts; None: Mix-MoE's.
-        layer_number: 1-based, or None until `set_layer_number`.
-        pg_collection: Megatron's process groups; None: the global ones.
-        is_mtp_layer, name: passed on to Megatron.
-        kwargs: arguments of other Megatron versions, passed on.
+        submodules: the router and the experts; None: Mix-MoE's.
+        kwargs: MoELayer's other arguments (layer_number, pg_collection, name ...), passed on to Megatron.
 
     Raises:
-        MixMoEError: the config does not go with Mix-MoE, for one num_experts_per_group not divisible by the
+        MixMoEError: the config does not go with Mix-MoE, for one num_experts_per_group is not divisible by the
             expert-parallel size.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MoESubmodules | None = None,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        name: str | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, config: TransformerConfig, submodules: MoESubmodules | None = None, **kwargs: Any):
         _, self.stage = options_and_stage(config)
-        super().__init__(
-            config=config,
-            submodules=submodules or MoESubmodules(experts=MixMoEExperts, router=MixMoERouter),
-            layer_number=layer_number,
-            pg_collection=pg_collection,
-            is_mtp_layer=is_mtp_layer,
-            name=name,
-            **kwargs,
-        )
+        submodules = submodules or MoESubmodules(experts=MixMoEExperts, router=MixMoERouter)
+        super().__init__(config, submodules, **kwargs)
         self.needs_input_gradient = _needs_input_gradient(config)
         _sort_once(self.token_dispatcher)
 
@@ -85,7 +65,7 @@ class MixMoELayer(MoELayer):
 
         With the group combination "mean", stage 2 then begins exactly where stage 1 ended.
 
-        Source: Mix-MoE (arXiv:2605.24681) section III-A, MT Experts.
+        Source: Mix-MoE (arXiv:2605.24681) section III-A, MT Experts. Deviates: D6 (model/README.md).
         """
         assert self.stage == 2, "only stage 2 has an MT group"
         pairs = [(self.experts.lm_experts, self.experts.mt_experts)]

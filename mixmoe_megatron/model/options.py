@@ -15,6 +15,10 @@ from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.model.upcycling import EXPERT_INITS, expert_ffn_hidden_size
+
+#: Coefficient of the aux loss in the paper (lambda of eq. 8-9). Megatron's own flag is --moe-aux-loss-coeff.
+PAPER_AUX_LOSS_COEFF = 0.01
 
 _PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom")
 _PAPER = {"preset": "paper", "spectral_norm": "backward", "group_combine": "sum", "expert_scale": 1.0}
@@ -24,10 +28,10 @@ def _option(default: Any, meaning: str, choices: tuple[str, ...] = (), shown: st
     """Make a field that knows what `--help` and the checks need.
 
     Args:
-        default: its value in the preset `recommended`.
-        meaning: of the option.
-        choices: the only values.
-        shown: what stands for the value in `--help`, where neither choices nor type say it.
+        default: the option's value in the preset `recommended`.
+        meaning: what the option does, for `--help`.
+        choices: the only values that the option takes; empty: any value of its type.
+        shown: what stands for the value in `--help` where neither the choices nor the type say it.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices, "shown": shown})
 
@@ -36,7 +40,7 @@ def _option(default: Any, meaning: str, choices: tuple[str, ...] = (), shown: st
 class MixMoEOptions:
     """What the paper leaves open, and what it fixes. The defaults are the preset `recommended`.
 
-    Source: Mix-MoE (arXiv:2605.24681) section III. Deviates: README, table of decisions.
+    Source: Mix-MoE (arXiv:2605.24681) section III. Deviates: D1 to D10 (model/README.md).
 
     Args: each is explained where it stands below, and in `hf_to_mixmoe.py --help`.
 
@@ -59,7 +63,7 @@ class MixMoEOptions:
     router_prob_scaling: bool = _option(True, "scale an expert's output by s times its probability p")
     expert_scale: float | None = _option(None, "s; left out it is n, so that s * p = 1 at uniform p")
     expert_init: str = _option(
-        "slice", "slice cuts the dense FFN into n experts of width F / n; copy gives each all of it", ("slice", "copy")
+        "slice", "slice cuts the dense FFN into n experts of width F / n; copy gives each all of it", EXPERT_INITS
     )
     mt_router_init: str = _option(
         "copy", "how the MT router starts: as a copy of the LM router, or random", ("copy", "random")
@@ -107,6 +111,11 @@ class MixMoEOptions:
         """The factor s of s * p * E(h)."""
         return float(self.num_experts_per_group if self.expert_scale is None else self.expert_scale)
 
+    @property
+    def spectral(self) -> tuple[str, str, float, int]:
+        """The transform, its norm, the factor and the seed: what the functions of `spectral.py` take."""
+        return self.spectral_transform, self.spectral_norm, self.spectral_scale, self.spectral_seed
+
     def validate(self) -> None:
         """Raise MixMoEError at the first option whose value is outside its range."""
         for name in ("num_experts_per_group", "topk_per_group", "moe_every"):
@@ -147,8 +156,8 @@ def add_option_arguments(parser: argparse._ActionsContainer, names: tuple[str, .
     """Add one flag for each option: values and default come from its field. Flags that are not given leave nothing.
 
     Args:
-        parser: an argparse parser or a group of one.
-        names: of the options; the preset is not among them, as the others go over it.
+        parser: an argparse parser, or a group of one.
+        names: the options to add. The preset is not among them, because the other options override it.
     """
     for name in names:
         field = _FIELDS[name]
@@ -191,7 +200,7 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
     With m = num_layers // moe_every: "last" takes the last layer of each `moe_every`, "uniform-first" the first of
     each, "bottom" the first m layers, "top" the last m, "dense_bottom" the first 2 m (layers 1-8 of 16).
 
-    Source: Mix-MoE (arXiv:2605.24681) section III-A ("every 4") and Table VI.
+    Source: Mix-MoE (arXiv:2605.24681) section III-A ("every 4") and Table VI. Deviates: D8 (model/README.md).
 
     Raises:
         MixMoEError: there is no MoE layer, or a listed index is not a layer of the model.
@@ -223,8 +232,11 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
     Args:
         options: the Mix-MoE options.
         stage: 0 (dense: the arguments that switch experts off), 1 or 2.
-        num_layers: L.
+        num_layers: L, the layers of the whole model.
         ffn_hidden_size: F, the width of the dense FFN.
+
+    Returns:
+        Argument -> value, for stages 1 and 2 among them the number and the width of the experts and the MoE layers.
 
     Raises:
         MixMoEError: F is not divisible by n, there is no MoE layer, or the stage is unknown.
@@ -233,16 +245,11 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
     if stage == 0:
         return {"num_experts": None, "moe_layer_freq": 1}
     n = options.num_experts_per_group
-    if options.expert_init == "slice" and ffn_hidden_size % n:
-        raise MixMoEError(
-            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={n}: "
-            "slicing the FFN into experts needs that (or use expert_init=copy)."
-        )
     layers = set(resolve_moe_layers(options, num_layers))
     return {
         "num_experts": n * stage,
         "moe_router_topk": options.topk_per_group * stage,
-        "moe_ffn_hidden_size": ffn_hidden_size // n if options.expert_init == "slice" else ffn_hidden_size,
+        "moe_ffn_hidden_size": expert_ffn_hidden_size(ffn_hidden_size, n, options.expert_init),
         "moe_layer_freq": [int(i in layers) for i in range(num_layers)],
         "moe_router_pre_softmax": True,
         "moe_router_score_function": "softmax",

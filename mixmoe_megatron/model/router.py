@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from mixmoe_megatron.methods.mixmoe import GROUPS
-from mixmoe_megatron.model.config import MixMoEOptions, options_and_stage
+from mixmoe_megatron.model.config import options_and_stage
 from mixmoe_megatron.model.metrics import record_aux_losses, recording_tracker
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.router_rows import new_router_weight
 from mixmoe_megatron.model.spectral import fold_router_weight
 
@@ -30,7 +31,7 @@ from mixmoe_megatron.model.spectral import fold_router_weight
 class GroupRouter(torch.nn.Module):
     """Parameters of one group's router: logits = W_h h + W_f f + b, f the spectral features of h.
 
-    Source: Mix-MoE (arXiv:2605.24681) eq. 3-5.
+    Source: Mix-MoE (arXiv:2605.24681) eq. 3-5. Deviates: D7 (model/README.md).
 
     Args:
         config: the Transformer configuration (dtype, sequence parallelism).
@@ -89,31 +90,27 @@ class MixMoERouter(TopKRouter):
     times the factor of the group combination (1/2 for "mean" in stage 2). The dispatcher's weighted sum over a token's
     experts is then the layer's output.
 
-    Source: Mix-MoE (arXiv:2605.24681) eq. 3-7. Deviates: README, table of decisions (combine, scale).
+    Source: Mix-MoE (arXiv:2605.24681) eq. 3-7. Deviates: D1, D2 (model/README.md).
 
     Args:
         config: a MixMoETransformerConfig.
-        pg_collection: Megatron's process groups.
-        is_mtp_layer: passed on to Megatron.
+        pg_collection: Megatron's process groups; None: one process.
+        kwargs: TopKRouter's other arguments, passed on to Megatron.
 
     Raises:
         MixMoEError: the config does not go with Mix-MoE.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-    ):
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any):
         self.options, self.stage = options_and_stage(config)
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.weight = None  # Megatron's one weight for all experts gives way to the group routers
         self.lm = GroupRouter(config, self.options)
         if self.stage == 2:
             self.mt = GroupRouter(config, self.options)
         self.ep_size = utils.get_pg_size(pg_collection.ep if pg_collection is not None else None)
-        self.group_aux_loss_coeff = self.get_aux_loss_coeff("aux_loss") / self._aux_loss_divisor()
+        num_terms = sum(config.moe_layer_freq) if self.options.lb_reduction == "mean" else 1
+        self.group_aux_loss_coeff = self.get_aux_loss_coeff("aux_loss") / num_terms
         self._draw()
 
     def reset_parameters(self) -> None:
@@ -133,13 +130,6 @@ class MixMoERouter(TopKRouter):
                 name = f"decoder.layers.{(self.layer_number or 1) - 1}.mlp.router.{group}"
                 router.draw(name, self.config.init_method_std, self.config.seed)
 
-    def _aux_loss_divisor(self) -> int:
-        """Number of MoE layers with lb_reduction "mean", else 1."""
-        frequency = self.config.moe_layer_freq
-        if self.options.lb_reduction == "sum":
-            return 1
-        return sum(frequency) if isinstance(frequency, list) else -(-self.config.num_layers // frequency)
-
     def group_routers(self) -> list[GroupRouter]:
         """Return the routers of the active groups, in logical order."""
         return [self.lm, self.mt] if self.stage == 2 else [self.lm]
@@ -153,11 +143,7 @@ class MixMoERouter(TopKRouter):
         """
         weight, spectral_weight, bias = map(_stack, zip(*(group() for group in self.group_routers()), strict=True))
         assert weight is not None
-        o = self.options
-        folded_weight = fold_router_weight(
-            weight, spectral_weight, o.spectral_transform, o.spectral_norm, o.spectral_scale, o.spectral_seed
-        )
-        return folded_weight, bias
+        return fold_router_weight(weight, spectral_weight, *self.options.spectral), bias
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return the logits of all experts in logical order: `[..., H]` any float dtype -> `[..., E]` float32."""
@@ -219,7 +205,7 @@ class MixMoERouter(TopKRouter):
         is to add the constant d loss / d scores = n f_i / T, for all groups at once. It is attached in stage 2 for the
         frozen LM router too: through h it trains MT experts of earlier layers.
 
-        Source: Mix-MoE (arXiv:2605.24681) eq. 8-9. Deviates: README (normalisation, mean over layers).
+        Source: Mix-MoE (arXiv:2605.24681) eq. 8-9. Deviates: D9 (model/README.md).
 
         Args:
             scores: [T, G, n] float32, the groups' softmax.

@@ -4,7 +4,8 @@ A spectral transform is linear, f = scale * M h with M an [H, H] matrix, so that
 never transforms activations, it folds the [n, H] weight once per step.
 
 Shape legend: n experts of a group, H hidden_size, ... any leading dimensions.
-Source: Mix-MoE (arXiv:2605.24681) eq. 3 (FFT) and Table V (DCT, random projection, no transform).
+Source: Mix-MoE (arXiv:2605.24681) eq. 3 (FFT) and Table V (DCT, random projection, no transform). Deviates: D3, D4
+(model/README.md).
 """
 
 from __future__ import annotations
@@ -47,20 +48,19 @@ def spectral_features(
 
 
 def fold_spectral_weight(
-    spectral_weight: torch.Tensor, transform: str, norm: str = "ortho", scale: float = 1.0, seed: int = 0
+    spectral_weight: torch.Tensor, transform: str, norm: str = "ortho", seed: int = 0
 ) -> torch.Tensor:
-    """Return scale * W_f M, so that `h @ result.T == spectral_features(h) @ W_f.T`.
+    """Return W_f M, so that `scale * h @ result.T == spectral_features(h, ..., scale) @ W_f.T`.
 
     Differentiable: autograd carries gradients back to W_f exactly. For the FFT, M is symmetric (cos(2 pi k j / H)), so
     W_f M is the real FFT of W_f's own rows. For the DCT, W_f D is the transposed transform of the rows. Any H.
 
-    Source: Mix-MoE (arXiv:2605.24681) eq. 3-5.
+    Source: Mix-MoE (arXiv:2605.24681) eq. 3-5. Deviates: D4 (model/README.md).
 
     Args:
         spectral_weight: W_f, [n, H], floating point.
         transform: "fft", "dct" or "random".
         norm: "ortho" or "backward", as in `spectral_features`.
-        scale: factor of the features.
         seed: seed of the random projection.
 
     Returns:
@@ -69,7 +69,14 @@ def fold_spectral_weight(
     Raises:
         ValueError: the transform is unknown.
     """
-    return scale * _rows_times_transform(spectral_weight.float(), transform, norm, seed)
+    rows = spectral_weight.float()
+    if transform == "fft":
+        return _RealFFT.apply(rows, norm)
+    if transform == "dct":
+        return _transposed_dct(rows, norm)
+    if transform == "random":
+        return rows @ random_projection(rows.shape[-1], norm, seed, rows.device)
+    raise ValueError(f"unknown spectral transform {transform!r}.")
 
 
 def fold_router_weight(
@@ -98,18 +105,7 @@ def fold_router_weight(
         raise ValueError(f"spectral transform {transform!r} does not go with the spectral weight given.")
     if spectral_weight is None:
         return weight.float()
-    return torch.add(weight, _rows_times_transform(spectral_weight.float(), transform, norm, seed), alpha=scale).float()
-
-
-def _rows_times_transform(rows: torch.Tensor, transform: str, norm: str, seed: int) -> torch.Tensor:
-    """Return rows @ M, [..., H] float32, for the matrix M of a transform."""
-    if transform == "fft":
-        return _RealFFT.apply(rows, norm)
-    if transform == "dct":
-        return _transposed_dct(rows, norm)
-    if transform == "random":
-        return rows @ random_projection(rows.shape[-1], norm, seed, rows.device)
-    raise ValueError(f"unknown spectral transform {transform!r}.")
+    return torch.add(weight, fold_spectral_weight(spectral_weight, transform, norm, seed), alpha=scale).float()
 
 
 class _RealFFT(torch.autograd.Function):
@@ -142,6 +138,12 @@ def _transposed_dct(rows: torch.Tensor, norm: str) -> torch.Tensor:
 @functools.lru_cache(maxsize=4)
 def random_projection(hidden_size: int, norm: str, seed: int, device: torch.device) -> torch.Tensor:
     """Return the fixed Gaussian projection R of a seed: the same on every rank and device, made on the CPU.
+
+    Args:
+        hidden_size: H.
+        norm: "ortho" or "backward".
+        seed: what R depends on beside H.
+        device: where R is put.
 
     Returns:
         [H, H] float32, entries of standard deviation 1 / sqrt(H) ("ortho") or 1 ("backward").

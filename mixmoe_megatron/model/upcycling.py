@@ -1,8 +1,8 @@
 """Upcycling: where the tensors of a Mix-MoE layer come from. Pure functions of numpy arrays.
 
-Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN. Sizes come as arguments;
-nothing here knows Megatron or Hugging Face. The cuts only move values: conversions run them on the numbers of slices
-in place of the values, so that an array may be of any dtype.
+Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN. Deviates: D5
+(model/README.md). Sizes come as arguments; nothing here knows Megatron or Hugging Face. The cuts only move values:
+conversions run them on the numbers of slices in place of the values, so that an array may be of any dtype.
 
 Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice`, F for
 `copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
@@ -37,8 +37,8 @@ def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: 
         return ffn_hidden_size
     if ffn_hidden_size % num_experts:
         raise MixMoEError(
-            f"ffn_hidden_size {ffn_hidden_size} is not divisible by {num_experts} experts per group; "
-            "choose a divisor with --num-experts-per-group, or use --expert-init copy."
+            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts}: "
+            "choose a divisor of it (--num-experts-per-group), or --expert-init copy."
         )
     return ffn_hidden_size // num_experts
 

@@ -26,8 +26,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.config import MixMoETransformerConfig
 from mixmoe_megatron.model.moe_layer import MixMoELayer
+from mixmoe_megatron.model.options import PAPER_AUX_LOSS_COEFF, MixMoEOptions
 
 _WARMUP = 2
 _STREAM_BYTES = 2**28  # of memory whose reading and writing are timed: more than caches hold
@@ -114,7 +115,7 @@ def build_layer(case: LayerCase) -> MixMoELayer:
         activation_func=torch.nn.functional.silu,
         bias_activation_fusion=case.fused,
         moe_token_dispatcher_type="alltoall",
-        moe_aux_loss_coeff=0.01,
+        moe_aux_loss_coeff=PAPER_AUX_LOSS_COEFF,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         gradient_accumulation_fusion=False,

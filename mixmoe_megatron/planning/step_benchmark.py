@@ -23,8 +23,8 @@ from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import prepare_megatron
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.flops import step_flops
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
 from mixmoe_megatron.training.engine_step import engine_step, random_batch
 

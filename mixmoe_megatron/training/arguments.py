@@ -19,7 +19,8 @@ from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import this_machine
 from mixmoe_megatron.methods.registry import STAGES
-from mixmoe_megatron.model.config import EXPERTS_BACKENDS, MixMoEOptions, check_expert_parallel, mixmoe_megatron_args
+from mixmoe_megatron.model.config import EXPERTS_BACKENDS, check_expert_parallel
+from mixmoe_megatron.model.options import PAPER_AUX_LOSS_COEFF, MixMoEOptions, mixmoe_megatron_args
 from mixmoe_megatron.model.sizes import padded_vocab_size
 from mixmoe_megatron.training.hf_directories import is_hf_directory, open_hf_start
 
@@ -31,7 +32,7 @@ _DEFAULTS = {
     "ckpt_format": "torch_dist",
     "dist_ckpt_optim_fully_reshardable": True,
     "no_create_attention_mask_in_dataloader": True,
-    "moe_aux_loss_coeff": 0.01,
+    "moe_aux_loss_coeff": PAPER_AUX_LOSS_COEFF,
     "expert_tensor_parallel_size": 1,
     "eval_interval": 1000,
     "rerun_mode": "disabled",  # a loss that is not finite ends the run at once; Megatron would look for a broken GPU

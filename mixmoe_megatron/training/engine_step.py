@@ -14,8 +14,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.methods.registry import PHASES, STAGES
-from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
 from mixmoe_megatron.training.pretrain import build_config, stand_alone_environment
 

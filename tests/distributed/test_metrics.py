@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mixmoe_megatron.checkpoint.metadata import read_metadata
-from mixmoe_megatron.model.config import MixMoEOptions
 from mixmoe_megatron.model.flops import step_flops
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
 from mixmoe_megatron.study.training_log import Curves, read_training_log
 from tests.helpers.forked import run_job

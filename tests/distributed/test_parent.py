@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-from mixmoe_megatron.model.freezing import fingerprint
 from tests.helpers.forked import run_job
+from tests.helpers.megatron import fingerprint
 from tests.helpers.training import bytes_read, train_words
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
-from mixmoe_megatron.model.config import MixMoEOptions, MixMoETransformerConfig
+from mixmoe_megatron.model.config import MixMoETransformerConfig
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.model.moe_layer import MixMoELayer
+from mixmoe_megatron.model.options import MixMoEOptions
 
 VOCAB_SIZE = 64
 
@@ -100,3 +102,14 @@ def gradients(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> dict
     module.zero_grad(set_to_none=True)
     loss().backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def fingerprint(chunks: list[Any]) -> dict[str, str]:
+    """Return a SHA-256 of each parameter's and buffer's dtype, shape and bits; chunk c's names start with "c/"."""
+    result = {}
+    for index, chunk in enumerate(chunks):
+        for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
+            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            result[f"{index}/{name.removeprefix('module.')}"] = digest.hexdigest()
+    return result

@@ -16,7 +16,7 @@ from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, is_w
 OPTIONAL_MODULE = f"{PACKAGE}.integrations.megatron_bridge"
 NOT_THE_PACKAGE = ["tools", "examples", "checkpoints_conversion", "tests"]
 # What a model computes with; its sizes, options and operations are plain Python that every room may read.
-_COMPUTING = ("attention", "backends", "expert_ops", "experts", "freezing", "frozen_prefix", "layer_specs")
+_COMPUTING = ("attention", "backends", "expert_ops", "experts", "freezing", "frozen_prefix", "layer_specs", "recompute")
 MODEL_CODE = [f"{PACKAGE}.model.{name}" for name in (*_COMPUTING, "moe_layer", "router")]
 MODEL_CODE += [f"{PACKAGE}.hf"]
 

@@ -12,14 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from checkpoints_conversion.hf_to_mixmoe import build_parser, options_from_arguments
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.config import (
-    MixMoEOptions,
-    MixMoETransformerConfig,
-    mixmoe_megatron_args,
-    options_and_stage,
-    resolve_moe_layers,
-)
+from mixmoe_megatron.model.config import MixMoETransformerConfig, options_and_stage
 from mixmoe_megatron.model.moe_layer import MixMoELayer
+from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 from tests.helpers.megatron import make_config, make_options
 
 

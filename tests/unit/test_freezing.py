@@ -9,9 +9,17 @@ import torch
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import part_of
-from mixmoe_megatron.model.freezing import fingerprint, freeze_for_stage, is_trained, parameter_report
+from mixmoe_megatron.model.freezing import freeze_for_stage, is_trained, parameter_report
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
-from tests.helpers.megatron import gradients, initialize_megatron, make_config, make_model, make_options, model_loss
+from tests.helpers.megatron import (
+    fingerprint,
+    gradients,
+    initialize_megatron,
+    make_config,
+    make_model,
+    make_options,
+    model_loss,
+)
 
 OPTIONS = make_options(moe_layer_placement="2,3", num_experts_per_group=4)
 FULL = {"recompute_granularity": "full"}

@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from mixmoe_megatron.hf import modeling_mixmoe
-from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock, MixMoEExperts
+from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock, MixMoEPackedExperts
 from tests.helpers.tiny_hf import randomize, tiny_mixmoe, tiny_mixmoe_config
 
 HERE = 8  # experts of the layer; an id of 8 is an expert of another rank
 
 
-def tiny_experts(dtype: torch.dtype) -> MixMoEExperts:
+def tiny_experts(dtype: torch.dtype) -> MixMoEPackedExperts:
     config = tiny_mixmoe_config()
     config._experts_implementation = "eager"  # read by transformers 5.x only
-    experts = MixMoEExperts(config).to(dtype)
+    experts = MixMoEPackedExperts(config).to(dtype)
     randomize(experts)
     return experts
 
 
 def one_by_one(
-    experts: MixMoEExperts, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    experts: MixMoEPackedExperts, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Equations 1-2, one token and one expert at a time."""
     output = []
@@ -38,7 +38,7 @@ def one_by_one(
     return torch.stack(output).to(hidden_states.dtype)
 
 
-def outputs_and_gradients(experts: MixMoEExperts, forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+def outputs_and_gradients(experts: MixMoEPackedExperts, forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
     """Experts 1 and 6 get no token; the last token's second expert is on another rank."""
     generator = torch.Generator().manual_seed(3)
     index = torch.tensor([0, 2, 3])[torch.randint(0, 3, (9, 1), generator=generator)]

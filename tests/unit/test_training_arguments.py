@@ -13,7 +13,7 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, write_m
 from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import PHASES
-from mixmoe_megatron.model.config import MixMoEOptions
+from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments, has_checkpoint
 
 CONFIG = {

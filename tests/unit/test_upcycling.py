@@ -49,7 +49,7 @@ def test_each_copy_is_the_dense_ffn(dense) -> None:
 def test_width_of_an_expert() -> None:
     assert upcycling.expert_ffn_hidden_size(12, 4, "slice") == 3
     assert upcycling.expert_ffn_hidden_size(13, 4, "copy") == 13
-    with pytest.raises(MixMoEError, match="13 is not divisible by 4"):
+    with pytest.raises(MixMoEError, match="13 is not divisible by num_experts_per_group=4"):
         upcycling.expert_ffn_hidden_size(13, 4, "slice")
     with pytest.raises(MixMoEError, match="expert_init"):
         upcycling.expert_ffn_hidden_size(12, 4, "split")
