@@ -12,7 +12,8 @@ import sys
 
 from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.conversion.stage2 import Stage2Request, prepare_stage2, run_stage2
+from mixmoe_megatron.conversion.prepared import write_checkpoint
+from mixmoe_megatron.conversion.stage2 import Stage2Request, prepare_stage2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         with joined_ranks() as ranks:
             prepared = prepare_stage2(request)
             if not args.dry_run:
-                run_stage2(prepared, ranks)
+                write_checkpoint(prepared, ranks)
             if ranks.rank == 0:
                 done = f"stage2 checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
                 print(prepared.describe() if args.dry_run else done)

@@ -17,7 +17,8 @@ import sys
 from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import run_command, setup_logging
 from mixmoe_megatron.conversion.hf_config import read_hf_config
-from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, run_import
+from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
+from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
 
@@ -71,22 +72,23 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
             raise MixMoEError("--make-vocab-size-divisible-by must be positive.")
-        is_mixmoe = read_hf_config(args.hf_dir).get("model_type") == "mixmoe"
+        config = read_hf_config(args.hf_dir)
         request = ImportRequest(
             hf_dir=args.hf_dir,
             output_dir=args.output_dir,
-            options=options_from_arguments(args, is_mixmoe),
+            options=options_from_arguments(args, config.get("model_type") == "mixmoe"),
             seed=args.seed,
             dtype=args.dtype,
             make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
             check_finite=args.check_finite,
             force=args.force,
+            config=config,
         )
         with joined_ranks() as ranks:
             prepared = prepare_import(request)
             done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
             if not args.dry_run:
-                run_import(prepared, ranks)
+                write_checkpoint(prepared, ranks)
             if ranks.rank == 0:
                 print(prepared.describe() if args.dry_run else done)
 

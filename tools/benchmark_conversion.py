@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from mixmoe_megatron.cli import run_command, setup_logging, write_json
-from mixmoe_megatron.planning.conversion_benchmark import MODELS, measure
+from mixmoe_megatron.planning.conversion_benchmark import MODELS, measure_conversions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         scratch = Path(args.directory) / "benchmark_conversion"
         try:
-            result = measure(args.model, scratch, args.kind, args.processes, args.repeats)
+            result = measure_conversions(args.model, scratch, args.kind, args.processes, args.repeats)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")

@@ -1,7 +1,8 @@
 """Tensors as their bits: numpy arrays of unsigned integers, and the names of their dtypes.
 
-What is only moved needs no arithmetic, and so no torch, whose import takes longer than to convert some gigabytes. Torch
-is imported by those who compute: `to_torch` and `from_torch` share memory with it.
+Conversions do without torch, whose import takes longer than to convert some gigabytes: numpy, which lacks bfloat16,
+moves the bits, and `to_float32` and `from_float32` are what little arithmetic there is. Training loads through
+`to_torch`, which shares memory with them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,35 @@ def all_finite(bits: Bits, dtype: str) -> bool:
 def as_bytes(bits: Bits) -> memoryview:
     """Return the bytes of bits in their order; they share memory if it is contiguous."""
     return memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8))
+
+
+def to_float32(bits: Bits, dtype: str) -> Bits:
+    """Return the values of bits as float32.
+
+    Args:
+        bits: any shape, of `bits_type(dtype)`.
+        dtype: one of FLOAT_DTYPES.
+    """
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(f"f{bits.itemsize}").astype(np.float32, copy=False)
+
+
+def from_float32(values: Bits, dtype: str) -> Bits:
+    """Return float32 values, rounded to the nearest of another dtype (ties to even), as bits.
+
+    Args:
+        values: any shape, float32.
+        dtype: one of FLOAT_DTYPES.
+    """
+    if dtype == "float16":
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, as in torch
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    if dtype == "float32":
+        return bits
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 def to_torch(bits: Bits, dtype: str) -> Tensor:

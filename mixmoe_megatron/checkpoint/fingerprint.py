@@ -13,7 +13,7 @@ from mixmoe_megatron.checkpoint.bits import ITEMSIZE, Bits, as_bytes
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.stored import Region, in_order, pieces
 from mixmoe_megatron.checkpoint.streaming import in_parallel
-from mixmoe_megatron.conversion.plan import BLOCK_BYTES, Source
+from mixmoe_megatron.checkpoint.tensors import BLOCK_BYTES, TensorSource
 
 
 class HashedSource:
@@ -25,7 +25,7 @@ class HashedSource:
         source: of the tensors.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         self._source = source
         self.shape, self.dtype = source.shape, source.dtype
         self._hashes = {name: _Hash() for name in source.names()}
@@ -42,7 +42,7 @@ class HashedSource:
             self._hashes[name].take(starts[0], size, bits)
         return bits
 
-    def fingerprint(self, ranks: Ranks = ALONE) -> str:
+    def weights_digest(self, ranks: Ranks = ALONE) -> str:
         """Read what has not been read in order yet, and return the hash of all.
 
         Args:
@@ -76,9 +76,9 @@ class HashedSource:
         return one.digest()
 
 
-def weights_xxh128(source: Source) -> str:
-    """Return the fingerprint of all tensors of a source, see `HashedSource.fingerprint`."""
-    return HashedSource(source).fingerprint()
+def weights_xxh128(source: TensorSource) -> str:
+    """Return the fingerprint of all tensors of a source, see `HashedSource.weights_digest`."""
+    return HashedSource(source).weights_digest()
 
 
 class _Hash:

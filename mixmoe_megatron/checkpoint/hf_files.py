@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mixmoe_megatron.checkpoint.metadata import Metadata
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.markup import escape_markdown
@@ -101,6 +99,8 @@ def model_card(metadata: Metadata, base_model: str | None, num_parameters: int) 
         base_model: name of the dense model it all came from, if known.
         num_parameters: of the exported model.
     """
+    import yaml  # which few conversions need
+
     dense = not metadata.phase.groups
     header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     header |= {} if base_model is None else {"base_model": base_model}

@@ -19,26 +19,26 @@ import numpy as np
 from mixmoe_megatron.checkpoint.bits import Bits, bits_type
 from mixmoe_megatron.checkpoint.stored import Region, StoredTensor, lengths, overlap, shifted
 from mixmoe_megatron.checkpoint.torch_format import (
-    Metadata,
     MetadataIndex,
     StorageInfo,
+    StoredMetadata,
     TensorStorageMetadata,
     find_tensor,
     load_metadata,
 )
-from mixmoe_megatron.conversion.hf_config import MOST_LAYERS
 from mixmoe_megatron.errors import MixMoEError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMMON_STATE_KEY = "common_state/shard_0_1"
 EMBEDDING = "embedding.word_embeddings.weight"
+MOST_LAYERS = 10_000  # more than any model has, few enough for a list
 _MOST_DIGITS = 18
 LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.*)")
 NOT_WEIGHTS = re.compile(r"^(optimizer|opt_param_scheduler|rng_state|rerun_state|chained_)")
 
 
-def _read_metadata(directory: Path) -> Metadata:
+def _read_metadata(directory: Path) -> StoredMetadata:
     path = directory / ".metadata"
     try:
         return load_metadata(path)

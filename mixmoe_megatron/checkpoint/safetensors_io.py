@@ -16,7 +16,7 @@ from mixmoe_megatron.checkpoint.hf_files import own_file
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.stored import Region, StoredTensor
 from mixmoe_megatron.checkpoint.streaming import FileView, in_parallel, opened
-from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, split_by_bytes
 from mixmoe_megatron.errors import MixMoEError
 
 SINGLE_FILE = "model.safetensors"

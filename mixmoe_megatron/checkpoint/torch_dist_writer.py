@@ -16,20 +16,20 @@ from typing import Any
 from mixmoe_megatron.checkpoint.megatron_checkpoint import COMMON_STATE_KEY, LAYER, RELEASE, TRACKER_FILE
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.streaming import FileView, in_parallel, opened
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, split_by_bytes
 from mixmoe_megatron.checkpoint.torch_format import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     Size,
     StorageInfo,
+    StoredMetadata,
     TensorProperties,
     TensorStorageMetadata,
     dump_metadata,
     write_object,
     write_tensor,
 )
-from mixmoe_megatron.conversion.plan import LazyTensor, split_by_bytes
 
 CHECKPOINT_VERSION = 3.0
 #: How `sharded_state_dict` names and cuts the tensors of a checkpoint that is written here.
@@ -159,6 +159,6 @@ def _write_metadata(
         index: StorageInfo(sys.intern(places[index].relative_path), places[index].offset, places[index].length)
         for index in indices
     }
-    (directory / ".metadata").write_bytes(dump_metadata(Metadata(entries, storage_data=storage)))
+    (directory / ".metadata").write_bytes(dump_metadata(StoredMetadata(entries, storage_data=storage)))
     config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(json.dumps(config), encoding="utf-8")

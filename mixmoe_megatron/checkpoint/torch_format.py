@@ -117,7 +117,7 @@ class StorageInfo:
 
 
 @dataclass
-class Metadata:
+class StoredMetadata:
     """What `.metadata` holds."""
 
     state_dict_metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata]
@@ -175,11 +175,12 @@ _STAND_INS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch.serialization", "_get_layout"): _Layout,
     (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"): _MemoryFormat,
+    (f"{_CHECKPOINT}.metadata", "Metadata"): StoredMetadata,
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"): StorageInfo,
     **{
         (f"{_CHECKPOINT}.metadata", stand_in.__name__): stand_in
         for stand_in in (
-            BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+            BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
         )
     },
 }  # fmt: skip
@@ -234,12 +235,12 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, _STORAGES[storage], count)
 
 
-def dump_metadata(metadata: Metadata) -> bytes:
+def dump_metadata(metadata: StoredMetadata) -> bytes:
     """Return the contents of `.metadata`."""
     return _pickled(metadata, protocol=4)
 
 
-def load_metadata(path: Path) -> Metadata:
+def load_metadata(path: Path) -> StoredMetadata:
     """Read `.metadata`.
 
     Raises:
@@ -247,7 +248,7 @@ def load_metadata(path: Path) -> Metadata:
     """
     with path.open("rb") as stream:
         found = _Unpickler(stream).load()
-    if not isinstance(found, Metadata):
+    if not isinstance(found, StoredMetadata):
         raise TypeError(f"it holds a {type(found).__name__}")
     return found
 

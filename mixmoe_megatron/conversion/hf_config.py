@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmoe_megatron.checkpoint.hf_files import own_file
+from mixmoe_megatron.checkpoint.megatron_checkpoint import MOST_LAYERS
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata
 from mixmoe_megatron.errors import MixMoEError
 
@@ -20,13 +21,18 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 FAMILY_ARCHITECTURE = {family: name for name, family in ARCHITECTURES.items()}
 _DEFAULT_ROPE_THETA = 10000.0
 _MAX_VOCAB_MULTIPLE = 16
-MOST_LAYERS = 10_000  # more than any model has, few enough for a list
 # What megatron.core's RotaryEmbedding._apply_scaling fixes; only the factor is an argument there.
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ROPE_FIELDS = {"type", "rope_type", "rope_theta", "factor", "partial_rotary_factor", *_LLAMA3_FIXED}
 # What transformers assumes when the field is absent, where the families differ.
 _DEFAULT_KEY_VALUE_HEADS = {"qwen2": 32, "mistral": 8}
 _DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
+# Megatron's argument -> the field of config.json that says the same, a positive integer.
+_SIZES = {
+    "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads", "num_query_groups": "num_key_value_heads", "kv_channels": "head_dim",
+    "max_position_embeddings": "max_position_embeddings", "vocab_size": "vocab_size",
+}  # fmt: skip
 # What is not a size must be of one of these types, or null.
 _TYPES: dict[str, tuple[type, ...]] = {
     "architectures": (list,), "model_type": (str,), "base_model_type": (str,), "hidden_act": (str,),
@@ -119,10 +125,6 @@ def _require(config: dict[str, Any], name: str) -> Any:
     return config[name]
 
 
-def _given(config: dict[str, Any], name: str) -> dict[str, Any]:
-    return {} if config.get(name) is None else {name: config[name]}
-
-
 def _positive_int(config: dict[str, Any], name: str) -> int:
     value = _require(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -130,11 +132,29 @@ def _positive_int(config: dict[str, Any], name: str) -> int:
     return value
 
 
-def _num_layers(config: dict[str, Any]) -> int:
-    layers = _positive_int(config, "num_hidden_layers")
-    if layers > MOST_LAYERS:
-        raise MixMoEError(f"config.json: num_hidden_layers must be {MOST_LAYERS} at most, not {layers}.")
-    return layers
+def _sizes(config: dict[str, Any], family: str) -> dict[str, int]:
+    """Return the sizes by Megatron's names; what is absent follows from others as in transformers.
+
+    Raises:
+        MixMoEError: one is missing or impossible.
+    """
+    heads, hidden_size = (_positive_int(config, name) for name in ("num_attention_heads", "hidden_size"))
+    filled = {name: value for name, value in config.items() if value is not None}
+    if "head_dim" not in filled:
+        if hidden_size % heads:
+            raise MixMoEError(
+                f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {heads}."
+            )
+        filled["head_dim"] = hidden_size // heads
+    filled["num_key_value_heads"] = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(family)) or heads
+    sizes = {ours: _positive_int(filled, theirs) for ours, theirs in _SIZES.items()}
+    if sizes["num_layers"] > MOST_LAYERS:
+        raise MixMoEError(f"config.json: num_hidden_layers must be {MOST_LAYERS} at most, not {sizes['num_layers']}.")
+    if sizes["kv_channels"] % 2:
+        raise MixMoEError(f"config.json: head_dim {sizes['kv_channels']} is odd; rotary positions need pairs.")
+    if heads % (groups := sizes["num_query_groups"]):
+        raise MixMoEError(f"config.json: num_attention_heads {heads} is not divisible by num_key_value_heads {groups}.")
+    return sizes
 
 
 def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
@@ -265,41 +285,19 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
             raise MixMoEError(f"config.json: {name} is of the wrong type: {config[name]!r:.60}.")
     family = model_family(config)
     _refuse_unsupported(config, family)
-    hidden_size = _positive_int(config, "hidden_size")
-    num_heads = _positive_int(config, "num_attention_heads")
-    num_groups = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS.get(family)) or num_heads
-    if config.get("head_dim") is None and hidden_size % num_heads:
-        raise MixMoEError(
-            f"config.json: hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}."
-        )
-    head_dim = _positive_int({"head_dim": hidden_size // num_heads, **_given(config, "head_dim")}, "head_dim")
-    if head_dim % 2:
-        raise MixMoEError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs.")
-    _positive_int({"num_key_value_heads": num_groups}, "num_key_value_heads")
-    if num_heads % num_groups:
-        raise MixMoEError(
-            f"config.json: num_attention_heads {num_heads} is not divisible by num_key_value_heads {num_groups}."
-        )
+    sizes = _sizes(config, family)
     theta, factor = rope_settings(config)
-    vocab_size = _positive_int(config, "vocab_size")
+    epsilon = config["rms_norm_eps"] if _is_positive(config.get("rms_norm_eps"), "rms_norm_eps") else 1e-6
     return {
-        "num_layers": _num_layers(config),
-        "hidden_size": hidden_size,
-        "ffn_hidden_size": _positive_int(config, "intermediate_size"),
-        "num_attention_heads": num_heads,
-        "group_query_attention": num_groups != num_heads,
-        "num_query_groups": num_groups,
-        "kv_channels": head_dim,
-        "max_position_embeddings": _positive_int(config, "max_position_embeddings"),
+        **sizes,
+        "group_query_attention": sizes["num_query_groups"] != sizes["num_attention_heads"],
         "position_embedding_type": "rope",
         "rotary_base": int(theta) if theta.is_integer() and theta < 1 << 53 else theta,
         "rotary_percent": 1.0,
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": factor if factor is not None else 8.0,
         "normalization": "RMSNorm",
-        "norm_epsilon": float(config["rms_norm_eps"])
-        if _is_positive(config.get("rms_norm_eps"), "rms_norm_eps")
-        else 1e-6,
+        "norm_epsilon": float(epsilon),
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": family == "qwen2",
@@ -307,8 +305,7 @@ def megatron_args_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": _deviation(config),
-        "vocab_size": vocab_size,
-        "make_vocab_size_divisible_by": vocab_multiple(vocab_size),
+        "make_vocab_size_divisible_by": vocab_multiple(sizes["vocab_size"]),
     }
 
 
@@ -349,22 +346,14 @@ def hf_config_from_megatron_args(megatron_args: dict[str, Any]) -> dict[str, Any
     scaling = None
     if args["use_rope_scaling"]:
         scaling = {"rope_type": "llama3", "factor": args["rope_scaling_factor"], **_LLAMA3_FIXED}
-    config: dict[str, Any] = {
+    return {
+        **{theirs: args[ours] for ours, theirs in _SIZES.items()},
         "architectures": [FAMILY_ARCHITECTURE[family]],
         "model_type": family,
-        "num_hidden_layers": args["num_layers"],
-        "hidden_size": args["hidden_size"],
-        "intermediate_size": args["ffn_hidden_size"],
-        "num_attention_heads": args["num_attention_heads"],
-        "num_key_value_heads": args["num_query_groups"],
-        "head_dim": args["kv_channels"],
-        "max_position_embeddings": args["max_position_embeddings"],
         "rope_theta": float(args["rotary_base"]),
         "rope_scaling": scaling,
         "rms_norm_eps": args["norm_epsilon"],
         "hidden_act": "silu",
         "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
         "initializer_range": args["init_method_std"],
-        "vocab_size": args["vocab_size"],
     }
-    return config

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_me
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, verify_written
 from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.conversion.byte_progress import progress
-from mixmoe_megatron.conversion.hf_config import check_architecture, model_family
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan, verify_written
+from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
+from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
+from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Context, Sizes
-from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import model_sizes, router_fold
+from mixmoe_megatron.methods.mixmoe import GROUPS
+from mixmoe_megatron.model.mapping import TABLES
+from mixmoe_megatron.model.sizes import ModelDescription
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ class PreparedExport:
     """A checked export: everything but the weights is settled."""
 
     request: ExportRequest
+    model: ModelDescription
     metadata: Metadata
-    sizes: Sizes
     plan: list[LazyTensor]
 
     def describe(self) -> str:
         """Return the plan for --dry-run."""
-        return describe_plan(self.plan, self.request.output_dir)
+        return describe_tensors(self.plan, self.request.output_dir)
 
 
 def prepare_export(request: ExportRequest) -> PreparedExport:
@@ -80,41 +81,36 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
             "model's name, such as organisation/name."
         )
     metadata = read_metadata(request.checkpoint_dir)
-    check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
-    options = MixMoEOptions.from_dict(metadata.options or {})
     reader = TorchDistReader(directory)
     rows = vocabulary_rows(reader, directory)
+    model = describe_model(metadata, rows)
     if rows < metadata.megatron_args["vocab_size"]:
         raise MixMoEError(
             f"{EMBEDDING} has {rows} rows, fewer than the vocabulary of {metadata.megatron_args['vocab_size']}."
         )
-    sizes = model_sizes(metadata.megatron_args, options, metadata.phase.stage, padded_vocab=rows)
-    _check_experts(metadata, reader)
-    context = Context(fold=router_fold(options))
-    plan = make_plan(
-        expand(TABLES["same"], sizes), reader, sizes, context, "hf", request.dtype, None, request.check_finite
-    )
-    return PreparedExport(request, metadata, sizes, plan)
+    _check_experts(model, reader)
+    target = Target("hf", request.dtype, model.options, check_finite=request.check_finite)
+    plan = plan_tensors(expand(TABLES["same"], model.sizes), reader, model.sizes, target)
+    return PreparedExport(request, model, metadata, plan)
 
 
-def _check_experts(metadata: Metadata, reader: TorchDistReader) -> None:
+def _check_experts(model: ModelDescription, reader: TorchDistReader) -> None:
     """Raise if the checkpoint's experts are not those of the phase its metadata tells."""
-    found = (
-        2 if any(".mt_experts." in n for n in reader.names()) else int(any(".lm_experts." in n for n in reader.names()))
-    )
-    if found != metadata.phase.stage:
+    found = sum(any(f".{group}_experts." in name for name in reader.names()) for group in GROUPS)
+    if found != model.phase.stage:
         held = ("no experts (a dense model)", "LM experts only", "LM and MT experts")[found]
-        raise MixMoEError(f"{METADATA_FILE} says phase {metadata.phase.name!r}, but the weights hold {held}.")
+        raise MixMoEError(f"{METADATA_FILE} says phase {model.phase.name!r}, but the weights hold {held}.")
 
 
 def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
-    metadata = prepared.metadata
-    dtype = _declared_dtype(prepared)
-    config = _mixmoe_config(metadata, prepared.sizes) if metadata.phase.groups else dict(metadata.hf_config)
+    model = prepared.model
+    config = dict(model.hf_config)
+    if model.options is not None:
+        config = mixmoe_config(config, model.options, model.sizes)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
-        config[name] = dtype
+        config[name] = _declared_dtype(prepared)
     return config
 
 
@@ -124,32 +120,8 @@ def _declared_dtype(prepared: PreparedExport) -> str:
     for tensor in prepared.plan:
         if ".mlp.router." not in tensor.name:  # float32 beside any other dtype
             values[tensor.dtype] += math.prod(tensor.shape)
-    declared = prepared.metadata.hf_config.get("dtype") or prepared.metadata.hf_config.get("torch_dtype")
+    declared = prepared.model.hf_config.get("dtype") or prepared.model.hf_config.get("torch_dtype")
     return str(declared) if declared in values else values.most_common(1)[0][0]
-
-
-def _mixmoe_config(metadata: Metadata, sizes: Sizes) -> dict[str, Any]:
-    from mixmoe_megatron.hf import AUTO_MAP, MixMoEConfig
-
-    options = MixMoEOptions.from_dict(metadata.options or {})
-    base = {**metadata.hf_config, "model_type": model_family(metadata.hf_config)}
-    if base["model_type"] == "mistral":  # whose sliding window does not act, else it would have been refused
-        base |= {"model_type": "llama", "sliding_window": None}
-    config = MixMoEConfig.from_base_config(
-        base,
-        moe_layers=list(sizes.moe_layers),
-        stage=metadata.phase.stage,
-        num_experts_per_group=options.num_experts_per_group,
-        topk_per_group=options.topk_per_group,
-        moe_intermediate_size=sizes.moe_ffn_hidden_size,
-        group_combine=options.group_combine,
-        router_prob_scaling=options.router_prob_scaling,
-        expert_scale=options.resolved_expert_scale,
-        router_bias=options.router_bias,
-        mixmoe=metadata.options,
-    )
-    values = json.loads(config.to_json_string())
-    return {**values, "architectures": ["MixMoEForCausalLM"], "auto_map": AUTO_MAP}
 
 
 def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
@@ -166,16 +138,14 @@ def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
     total = sum(t.num_bytes for t in plan)
     ranks.on_first(lambda: check_space(request.output_dir, total))
     with (
-        ThreadPoolExecutor(1) as beside,
         whole_directory(request.output_dir, request.force, ranks) as directory,
         progress(total // ranks.size, "to Hugging Face", ranks.rank) as advance,
     ):
-        config = beside.submit(_config, prepared)  # transformers may take longer to import than weights to be written
         write_safetensors(directory, plan, request.max_shard_bytes, advance, ranks)
 
         def finish() -> None:
             verify_written(plan, SafetensorsReader(directory))
-            _write_beside_the_weights(prepared, config.result(), directory)
+            _write_beside_the_weights(prepared, _config(prepared), directory)
 
         ranks.on_first(finish)
 
@@ -185,8 +155,6 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files(source / TOKENIZER_DIR, directory)
     if metadata.phase.groups:
-        from mixmoe_megatron.hf import copy_code
-
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mixmoe_megatron.checkpoint.bits import Bits
 from mixmoe_megatron.checkpoint.fingerprint import HashedSource
-from mixmoe_megatron.checkpoint.hf_files import TOKENIZER_DIR, copy_side_files, side_files
+from mixmoe_megatron.checkpoint.hf_files import side_files
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
-from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, package_versions, read_metadata, write_metadata
-from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
-from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata
+from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.checkpoint.torch_dist_writer import write_torch_dist
-from mixmoe_megatron.conversion.byte_progress import progress
-from mixmoe_megatron.conversion.hf_config import dense_config, megatron_args_from_hf, read_hf_config
-from mixmoe_megatron.conversion.plan import (
-    LazyTensor,
-    Source,
-    check_stacks,
-    describe_plan,
-    expand,
-    make_plan,
-    verify_written,
-)
+from mixmoe_megatron.checkpoint.tensors import TensorSource
+from mixmoe_megatron.conversion.exported import options_from_hf
+from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_tensors
+from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
-from mixmoe_megatron.model.mapping import TABLES, Context, Sizes, extra_state_keys
-from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
-from mixmoe_megatron.model.sizes import model_sizes, router_generators
+from mixmoe_megatron.model.mapping import TABLES
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.sizes import ModelDescription
 
 # Buffers that old Llama checkpoints store beside their weights.
 _NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -57,6 +48,7 @@ class ImportRequest:
         check_finite: refuse weights that hold NaN or infinite values.
         force: replace an output directory that has content.
         created_by: the command line, for the metadata.
+        config: what config.json says, where it has been read already.
     """
 
     hf_dir: str
@@ -68,21 +60,7 @@ class ImportRequest:
     check_finite: bool = False
     force: bool = False
     created_by: str = "hf_to_mixmoe.py"
-
-
-@dataclass(frozen=True)
-class PreparedImport:
-    """A checked import: everything but the weights is settled."""
-
-    request: ImportRequest
-    metadata: Metadata
-    sizes: Sizes
-    plan: list[LazyTensor]
-    source: HashedSource
-
-    def describe(self) -> str:
-        """Return the plan for --dry-run."""
-        return describe_plan(self.plan, self.request.output_dir)
+    config: dict[str, Any] | None = None
 
 
 class _TiedSource(SafetensorsReader):
@@ -120,51 +98,6 @@ class _TiedSource(SafetensorsReader):
         )
 
 
-def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> MixMoEOptions:
-    """Return the Mix-MoE options of an exported model's config.json; its model fields win over its record of options.
-
-    Args:
-        config: of the exported model.
-        shipped: metadata beside it, for the options if config.json records none.
-
-    Raises:
-        MixMoEError: the fields are missing or out of range, or contradict each other.
-    """
-    recorded = config.get("mixmoe") or (shipped and shipped.options) or {}
-    if not isinstance(recorded, dict):
-        raise MixMoEError(f"config.json: mixmoe must be an object, not {recorded!r}.")
-    values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
-    try:
-        values["num_experts_per_group"] = config["num_experts_per_group"]
-        values["topk_per_group"] = config["topk_per_group"]
-        values["group_combine"] = config["group_combine"]
-        values["router_prob_scaling"] = config["router_prob_scaling"]
-        values["router_bias"] = config["router_bias"]
-        layers, scale, width = config["moe_layers"], config["expert_scale"], config["moe_intermediate_size"]
-    except KeyError as error:
-        raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None
-    for name, one in (("num_experts", "num_experts_per_group"), ("num_experts_per_tok", "topk_per_group")):
-        if config.get(name) not in (None, config[one] * config["stage"]):
-            raise MixMoEError(f"config.json: {name} must be {one} times stage, not {config[name]!r}; or leave it out.")
-    if not isinstance(layers, list):
-        raise MixMoEError(f"config.json: moe_layers must be a list of layer indices, not {layers!r}.")
-    if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
-        values["expert_scale"] = scale
-    if values["num_experts_per_group"] > 1:
-        values["expert_init"] = "copy" if width == config["intermediate_size"] else "slice"
-    options = MixMoEOptions.from_dict(values)
-    widths = {config["intermediate_size"] // n for n in (1, options.num_experts_per_group)}
-    if width not in widths:
-        raise MixMoEError(
-            f"config.json: moe_intermediate_size must be {' or '.join(map(str, sorted(widths)))}, not {width!r}."
-        )
-    num_layers = config["num_hidden_layers"]
-    has_placement = "moe_layer_placement" in values or num_layers >= options.moe_every
-    if not has_placement or resolve_moe_layers(options, num_layers) != layers:
-        options = MixMoEOptions.from_dict({**values, "moe_layer_placement": ",".join(map(str, layers))})
-    return options
-
-
 def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     """Return the metadata that an export carries; it tells `upcycled` from `stage1`, config.json tells 1 from 2.
 
@@ -182,19 +115,22 @@ def _shipped_metadata(hf_dir: str, config: dict[str, Any]) -> Metadata | None:
     return metadata
 
 
-def open_weights(directory: Path) -> Source:
+def open_weights(directory: Path) -> TensorSource:
     """Return the weights of a Hugging Face directory, or of one iteration of a checkpoint.
 
     Raises:
         MixMoEError: they are missing, or damaged as far as headers tell.
     """
-    if not (directory / "config.json").is_file():
+    if not (directory / CONFIG_FILE).is_file():
         return TorchDistReader(directory)
-    tied = read_hf_config(directory).get("tie_word_embeddings", False)
-    return _TiedSource(directory) if tied else SafetensorsReader(directory)
+    return _hf_weights(directory, read_hf_config(directory))
 
 
-def prepare_import(request: ImportRequest) -> PreparedImport:
+def _hf_weights(directory: str | Path, config: dict[str, Any]) -> SafetensorsReader:
+    return _TiedSource(directory) if config.get("tie_word_embeddings", False) else SafetensorsReader(directory)
+
+
+def prepare_import(request: ImportRequest) -> PreparedCheckpoint:
     """Read configuration and headers, and check that every tensor has its place. Writes nothing.
 
     Raises:
@@ -204,134 +140,64 @@ def prepare_import(request: ImportRequest) -> PreparedImport:
     prepared = read_hf_model(request)
     ids = count_ids(request.hf_dir)
     if ids is not None:
-        check_number_of_ids(f"The tokenizer in {request.hf_dir}", ids, prepared.sizes.vocab_size)
-    if not prepared.sizes.moe_layers:
+        check_number_of_ids(f"The tokenizer in {request.hf_dir}", ids, prepared.model.sizes.vocab_size)
+    if not prepared.model.sizes.moe_layers:
         check_stacks(prepared.plan)
     return prepared
 
 
-def read_hf_model(request: ImportRequest) -> PreparedImport:
+def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     """As `prepare_import`, without a thought for the output directory: for those who load the plan into a model.
 
     Raises:
         MixMoEError: anything wrong with the input.
     """
-    config = read_hf_config(request.hf_dir)
+    config = read_hf_config(request.hf_dir) if request.config is None else request.config
     side_files(request.hf_dir)  # a bad link is told before hours of work
-    megatron_args = megatron_args_from_hf(config)
-    if request.make_vocab_size_divisible_by is not None:
-        megatron_args["make_vocab_size_divisible_by"] = request.make_vocab_size_divisible_by
     is_mixmoe = config.get("model_type") == "mixmoe"
-    if is_mixmoe:
-        if request.options is not None:
-            raise MixMoEError(
-                f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
-            )
-        shipped = _shipped_metadata(request.hf_dir, config)
-        options: MixMoEOptions | None = options_from_hf(config, shipped)
-        phase = shipped.phase if shipped else phase_of_stage(config["stage"])
-        base_config = dense_config(config)
-        if shipped and shipped.hf_config.get("_name_or_path"):
-            base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
-    else:
-        shipped, options, base_config = None, request.options, config
-        phase = PHASES["dense" if options is None else "upcycled"]
-    if options is not None:
-        mixmoe_megatron_args(options, phase.stage, megatron_args["num_layers"], megatron_args["ffn_hidden_size"])
-    sizes = model_sizes(megatron_args, options, phase.stage)
-    table = TABLES["same" if is_mixmoe or options is None else "upcycle"]
-    source = HashedSource(open_weights(Path(request.hf_dir)))
-    context = Context(generator=router_generators(request.seed))
-    units = expand(table, sizes)
-    plan = make_plan(
-        units, source, sizes, context, "megatron", request.dtype, _NOT_WEIGHTS, check_finite=request.check_finite
-    )
+    model, data = (_exported_model if is_mixmoe else _dense_model)(request, config)
+    model.checkpoint_args()  # refuses options that do not fit
+    source = HashedSource(_hf_weights(request.hf_dir, config))
+    target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
+    units = expand(TABLES["upcycle" if model.phase.groups and not is_mixmoe else "same"], model.sizes)
+    plan = plan_tensors(units, source, model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
-        phase=phase,
-        options=None if options is None else options.to_dict(),
-        megatron_args=megatron_args,
-        hf_config=base_config,
+        phase=model.phase,
+        options=model.options.to_dict() if model.options else None,
+        megatron_args=model.megatron_args,
+        hf_config=model.hf_config,
         created_by=request.created_by,
-        data=shipped.data if shipped else [],
+        data=data,
     )
-    return PreparedImport(request, metadata, sizes, plan, source)
-
-
-def run_import(prepared: PreparedImport, ranks: Ranks = ALONE) -> None:
-    """Write the checkpoint directory: torch_dist weights, tokenizer files and metadata, all or nothing.
-
-    Args:
-        prepared: the same on every rank.
-        ranks: those that share the work; all of them must call this.
-
-    Raises:
-        MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
-    """
-    request, metadata = prepared.request, prepared.metadata
-    parent_phase = "dense" if metadata.phase.name == "upcycled" else metadata.phase.name
+    parent_phase = "dense" if model.phase.name == "upcycled" else model.phase.name
     parent = Path(request.hf_dir)
-    write_checkpoint(prepared.plan, metadata, prepared.sizes, prepared.source, parent, parent_phase, request, ranks)
+    return PreparedCheckpoint(request.output_dir, request.force, model, metadata, plan, source, parent, parent_phase)
 
 
-class OutputRequest(Protocol):
-    """What `write_checkpoint` needs of a request."""
-
-    @property
-    def output_dir(self) -> str:
-        """The checkpoint to make."""
-
-    @property
-    def force(self) -> bool:
-        """Replace a directory that has content."""
+def _dense_model(request: ImportRequest, config: dict[str, Any]) -> tuple[ModelDescription, list[dict[str, Any]]]:
+    """Return the model to make of a dense one, and that it was trained on nothing here."""
+    phase = PHASES["dense" if request.options is None else "upcycled"]
+    return ModelDescription(config, _megatron_args(request, config), request.options, phase), []
 
 
-def write_checkpoint(
-    plan: list[LazyTensor],
-    metadata: Metadata,
-    sizes: Sizes,
-    source: HashedSource,
-    parent: Path,
-    parent_phase: str,
-    request: OutputRequest,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Write a `release` checkpoint directory with tokenizer and metadata, all or nothing.
+def _exported_model(request: ImportRequest, config: dict[str, Any]) -> tuple[ModelDescription, list[dict[str, Any]]]:
+    """Return the model that an export holds, and what it was trained on."""
+    megatron_args = _megatron_args(request, config)
+    if request.options is not None:
+        raise MixMoEError(
+            f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
+        )
+    shipped = _shipped_metadata(request.hf_dir, config)
+    options = options_from_hf(config, shipped)
+    base_config = dense_config(config)
+    if shipped and shipped.hf_config.get("_name_or_path"):
+        base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
+    phase = shipped.phase if shipped else phase_of_stage(config["stage"])
+    return ModelDescription(base_config, megatron_args, options, phase), shipped.data if shipped else []
 
-    Args:
-        plan: the tensors, by per-layer name.
-        metadata: of the checkpoint; its parent is filled in.
-        sizes: of the model.
-        source: of the weights, which the plan reads.
-        parent: their directory: a Hugging Face one, or a checkpoint's.
-        parent_phase: name of the phase of those weights.
-        request: where to.
-        ranks: those that share the work; all of them must call this.
 
-    Raises:
-        MixMoEError: the output directory may not be replaced, the disk is full, or a weight file is damaged.
-    """
-    args = {**metadata.megatron_args, "padded_vocab_size": sizes.padded_vocab_size}
-    if metadata.phase.groups:
-        options = MixMoEOptions.from_dict(metadata.options or {})
-        args.update(mixmoe_megatron_args(options, metadata.phase.stage, sizes.num_layers, sizes.ffn_hidden_size))
-    total = sum(tensor.num_bytes for tensor in plan)
-    ranks.on_first(lambda: check_space(request.output_dir, total))
-    with (
-        ThreadPoolExecutor(1) as beside,
-        whole_directory(request.output_dir, request.force, ranks) as directory,
-        progress(total // ranks.size, "to Megatron", ranks.rank) as advance,
-    ):
-        versions = beside.submit(package_versions)
-        stacked = 0 if sizes.moe_layers else sizes.num_layers
-        iteration = write_torch_dist(directory, plan, args, stacked, extra_state_keys(sizes), advance, ranks)
-        digest = source.fingerprint(ranks)
-
-        def finish() -> None:
-            verify_written(plan, TorchDistReader(iteration))
-            is_hf = (parent / "config.json").is_file()
-            copy_side_files(parent if is_hf else parent / TOKENIZER_DIR, directory / TOKENIZER_DIR)
-            metadata.parent = {"path": str(parent), "phase": parent_phase, "weights_xxh128": digest}
-            metadata.versions = versions.result()
-            write_metadata(directory, metadata)
-
-        ranks.on_first(finish)
+def _megatron_args(request: ImportRequest, config: dict[str, Any]) -> dict[str, Any]:
+    args = megatron_args_from_hf(config)
+    if request.make_vocab_size_divisible_by is not None:
+        args["make_vocab_size_divisible_by"] = request.make_vocab_size_divisible_by
+    return args

@@ -1,8 +1,20 @@
-"""A region of a tensor from the slices of the other side's tensors that make it, for layouts that only move values.
+"""A region of a tensor from the slices of the other side's tensors that make it, for crossings that only move values.
 
-A layout moves slices along the axes in which the two sides of a row differ, and leaves the axes that they share as they
-are. Which slice goes where the layout tells itself: it is run on the slices' numbers in place of their values. So the
-mapping tables stay the one place that knows, and nothing but the slices is read.
+A crossing moves slices along the axes in which the two sides of a row differ, and leaves the axes that they share as
+they are. Which slice goes where the crossing tells itself: it is run on the slices' numbers in place of their values.
+So the mapping tables stay the one place that knows, and nothing but the slices is read.
+
+For example, gate [2, H] and up [2, H] of a tiny FFN become experts [2, 2, H], two slices of one row each: expert e has
+row e of gate, then row e of up. H is shared. The rows are numbered, with a number left free before each tensor, and the
+crossing is run on the numbers:
+
+    gate  2     up  5      ->   experts  [[2, 5],     expert 0: row 0 of gate, row 0 of up
+          3         6                     [3, 6]]     expert 1: row 1 of gate, row 1 of up
+
+Read in the order of memory, 2 5 3 6 are four runs of one row: four reads of H values each, or of as many columns of
+them as the region asks for. Of expert 0 alone, 2 5 are two reads. A stack of gate and up is 2 3 5 6, two reads of two
+rows each: that is why a number lies free between them, or 2 3 4 5 would pass for one run of one tensor. Where a
+crossing puts zeros, such as rows of vocabulary padding, it leaves the number 0, and nothing is read.
 """
 
 from __future__ import annotations
@@ -17,36 +29,35 @@ import numpy as np
 
 from mixmoe_megatron.checkpoint.bits import Bits, bits_type
 from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.model.mapping import Context, Row, Sizes
+from mixmoe_megatron.model.mapping import Row, Side, Sizes
 
 
 class Movement:
     """Where the values of one tensor of a row come from. `movement` makes these, once for all layers.
 
     Args:
-        row: of a table; its layout moves values and makes zeros, no more.
-        to: the tensor's side, `megatron` or `hf`.
+        row: of a table; its crossing to that side moves values and makes zeros, no more.
+        to: the tensor's side.
         position: of the tensor among the row's existing tensors of its side.
         sizes: of the model.
     """
 
-    def __init__(self, row: Row, to: str, position: int, sizes: Sizes) -> None:
-        sides = {
-            side: [t.shape.split() for t in tensors if sizes.holds(t.when)]
-            for side, tensors in (("hf", row.hf), ("megatron", row.megatron))
-        }
-        self._axes = sides.pop(to)[position]  # their symbols
-        (self._source_axes,) = sides.values()
+    def __init__(self, row: Row, to: Side, position: int, sizes: Sizes) -> None:
+        other: Side = "hf" if to == "megatron" else "megatron"
+        self._axes = row.keys(to, sizes)[position].shape.split()  # their symbols
+        self._source_axes = [key.shape.split() for key in row.keys(other, sizes)]
         shared = set(self._axes).intersection(*self._source_axes)
         if shared == set(self._axes):  # nothing moves: the first axis may as well
             shared.remove(self._axes[0])
         self._moved = set(self._axes).union(*self._source_axes) - shared
         shapes = [[sizes.shape(s)[0] if s in self._moved else 1 for s in symbols] for symbols in self._source_axes]
-        # A number lies free before each source, so that no run goes on from one into the next; 0 stands for zeros.
+        # The first is 2: 1 lies free, so that no run begins among zeros and goes on into values.
         *firsts, _ = accumulate((math.prod(shape) + 1 for shape in shapes), initial=2)
         self._firsts = firsts
         numbers = [np.arange(f, f + math.prod(shape)).reshape(shape) for f, shape in zip(firsts, shapes, strict=True)]
-        self._numbers: Bits = getattr(row.layout, f"to_{to}")(numbers, sizes, Context(), "")[position]
+        move = row.crossing.to_hf if to == "hf" else row.crossing.to_megatron
+        assert move is not None, "what is computed does not move"
+        self._numbers: Bits = move(numbers, sizes)[position]
 
     def read(self, region: Region, names: Sequence[str], dtype: str, read: Callable[[str, Region], Bits]) -> Bits:
         """Return a region's values, not necessarily contiguous.

@@ -174,24 +174,18 @@ def load_weights(model: torch.nn.Module, directory: Path) -> None:
     model.load_state_dict(state["model"])
 
 
-def _record(module: torch.nn.Module, name: str, into: dict[str, Tensor], prepare: Callable[[Tensor], Tensor]) -> Any:
-    """Keep a module's output under a name until the returned handle is removed."""
-
-    def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        into[name] = prepare(output[0] if isinstance(output, tuple) else output).detach().float().cpu()
-
-    return module.register_forward_hook(hook)
-
-
-def _activations(
-    modules: dict[str, torch.nn.Module], run: Callable[[], Tensor], prepare: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _outputs(modules: dict[str, torch.nn.Module], run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Run a model and return what its modules gave, by name, and `logits`; float32 on the CPU."""
+    found: dict[str, Any] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, module in modules.items():
-            stack.callback(_record(module, name, found, prepare).remove)
-        found["logits"] = run().detach().float().cpu()
-    return found
+            hook = module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: found.update({name: output})
+            )
+            stack.callback(hook.remove)
+        found["logits"] = run()
+    firsts = {name: output[0] if isinstance(output, tuple) else output for name, output in found.items()}
+    return {name: output.detach().float().cpu() for name, output in firsts.items()}
 
 
 def compare_models(hf_model: Any, megatron_model: Any, token_ids: Tensor) -> list[Difference]:
@@ -212,11 +206,12 @@ def compare_models(hf_model: Any, megatron_model: Any, token_ids: Tensor) -> lis
     def run_megatron() -> Tensor:
         return megatron_model(token_ids, positions, None)[..., :vocab_size]
 
-    reference = _activations(hf_modules, lambda: hf_model(input_ids=token_ids, use_cache=False).logits, lambda t: t)
-    ours = _activations(mcore_modules, run_megatron, lambda t: t.transpose(0, 1))
+    reference = _outputs(hf_modules, lambda: hf_model(input_ids=token_ids, use_cache=False).logits)
+    ours = _outputs(mcore_modules, run_megatron)
+    ours |= {name: ours[name].transpose(0, 1) for name in names}  # [S, B, H]
     return [
-        Difference(name, float((ours[name] - ref).abs().max()), float(ref.abs().max()))
-        for name, ref in ((name, reference[name]) for name in [*names, "logits"])
+        Difference(name, float((ours[name] - reference[name]).abs().max()), float(reference[name].abs().max()))
+        for name in [*names, "logits"]
     ]
 
 

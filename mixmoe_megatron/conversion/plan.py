@@ -7,83 +7,24 @@ conversion holds a block of each of its threads, and the routers, in memory, wha
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
-from mixmoe_megatron.checkpoint.bits import FLOAT_DTYPES, ITEMSIZE, Bits, all_finite, as_bytes, from_torch, to_torch
-from mixmoe_megatron.checkpoint.stored import Region, in_order, whole
-from mixmoe_megatron.conversion.movement import movement
+from mixmoe_megatron.checkpoint.bits import FLOAT_DTYPES, Bits, all_finite, from_float32, to_float32
+from mixmoe_megatron.checkpoint.stored import Region, whole
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, TensorSource
+from mixmoe_megatron.conversion.movement import Movement, movement
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import Context, Row, Sizes, T
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mixmoe_megatron.model.mapping import Row, Side, Sizes
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.router_rows import folded_router, new_router_weight
 
 DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16"}
 _SHOWN_KEYS = 3
-BLOCK_BYTES = 1 << 22  # small enough for a processor's cache, large enough for Python
 
 
-class Source(Protocol):
-    """Tensors by name, of which any region can be read."""
-
-    def names(self) -> Collection[str]:
-        """Return the names of all tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-
-    def dtype(self, name: str) -> str:
-        """Return the name of a tensor's dtype in torch."""
-
-    def read_region(self, name: str, region: Region) -> Bits:
-        """Return the bits of a tensor between start and stop on each axis."""
-
-
-def read_tensor(source: Source, name: str) -> Tensor:
-    """Return all values of a source's tensor. Raises what `read_region` raises."""
-    return to_torch(source.read_region(name, whole(source.shape(name))), source.dtype(name))
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor to be written: what it is now, its bits when they are asked for.
-
-    Attributes:
-        dtype: name in torch.
-        read: the bits of a region, without reading the rest; not necessarily contiguous.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[Region], Bits]
-
-    def part(self, region: Region) -> Tensor:
-        """Return the values of a region; what lies beyond the shape is left out.
-
-        Raises:
-            MixMoEError: the weights are damaged.
-        """
-        clipped = tuple(slice(*cut.indices(length)[:2]) for cut, length in zip(region, self.shape, strict=True))
-        return to_torch(self.read(clipped), self.dtype)
-
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield all bytes in their order, a block at a time.
-
-        Raises:
-            MixMoEError: the weights are damaged.
-        """
-        for region in in_order(self.shape, BLOCK_BYTES // ITEMSIZE[self.dtype]):
-            yield as_bytes(self.read(region))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values in bytes."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+Tensors = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -92,46 +33,43 @@ class Unit:
 
     Attributes:
         row: the table's row.
-        where: what to call the place in messages, such as `layer 3`.
+        layer: 0-based number of the layer; None: the row occurs once in the model.
         megatron: (name, shape) of the row's Megatron tensors that exist.
         hf: (name, shape) of its Hugging Face tensors that exist.
     """
 
     row: Row
-    where: str
-    megatron: tuple[tuple[str, tuple[int, ...]], ...]
-    hf: tuple[tuple[str, tuple[int, ...]], ...]
+    layer: int | None
+    megatron: Tensors
+    hf: Tensors
+
+    def tensors(self, side: Side) -> Tensors:
+        """Return (name, shape) of the tensors of a side."""
+        return self.hf if side == "hf" else self.megatron
 
 
 def expand(table: Collection[Row], sizes: Sizes) -> list[Unit]:
     """Write out a table for a model, in the model's order.
 
     Args:
-        table: one of `mappings.TABLES`.
+        table: one of `mapping.TABLES`.
         sizes: of the model.
     """
-
-    def concrete(tensors: tuple[T, ...], layer: int | None) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        return tuple((t.name.replace("{i}", str(layer)), sizes.shape(t.shape)) for t in tensors if sizes.holds(t.when))
-
     units = []
-    moe_layers = set(sizes.moe_layers)
-    for row in table:
-        if not sizes.holds(row.when):
-            continue
-        layers: list[int | None] = [None] if row.scope == "model" else list(range(sizes.num_layers))
-        for layer in layers:
-            if row.scope in ("dense", "moe") and (layer in moe_layers) != (row.scope == "moe"):
-                continue
-            where = "model" if layer is None else f"layer {layer}"
-            units.append(Unit(row, where, concrete(row.megatron, layer), concrete(row.hf, layer)))
+    for row in (row for row in table if row.when(sizes)):
+        for layer in [None] if row.scope == "model" else sizes.layers(row.scope):
+            megatron, hf = (
+                tuple((key.name.replace("{i}", str(layer)), sizes.shape(key.shape)) for key in row.keys(side, sizes))
+                for side in ("megatron", "hf")
+            )
+            units.append(Unit(row, layer, megatron, hf))
     return sorted(units, key=_position)
 
 
 def _position(unit: Unit) -> int:
     """Sort key: embedding, layers in order, the rest."""
-    if unit.where != "model":
-        return int(unit.where.split()[1])
+    if unit.layer is not None:
+        return unit.layer
     return -1 if unit.megatron[0][0].startswith("embedding.") else 1 << 30
 
 
@@ -140,9 +78,9 @@ def _keys(names: Collection[str]) -> str:
     return shown if len(names) <= _SHOWN_KEYS else f"{shown} and {len(names) - _SHOWN_KEYS} more"
 
 
-def _check_inputs(units: list[Unit], side: str, source: Source, ignored: re.Pattern[str] | None) -> None:
+def _check_inputs(units: list[Unit], side: Side, source: TensorSource, ignored: re.Pattern[str] | None) -> None:
     """Raise if the source's tensors are not exactly the ones that the units read."""
-    wanted = {name: shape for unit in units for name, shape in getattr(unit, side)}
+    wanted = {name: shape for unit in units for name, shape in unit.tensors(side)}
     present = {name for name in source.names() if ignored is None or not ignored.search(name)}
     if missing := wanted.keys() - present:
         raise MixMoEError(f"the weights lack {_keys(missing)}.")
@@ -185,7 +123,7 @@ def check_stacks(plan: list[LazyTensor]) -> None:
 class FiniteSource:
     """A source that refuses NaN and infinite values."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         self._source = source
         self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
 
@@ -201,15 +139,27 @@ class FiniteSource:
         return bits
 
 
-def make_plan(
-    units: list[Unit],
-    source: Source,
-    sizes: Sizes,
-    context: Context,
-    to: str,
-    dtype: str = "keep",
-    ignored: re.Pattern[str] | None = None,
-    check_finite: bool = False,
+@dataclass(frozen=True)
+class Target:
+    """What a plan is to lead to.
+
+    Attributes:
+        side: `megatron` or `hf`.
+        dtype: `keep`, `fp32` or `bf16`; routers are never cast.
+        options: of a Mix-MoE model, whose routers are folded on the way to Hugging Face.
+        seed: of the router weights drawn where a dense model is upcycled.
+        check_finite: refuse NaN and infinite values where they are read.
+    """
+
+    side: Side
+    dtype: str = "keep"
+    options: MixMoEOptions | None = None
+    seed: int = 0
+    check_finite: bool = False
+
+
+def plan_tensors(
+    units: list[Unit], source: TensorSource, sizes: Sizes, target: Target, ignored: re.Pattern[str] | None = None
 ) -> list[LazyTensor]:
     """Check the source against the units and return the tensors to write.
 
@@ -217,96 +167,69 @@ def make_plan(
         units: from `expand`.
         source: tensors of the other side.
         sizes: of the model.
-        context: for the layouts that compute.
-        to: `megatron` or `hf`.
-        dtype: `keep`, `fp32` or `bf16`; routers are never cast.
+        target: what to make of them.
         ignored: names in the source that carry no weights.
-        check_finite: refuse NaN and infinite values where they are read.
 
     Raises:
         MixMoEError: a key is missing, unused, misshapen or of a surprising dtype; the message names it.
     """
-    side = "hf" if to == "megatron" else "megatron"
-    _check_inputs(units, side, source, ignored)
-    if check_finite:
+    _check_inputs(units, "hf" if target.side == "megatron" else "megatron", source, ignored)
+    if target.check_finite:
         source = FiniteSource(source)
-    plan = []
+    plan: list[LazyTensor] = []
     for unit in units:
-        names = [name for name, _ in getattr(unit, side)]
-        if unit.row.layout.computes == to:
-            target = "float32"
-            compute = functools.cache(functools.partial(_compute, unit, to, names, source, sizes, context))
-        else:
-            cast = DTYPES[dtype] if unit.row.cast else None
-            target = cast or _one_dtype({name: source.dtype(name) for name in names})
-        for position, (name, shape) in enumerate(getattr(unit, to)):
-            if unit.row.layout.computes == to:
-                read = _computed(compute, position)
-            else:
-                read = _moved(unit.row, to, position, names, source, sizes, target)
-            plan.append(LazyTensor(name, shape, target, read))
+        moves = unit.row.crossing.to_hf if target.side == "hf" else unit.row.crossing.to_megatron
+        plan += (_computed if moves is None else _moved)(unit, source, sizes, target)
     return plan
 
 
-def _moved(
-    row: Row, to: str, position: int, names: list[str], source: Source, sizes: Sizes, dtype: str
-) -> Callable[[Region], Bits]:
-    moved = movement(row, to, position, sizes)
-    return lambda region: moved.read(region, names, dtype, functools.partial(_read_as, dtype, source))
+def _computed(unit: Unit, source: TensorSource, sizes: Sizes, target: Target) -> Iterator[LazyTensor]:
+    """Yield the tensors of a unit whose values are computed, in float32: router weights, folded or drawn."""
+    for name, shape in unit.tensors(target.side):
+        if target.side == "hf":
+            assert target.options is not None
+            groups = [name for name, _ in unit.megatron]
+            compute = functools.partial(_folded, groups, source, target.options)
+        else:
+            compute = functools.partial(new_router_weight, name, shape, sizes.init_std, target.seed)
+        yield LazyTensor(name, shape, "float32", functools.partial(_part_of, functools.cache(compute)))
 
 
-def _compute(unit: Unit, to: str, names: list[str], source: Source, sizes: Sizes, context: Context) -> list[Bits]:
-    tensors = [read_tensor(source, name) for name in names]
-    results = getattr(unit.row.layout, f"to_{to}")(tensors, sizes, context, unit.where)
-    return [from_torch(result) for result in results]
+def _folded(names: list[str], source: TensorSource, options: MixMoEOptions) -> Bits:
+    weights = [to_float32(source.read_region(n, whole(source.shape(n))), source.dtype(n)) for n in names]
+    return folded_router(weights, options)
 
 
-def _computed(compute: Callable[[], list[Bits]], position: int) -> Callable[[Region], Bits]:
-    return lambda region: compute()[position][region]
+def _part_of(compute: Callable[[], Bits], region: Region) -> Bits:
+    return from_float32(compute(), "float32")[region]
 
 
-def _read_as(dtype: str, source: Source, name: str, region: Region) -> Bits:
+def _moved(unit: Unit, source: TensorSource, sizes: Sizes, target: Target) -> Iterator[LazyTensor]:
+    """Yield the tensors of a unit whose values come from the other side as they are, or in another dtype."""
+    names = [name for name, _ in (unit.megatron if target.side == "hf" else unit.hf)]
+    if unit.row.is_router and target.side == "hf":  # training in bfloat16 leaves biases in bfloat16
+        dtype = "float32"
+    else:
+        cast = None if unit.row.is_router else DTYPES[target.dtype]
+        dtype = cast or _one_dtype({name: source.dtype(name) for name in names})
+    for position, (name, shape) in enumerate(unit.tensors(target.side)):
+        moved = movement(unit.row, target.side, position, sizes)
+        yield LazyTensor(name, shape, dtype, functools.partial(_read_moved, moved, names, source, dtype))
+
+
+def _read_moved(moved: Movement, names: list[str], source: TensorSource, dtype: str, region: Region) -> Bits:
+    return moved.read(region, names, dtype, functools.partial(_read_as, dtype, source))
+
+
+def _read_as(dtype: str, source: TensorSource, name: str, region: Region) -> Bits:
     """Return the bits of a region of a source's tensor as they are in another dtype."""
     bits = source.read_region(name, region)
     if (found := source.dtype(name)) == dtype:
         return bits
-    import torch
-
-    return from_torch(to_torch(bits, found).to(getattr(torch, dtype)))
+    return from_float32(to_float32(bits, found), dtype)
 
 
-def split_by_bytes(plan: list[LazyTensor], max_bytes: int) -> list[list[LazyTensor]]:
-    """Fill files in the plan's order.
-
-    Args:
-        plan: the tensors.
-        max_bytes: of one file; a tensor larger than that gets one of its own.
-    """
-    files: list[list[LazyTensor]] = [[]]
-    used = 0
-    for tensor in plan:
-        if files[-1] and used + tensor.num_bytes > max_bytes:
-            files.append([])
-            used = 0
-        files[-1].append(tensor)
-        used += tensor.num_bytes
-    return files
-
-
-def verify_written(plan: list[LazyTensor], written: Source) -> None:
-    """Check that what was written, read back from its headers, is what was planned.
-
-    Raises:
-        MixMoEError: a tensor is missing or differs in shape or dtype.
-    """
-    planned = {t.name: (t.shape, t.dtype) for t in plan}
-    found = {name: (written.shape(name), written.dtype(name)) for name in written.names()}
-    if planned != found:
-        name = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))[0]
-        raise MixMoEError(f"{name} was not written as planned: {found.get(name)} instead of {planned.get(name)}.")
-
-
-def describe_plan(plan: list[LazyTensor], destination: str) -> str:
+def describe_tensors(plan: list[LazyTensor], destination: str) -> str:
     """Return the plan as a table, one tensor a line, with the total at the end (for --dry-run)."""
     width = max(len(t.name) for t in plan)
     lines = [f"{t.name:<{width}}  {list(t.shape)!s:<24} {t.dtype}" for t in plan]

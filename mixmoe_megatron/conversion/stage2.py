@@ -6,31 +6,25 @@ Training does the same by itself when stage 2 starts from a stage 1 checkpoint; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mixmoe_megatron.checkpoint.bits import Bits, from_torch
+import numpy as np
+
+from mixmoe_megatron.checkpoint.bits import Bits, from_float32
 from mixmoe_megatron.checkpoint.fingerprint import HashedSource
 from mixmoe_megatron.checkpoint.health import whole_iteration
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, vocabulary_rows
-from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, require_phase
+from mixmoe_megatron.checkpoint.metadata import read_metadata, require_phase
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir
-from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.conversion.hf_config import check_architecture
-from mixmoe_megatron.conversion.hf_import import write_checkpoint
-from mixmoe_megatron.conversion.plan import LazyTensor, check_dtype, describe_plan, expand
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
+from mixmoe_megatron.conversion.plan import check_dtype, expand
+from mixmoe_megatron.conversion.prepared import PreparedCheckpoint, describe_model
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.mixmoe import STAGE1, STAGE2
-from mixmoe_megatron.model.mapping import TABLES, Sizes
-from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import model_sizes, router_generators
-from mixmoe_megatron.model.upcycling import init_router_weight
-
-if TYPE_CHECKING:
-    import torch
+from mixmoe_megatron.model.mapping import TABLES
+from mixmoe_megatron.model.router_rows import new_router_weight
 
 
 @dataclass(frozen=True)
@@ -52,22 +46,7 @@ class Stage2Request:
     force: bool = False
 
 
-@dataclass(frozen=True)
-class PreparedStage2:
-    """A checked request: everything but the weights is settled."""
-
-    request: Stage2Request
-    metadata: Metadata
-    sizes: Sizes
-    plan: list[LazyTensor]
-    source: HashedSource
-
-    def describe(self) -> str:
-        """Return the plan for --dry-run."""
-        return describe_plan(self.plan, self.request.output_dir)
-
-
-def prepare_stage2(request: Stage2Request) -> PreparedStage2:
+def prepare_stage2(request: Stage2Request) -> PreparedCheckpoint:
     """Read the stage 1 checkpoint's headers and plan the stage 2 one. Writes nothing.
 
     Raises:
@@ -76,56 +55,29 @@ def prepare_stage2(request: Stage2Request) -> PreparedStage2:
     check_output_dir(request.output_dir, request.force)
     metadata = read_metadata(request.checkpoint_dir)
     require_phase(metadata, STAGE2.starts_from)
-    options = MixMoEOptions.from_dict(metadata.options or {})
-    check_architecture(metadata)
     directory = whole_iteration(request.checkpoint_dir, request.iteration, flag="--iteration")
     stored = TorchDistReader(directory)
     reader = HashedSource(stored)
-    rows = vocabulary_rows(stored, directory)
-    sizes = model_sizes(metadata.megatron_args, options, STAGE2.stage, padded_vocab=rows)
-    generators = router_generators(request.seed)
+    model = replace(describe_model(metadata, vocabulary_rows(stored, directory)), phase=STAGE2)
+    assert model.options is not None, "stage 1 has options"
     plan = []
-    for name, shape in (tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.megatron):
+    for name, shape in (tensor for unit in expand(TABLES["same"], model.sizes) for tensor in unit.megatron):
         source = name.replace(".mt_experts.", ".lm_experts.").replace(".router.mt.", ".router.lm.")
         if source not in reader.names() or reader.shape(source) != shape:
             raise MixMoEError(f"{request.checkpoint_dir} lacks {source} of shape {list(shape)}.")
         dtype = reader.dtype(source)
         check_dtype(source, dtype)
-        if options.mt_router_init == "random" and ".router.mt." in name:
-            read = _new_router(name, shape, sizes.init_std, generators, dtype)
+        if model.options.mt_router_init == "random" and ".router.mt." in name:
+            read = functools.partial(_new_router, name, shape, model.sizes.init_std, request.seed, dtype)
         else:
             read = functools.partial(reader.read_region, source)
         plan.append(LazyTensor(name, shape, dtype, read))
     child = replace(metadata, phase=STAGE2, versions={}, created_by="add_mt_experts.py")
-    return PreparedStage2(request, child, sizes, plan, reader)
+    parent = Path(request.checkpoint_dir)
+    return PreparedCheckpoint(request.output_dir, request.force, model, child, plan, reader, parent, STAGE1.name)
 
 
-def _new_router(
-    name: str, shape: tuple[int, ...], init_std: float, generators: Callable[[str], torch.Generator], dtype: str
-) -> Callable[[Region], Bits]:
-    def read(region: Region) -> Bits:
-        import torch
-
-        if name.endswith("bias"):
-            start = torch.zeros(shape)
-        else:
-            start = init_router_weight(shape[0], shape[1], init_std, generators(name))
-        return from_torch(start.to(getattr(torch, dtype)))[region]
-
-    return read
-
-
-def run_stage2(prepared: PreparedStage2, ranks: Ranks = ALONE) -> None:
-    """Write the stage 2 checkpoint, all or nothing.
-
-    Args:
-        prepared: the same on every rank.
-        ranks: those that share the work; all of them must call this.
-
-    Raises:
-        MixMoEError: the output directory may not be replaced, the disk is full, or a stored tensor is damaged.
-    """
-    request, parent = prepared.request, Path(prepared.request.checkpoint_dir)
-    write_checkpoint(
-        prepared.plan, prepared.metadata, prepared.sizes, prepared.source, parent, STAGE1.name, request, ranks
-    )
+def _new_router(name: str, shape: tuple[int, ...], init_std: float, seed: int, dtype: str, region: Region) -> Bits:
+    is_bias = name.endswith("bias")
+    start = np.zeros(shape, np.float32) if is_bias else new_router_weight(name, shape, init_std, seed)
+    return from_float32(start, dtype)[region]

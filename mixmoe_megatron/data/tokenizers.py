@@ -153,15 +153,16 @@ def leave_torch_out() -> None:
         os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 
-def open_tokenizer(directory: str | Path) -> TextTokenizer:
+def open_tokenizer(directory: str | Path, model_rows: int | None = None) -> TextTokenizer:
     """Open and check the tokenizer in a local directory.
 
     Args:
         directory: A directory with Hugging Face tokenizer files; sentencepiece models (Llama) included.
+        model_rows: Vocabulary of the model, where it is known; None: of the model that the tokenizer lies beside.
 
     Raises:
         MixMoEError: No tokenizer there, it cannot be read, it has no EOS, it ends every text with a token, or it has
-            more ids than the model that it lies beside has rows.
+            more ids than the model has rows.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -193,7 +194,7 @@ def open_tokenizer(directory: str | Path) -> TextTokenizer:
             token for token in special_tokens if hf.convert_tokens_to_ids(token) in _encode(hf, [token], False)[0]
         ),
     )
-    rows = _rows_of_model(directory)
+    rows = model_rows or _rows_of_model(directory)
     if rows is not None:
         check_tokenizer_fits_model(tokenizer, rows)
     _warn_of_another_reading(hf, directory)

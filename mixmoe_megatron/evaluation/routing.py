@@ -112,8 +112,10 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
             sums[layer] = tuple(a + b for a, b in zip(sums[layer], new, strict=True)) if layer in sums else new
     layers: dict[str, dict[str, GroupRouting]] = {}
     for layer in config.moe_layers:
-        groups = zip(GROUPS[: config.stage], *sums[layer], strict=True)  # name, counts, probs, top_probs of each
-        layers[str(layer)] = {name: _group_routing(*group_sum, tokens) for name, *group_sum in groups}
+        groups = zip(GROUPS[: config.stage], *sums[layer], strict=True)
+        layers[str(layer)] = {
+            name: _group_routing(counts, probs, top_probs, tokens) for name, counts, probs, top_probs in groups
+        }
     return Routing(tokens, layers)
 
 

@@ -27,14 +27,16 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mixmoe_megatron import hf
+from mixmoe_megatron.checkpoint.bits import from_torch, to_torch
+from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.conversion.hf_import import options_from_hf
 from mixmoe_megatron.conversion.parity import transformer_fields
 from mixmoe_megatron.model.config import MixMoETransformerConfig, check_transformer_config
 from mixmoe_megatron.model.freezing import freeze_for_stage
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
-from mixmoe_megatron.model.mapping import GATE_UP, QKV, SAME, TABLES, VOCAB, Context, Row, Sizes
-from mixmoe_megatron.model.sizes import model_sizes, router_fold
+from mixmoe_megatron.model.mapping import GATE_UP, QKV, ROUTER, SAME, TABLES, VOCAB, Row, Sizes
+from mixmoe_megatron.model.router_rows import folded_router
+from mixmoe_megatron.model.sizes import model_sizes
 
 
 @dataclass
@@ -92,8 +94,9 @@ class GroupMapping(MegatronParamMapping[Tensor]):
 
     def hf_to_megatron(self, hf_weights: Tensor, megatron_module: torch.nn.Module) -> Tensor:
         """Return this rank's part of [E, ...]: a whole router, [m, ...], or one expert's matrix."""
-        assert self.row.layout.to_megatron is not None
-        whole = self.row.layout.to_megatron([hf_weights], self.sizes, Context(), "")[self.position]
+        assert self.row.crossing.to_megatron is not None
+        bits = self.row.crossing.to_megatron([from_torch(hf_weights.cpu())], self.sizes)[self.position]
+        whole = to_torch(bits, str(hf_weights.dtype).removeprefix("torch.")).to(hf_weights.device)
         if not self.is_expert:
             return whole
         experts = whole.chunk(self.ep_size)[self.ep_rank]
@@ -169,7 +172,7 @@ class MixMoEBridge(MegatronModelBridge):
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Return the mapping tables in Megatron-Bridge's terms, for the model of `hf_config`."""
         sizes = self._sizes()
-        rows = [row for row in TABLES["same"] if sizes.holds(row.when)]
+        rows = [row for row in TABLES["same"] if row.when(sizes)]
         return MegatronMappingRegistry(*(mapping for row in rows for mapping in _mappings(row, sizes)))
 
     def maybe_modify_converted_hf_weight(
@@ -184,14 +187,17 @@ class MixMoEBridge(MegatronModelBridge):
         name, sizes = str(mapping.hf_param), mapping.sizes
         pieces = self._pieces.setdefault(name, {})
         pieces.update(converted_weights_dict)
-        positions = range(sum(sizes.holds(t.when) for t in mapping.row.megatron))
+        positions = range(len(mapping.row.keys("megatron", sizes)))
         if sum(len(piece) for piece in pieces.values()) < len(positions) * sizes.num_experts_per_group:
             return {}
         del self._pieces[name]
         tensors = [torch.cat([pieces[key] for key in sorted(pieces) if key[0] == place]) for place in positions]
-        assert mapping.row.layout.to_hf is not None
-        context = Context(fold=router_fold(options_from_hf(self.hf_config.to_dict())))
-        (whole,) = mapping.row.layout.to_hf(tensors, sizes, context, name)
+        if mapping.row.crossing is ROUTER:
+            weights = [tensor.float().cpu().numpy() for tensor in tensors]
+            folded = folded_router(weights, options_from_hf(self.hf_config.to_dict()))
+            whole = torch.from_numpy(folded).to(tensors[0].device)
+        else:
+            whole = torch.cat(tensors).float() if mapping.row.is_router else torch.cat(tensors)
         return {name: whole}
 
     def _sizes(self) -> Sizes:
@@ -199,7 +205,7 @@ class MixMoEBridge(MegatronModelBridge):
         return model_sizes(megatron_args_from_hf(config), options_from_hf(config), config["stage"])
 
 
-_VOCAB_TENSORS = tuple(row.megatron[0].name for row in TABLES["same"] if row.layout is VOCAB)
+_VOCAB_TENSORS = tuple(row.megatron[0].name for row in TABLES["same"] if row.crossing is VOCAB)
 
 
 def _pattern(name: str) -> str:
@@ -209,14 +215,14 @@ def _pattern(name: str) -> str:
 def _mappings(row: Row, sizes: Sizes) -> list[MegatronParamMapping]:
     """Return the mappings of a row, `*` for the layer."""
     name, names = _pattern(row.megatron[0].name), [_pattern(t.name) for t in row.hf]
-    if row.layout in (SAME, VOCAB):
+    if row.crossing in (SAME, VOCAB):
         return [AutoMapping(name, names[0])]
-    if row.layout is QKV:
+    if row.crossing is QKV:
         return [QKVMapping(name, *names)]
-    if row.layout is GATE_UP:
+    if row.crossing is GATE_UP:
         return [GatedMLPMapping(name, *names)]
     mappings = []
-    for position, tensor in enumerate(t for t in row.megatron if sizes.holds(t.when)):
+    for position, tensor in enumerate(row.keys("megatron", sizes)):
         # A group's modules lie one level higher in the model than their keys in a checkpoint.
         name = _pattern(tensor.name).replace("_experts.experts.", "_experts.")
         mappings.append(GroupMapping(name, names[0], row, position, sizes, None))

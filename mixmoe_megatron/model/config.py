@@ -29,6 +29,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
     Args:
         mixmoe_stage: 0 (dense), 1 (LM group) or 2 (LM and MT groups).
         experts_backend: "auto", "te" (Transformer Engine), "torch" (torch's grouped GEMM) or "sequential".
+        seed: of the routers' first weights; Megatron's --seed.
 
     Raises:
         MixMoEError: an option, or a Megatron setting that does not go with Mix-MoE; one sentence says which.
@@ -36,6 +37,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
 
     mixmoe_stage: int = 1
     experts_backend: str = "auto"
+    seed: int = 1234
 
     def __post_init__(self) -> None:
         MixMoEOptions.validate(self)

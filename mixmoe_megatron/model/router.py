@@ -20,9 +20,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.config import options_and_stage
 from mixmoe_megatron.model.metrics import record_aux_losses, recording_tracker
 from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.router_rows import new_router_weight
 from mixmoe_megatron.model.spectral import fold_router_weight
 
 
@@ -32,7 +34,7 @@ class GroupRouter(torch.nn.Module):
     Source: Mix-MoE (arXiv:2605.24681) eq. 3-5. Deviates: D7 (model/README.md).
 
     Args:
-        config: the Transformer configuration (initialisation, dtype, sequence parallelism).
+        config: the Transformer configuration (dtype, sequence parallelism).
         options: the Mix-MoE options.
 
     Attributes:
@@ -58,13 +60,23 @@ class GroupRouter(torch.nn.Module):
         if not present:
             self.register_parameter(name, None)
             return
-        # Made on the CPU in float32, as Megatron's own router weight: the same numbers on every rank.
-        values = torch.zeros(shape, dtype=torch.float32)
-        if config.perform_initialization and len(shape) > 1 and config.init_method is not None:
-            config.init_method(values)
-        parameter = torch.nn.Parameter(values.to(config.params_dtype))
+        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
+
+    @torch.no_grad()
+    def draw(self, name: str, init_std: float, seed: int) -> None:
+        """Draw the weights anew, as `router_rows.new_router_weight` does; the bias stays.
+
+        Args:
+            name: of this router in a checkpoint, such as `decoder.layers.3.mlp.router.lm`.
+            init_std: standard deviation of the weights.
+            seed: any integer.
+        """
+        for kind, parameter in self.named_parameters():
+            if kind != "bias":
+                drawn = new_router_weight(f"{name}.{kind}", tuple(parameter.shape), init_std, seed)
+                parameter.copy_(torch.from_numpy(drawn))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return the three parameters. Called as a module: DDP's hook waits for gathered parameters there."""
@@ -99,9 +111,24 @@ class MixMoERouter(TopKRouter):
         self.ep_size = utils.get_pg_size(pg_collection.ep if pg_collection is not None else None)
         num_terms = sum(config.moe_layer_freq) if self.options.lb_reduction == "mean" else 1
         self.group_aux_loss_coeff = self.get_aux_loss_coeff("aux_loss") / num_terms
+        self._draw()
 
     def reset_parameters(self) -> None:
-        """Do nothing: Megatron's own weight is dropped, the group routers initialise themselves."""
+        """Do nothing: Megatron's own weight is dropped, and the group routers are drawn when they are there."""
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the 1-based number of the layer; once it is known, the weights are drawn for it."""
+        was_unknown = self.layer_number is None
+        super().set_layer_number(layer_number)
+        if was_unknown:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Draw the groups' weights: the same under every parallel layout, and in conversions with the same seed."""
+        if self.config.perform_initialization:
+            for group, router in zip(GROUPS, self.group_routers(), strict=False):
+                name = f"decoder.layers.{(self.layer_number or 1) - 1}.mlp.router.{group}"
+                router.draw(name, self.config.init_method_std, self.config.seed)
 
     def group_routers(self) -> list[GroupRouter]:
         """Return the routers of the active groups, in logical order."""

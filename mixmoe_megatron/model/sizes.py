@@ -1,18 +1,15 @@
-"""From Megatron arguments and Mix-MoE options to the sizes and the fold that the mapping tables need."""
+"""One description of a model, read once and handed on; from it follow the sizes that the mapping tables need."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.model.mapping import Sizes
-from mixmoe_megatron.model.options import MixMoEOptions, resolve_moe_layers
+from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
 from mixmoe_megatron.model.upcycling import expert_ffn_hidden_size
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
@@ -65,31 +62,41 @@ def model_sizes(
     )
 
 
-def router_fold(options: MixMoEOptions) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return the function (W_h, W_f) -> plain router weight, [n, H] float32, of these options."""
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a model is: read once, from config.json or from a checkpoint's metadata, and handed on.
 
-    def fold(weight: Tensor, spectral_weight: Tensor | None) -> Tensor:
-        from mixmoe_megatron.model.spectral import fold_router_weight
+    Attributes:
+        hf_config: config.json of the dense base.
+        megatron_args: of the dense architecture, by their names in Megatron's args namespace.
+        options: the Mix-MoE options; None for a dense model.
+        phase: what it has been trained to be, which tells its expert groups.
+        embedding_rows: of a checkpoint, padding included; None: as Megatron pads without tensor parallelism.
+    """
 
-        return fold_router_weight(
-            weight,
-            spectral_weight,
-            options.spectral_transform,
-            options.spectral_norm,
-            options.spectral_scale,
-            options.spectral_seed,
-        )
+    hf_config: dict[str, Any]
+    megatron_args: dict[str, Any]
+    options: MixMoEOptions | None
+    phase: Phase
+    embedding_rows: int | None = None
 
-    return fold
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The sizes of the model.
 
+        Raises:
+            MixMoEError: the options do not fit the architecture.
+        """
+        return model_sizes(self.megatron_args, self.options, self.phase.stage, self.embedding_rows)
 
-def router_generators(seed: int) -> Callable[[str], torch.Generator]:
-    """Return place -> CPU generator; what a layer draws depends on the seed and its name, not on the order."""
+    def checkpoint_args(self) -> dict[str, Any]:
+        """Return the arguments that Megatron keeps in a checkpoint of this model.
 
-    def generator(where: str) -> torch.Generator:
-        import torch
-
-        digest = hashlib.sha256(f"{seed} {where}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    return generator
+        Raises:
+            MixMoEError: the options do not fit the architecture.
+        """
+        args = dict(self.megatron_args)
+        if self.options is not None:
+            width = args["ffn_hidden_size"]
+            args |= mixmoe_megatron_args(self.options, self.phase.stage, args["num_layers"], width)
+        return {**args, "padded_vocab_size": self.sizes.padded_vocab_size}

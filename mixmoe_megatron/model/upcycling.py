@@ -1,8 +1,8 @@
-"""Upcycling: where the tensors of a Mix-MoE layer come from. Pure functions of torch tensors or numpy arrays.
+"""Upcycling: where the tensors of a Mix-MoE layer come from. Pure functions of numpy arrays.
 
 Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of the dense FFN. Deviates: D5
 (model/README.md). Sizes come as arguments; nothing here knows Megatron or Hugging Face. The cuts only move values:
-conversions run them on the numbers of slices, as numpy arrays, and no torch is imported for that.
+conversions run them on the numbers of slices in place of the values, so that an array may be of any dtype.
 
 Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice`, F for
 `copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
@@ -10,29 +10,14 @@ Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidd
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from mixmoe_megatron.errors import MixMoEError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 EXPERT_INITS = ("slice", "copy")
-Array = Any  # torch.Tensor or numpy.ndarray
-
-
-def library(array: Array) -> ModuleType:
-    """Return the library that an array is of, torch or numpy."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
-
-
-def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
-    """Join arrays of one library along an axis, on which alone their shapes differ."""
-    return library(arrays[0]).concatenate(arrays, axis)
+Array = np.ndarray[Any, Any]
 
 
 def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: str) -> int:
@@ -68,7 +53,7 @@ def pack_gate_up(gate: Array, up: Array) -> Array:
     Returns:
         [2F, H], the dtype of the inputs.
     """
-    return concatenate((gate, up))
+    return np.concatenate((gate, up))
 
 
 def experts_from_dense_gate_up(gate: Array, up: Array, num_experts: int, expert_init: str) -> Array:
@@ -90,8 +75,8 @@ def experts_from_dense_gate_up(gate: Array, up: Array, num_experts: int, expert_
     """
     inner = expert_ffn_hidden_size(gate.shape[0], num_experts, expert_init)
     if expert_init == "copy":
-        return concatenate([pack_gate_up(gate, up)[None]] * num_experts)
-    return concatenate([matrix.reshape(num_experts, inner, -1) for matrix in (gate, up)], 1)
+        return np.stack([pack_gate_up(gate, up)] * num_experts)
+    return np.concatenate([matrix.reshape(num_experts, inner, -1) for matrix in (gate, up)], 1)
 
 
 def experts_from_dense_down(down: Array, num_experts: int, expert_init: str) -> Array:
@@ -112,22 +97,5 @@ def experts_from_dense_down(down: Array, num_experts: int, expert_init: str) -> 
     """
     inner = expert_ffn_hidden_size(down.shape[1], num_experts, expert_init)
     if expert_init == "copy":
-        return concatenate([down[None]] * num_experts)
+        return np.stack([down] * num_experts)
     return down.reshape(down.shape[0], num_experts, inner).swapaxes(0, 1)
-
-
-def init_router_weight(num_experts: int, hidden_size: int, init_std: float, generator: torch.Generator) -> Tensor:
-    """Draw a router weight (W_h or W_f of eq. 4-5) from normal(0, init_std).
-
-    Args:
-        num_experts: n.
-        hidden_size: H.
-        init_std: the base model's initialiser standard deviation.
-        generator: a CPU generator; the draw depends on nothing else.
-
-    Returns:
-        [n, H] float32.
-    """
-    import torch
-
-    return torch.empty(num_experts, hidden_size, dtype=torch.float32).normal_(0.0, init_std, generator=generator)

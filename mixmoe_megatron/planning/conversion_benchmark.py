@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from mixmoe_megatron.checkpoint.bits import Bits, from_torch
+from mixmoe_megatron.checkpoint.bits import Bits, from_float32
 from mixmoe_megatron.checkpoint.output_dir import check_space
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
 from mixmoe_megatron.checkpoint.stored import Region, lengths, whole
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.conversion.plan import LazyTensor, expand
+from mixmoe_megatron.conversion.plan import expand
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.sizes import model_sizes
@@ -70,7 +70,7 @@ def write_random_model(directory: Path, config: dict[str, Any]) -> int:
         config: its config.json.
     """
     directory.mkdir(parents=True)
-    noise = from_torch(torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16())
+    noise = from_float32(np.random.default_rng(0).normal(0, 0.02, _BLOCK).astype(np.float32), "bfloat16")
 
     def bits(name: str, shape: tuple[int, ...], region: Region) -> Bits:
         """Each tensor has noise of its own; its rows, if they are long, have some in common."""
@@ -121,7 +121,7 @@ def _check_same(one: Path, other: Path) -> None:
             raise MixMoEError(f"{name} did not come back bit-equal.")
 
 
-def measure(model: str, scratch: Path, kind: str, processes: int = 1, repeats: int = 5) -> dict[str, Any]:
+def measure_conversions(model: str, scratch: Path, kind: str, processes: int = 1, repeats: int = 5) -> dict[str, Any]:
     """Write a random model, time `cp` and a read, convert it to Megatron and back, several times in turn, and compare.
 
     Before each timing a copy is made and removed: memory that lay free for long is slow to get on a virtual machine,

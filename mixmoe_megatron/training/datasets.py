@@ -22,7 +22,7 @@ from mixmoe_megatron.data.packing import PackedDataset, collate_packs, padding_s
 from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
 from mixmoe_megatron.data.text import TextDataset, TextTokens, parts_of_split
-from mixmoe_megatron.data.tokenizers import check_number_of_ids, check_tokenizer_fits_model, open_tokenizer
+from mixmoe_megatron.data.tokenizers import check_number_of_ids, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training.megatron_args import MegatronArgs
 
@@ -99,8 +99,7 @@ def data_kind(args: MegatronArgs) -> str:
     for prefix, manifest in manifests.items():
         check_number_of_ids(f"The tokenizer that made {prefix}", manifest["tokenizer"]["vocab_size"], args.vocab_size)
     if args.tokenizer_type == "HuggingFaceTokenizer":
-        tokenizer = open_tokenizer(args.tokenizer_model)
-        check_tokenizer_fits_model(tokenizer, args.vocab_size)
+        tokenizer = open_tokenizer(args.tokenizer_model, args.vocab_size)
         for prefix, manifest in manifests.items():
             check_same_tokenizer(prefix, manifest, tokenizer)
     return kinds.pop()
@@ -311,7 +310,7 @@ def _collate_function(
     function, samples_of_a_row = (collate_packs, micro_batch_size) if args.pack else (collate, 1)
     return partial(
         function,
-        pad_id=open_tokenizer(Path(args.tokenizer_model)).eos_id,
+        pad_id=open_tokenizer(args.tokenizer_model, args.vocab_size).eos_id,
         pad_multiple=_pad_multiple(args),
         max_length=samples_of_a_row * args.seq_length,
         pad_to_max=_pads_to_max(args),

@@ -6,6 +6,7 @@ of its own parts of the tensors, a part at a time, and upcycles those; data-para
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import LAYER, TRACKER_FILE
 from mixmoe_megatron.checkpoint.ranks import Ranks
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
-from mixmoe_megatron.conversion.hf_import import ImportRequest, PreparedImport, read_hf_model
-from mixmoe_megatron.conversion.plan import LazyTensor
+from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
+from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions
 
@@ -33,8 +35,8 @@ def is_hf_directory(directory: str | Path) -> bool:
     return is_hf and not (Path(directory) / TRACKER_FILE).is_file()
 
 
-def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None) -> PreparedImport:
-    """Read what a run would start from: configuration and headers of the weights.
+def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None) -> PreparedCheckpoint:
+    """Read what a run would start from: configuration and headers of the weights, once in a process.
 
     Args:
         directory: dense for stage 0 (kept dense) and stage 1 (upcycled), an exported stage 1 for stage 2.
@@ -44,12 +46,17 @@ def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None
     Raises:
         MixMoEError: anything wrong with the directory or the options.
     """
-    options = None
-    if stage and read_hf_config(directory).get("model_type") != "mixmoe":
+    return _open_hf_start(str(directory), stage, upcycle_options)
+
+
+@functools.lru_cache(maxsize=1)  # asked for its configuration, its tensors and their hash, in three places
+def _open_hf_start(directory: str, stage: int, upcycle_options: str | None) -> PreparedCheckpoint:
+    config, options = read_hf_config(directory), None
+    if stage and config.get("model_type") != "mixmoe":
         options = _parse_options(upcycle_options)
     elif upcycle_options:
         raise MixMoEError("--upcycle-options only go with a dense model in stage 1: here nothing is upcycled.")
-    return read_hf_model(ImportRequest(str(directory), output_dir="", options=options))
+    return read_hf_model(ImportRequest(directory, output_dir="", options=options, config=config))
 
 
 def _parse_options(text: str | None) -> MixMoEOptions:

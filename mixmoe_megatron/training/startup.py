@@ -22,10 +22,9 @@ from megatron.training import get_args
 
 from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
 from mixmoe_megatron.checkpoint.hf_files import copy_side_files
-from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iteration_directory
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata, write_metadata
 from mixmoe_megatron.checkpoint.torch_dist_writer import CONTENT_METADATA
-from mixmoe_megatron.conversion.hf_import import open_weights
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import STAGES
@@ -230,7 +229,10 @@ def prepare_save_directory(
     parent = metadata.parent
     if metadata.phase != STAGES[stage] or stage == 0:
         from_hf = is_hf_directory(source)
-        digest = weights_xxh128(open_weights(Path(source) if from_hf else iteration_directory(source)))
+        if from_hf:
+            digest = open_hf_start(source, stage, get_args().upcycle_options).source.weights_digest()
+        else:
+            digest = weights_xxh128(TorchDistReader(iteration_directory(source)))
         phase = "dense" if from_hf and metadata.phase.name == "upcycled" else metadata.phase.name  # upcycled at load
         parent = {"path": str(source), "phase": phase, "weights_xxh128": digest}
     child = Metadata(

@@ -6,6 +6,9 @@ import json
 import math
 import os
 import re
+import sys
+import traceback
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,31 @@ def test_stage_0_keeps_a_dense_model_dense(world: Path, tmp_path: Path) -> None:
     expected, _ = train(0, tmp_path / "m", world / "mono", None, 2)
     found, _ = train(0, world / "base", world / "mono", None, 2, "--tensor-model-parallel-size 2", processes=2)
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def count_opens(directory: Path, told: Path) -> None:
+    """Let a process write down how often this package opens each file of a directory for its text or its header."""
+    opened: Counter[str] = Counter()
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        # os.open, which reads values, tells no mode
+        if event == "open" and arguments[1] is not None and str(arguments[0]).startswith(str(directory)):
+            callers = [frame.filename for frame in traceback.extract_stack()[:-1] if "/pathlib" not in frame.filename]
+            if "/mixmoe_megatron/" in callers[-1]:  # not a library's tokenizer, which looks there too
+                opened[Path(arguments[0]).name] += 1
+                told.write_text(json.dumps(opened))
+
+    sys.addaudithook(listen)
+
+
+def test_configuration_and_headers_are_read_once(world: Path, tmp_path: Path) -> None:
+    """For the flags, for the weights and for their hash, which the run's metadata keeps."""
+    told = tmp_path / "opened.json"
+    prelude = partial(count_opens, world / "base", told)
+    train(1, world / "base", world / "mono", tmp_path / "stage1", 1, UPCYCLE, prelude=prelude)
+    opened = json.loads(told.read_text())
+    assert (opened["config.json"], opened["model.safetensors"]) == (1, 1)
+    assert read_metadata(tmp_path / "stage1").parent["weights_xxh128"] == weights_xxh128(open_weights(world / "base"))
 
 
 _DENSE = r"self_attn|embed_tokens|lm_head|layers\.[02]\.mlp"

@@ -18,8 +18,8 @@ import mixmoe_megatron.hf  # noqa: F401  # registers the model
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iteration_directory
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.parity import build_megatron_model, load_weights, single_process
-from mixmoe_megatron.conversion.plan import read_tensor
 from tests.helpers.forked import Job
+from tests.helpers.mappings import read_tensor
 from tests.helpers.training import TINY_RUN, logged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mixmoe_megatron.checkpoint.bits import Bits, from_torch
-from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.conversion.plan import LazyTensor, expand
-from mixmoe_megatron.model.mapping import TABLES, Context, Sizes
+from mixmoe_megatron.checkpoint.bits import Bits, from_torch, to_torch
+from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
+from mixmoe_megatron.checkpoint.stored import Region, whole
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, TensorSource
+from mixmoe_megatron.conversion.plan import expand
+from mixmoe_megatron.model.mapping import TABLES, Sizes
+from mixmoe_megatron.model.options import MixMoEOptions
 
 DENSE = Sizes(
     num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, kv_channels=3,
     vocab_size=10, padded_vocab_size=16, tied=False, qkv_bias=True,
 )  # fmt: skip
 MOE = replace(DENSE, moe_layers=(1,), num_groups=2, num_experts_per_group=2, moe_ffn_hidden_size=6)
-CONTEXT = Context(fold=lambda w, f: w if f is None else w + f, generator=lambda where: torch.Generator().manual_seed(0))
+OPTIONS = MixMoEOptions(num_experts_per_group=2)
 
 
 class Memory:
@@ -56,6 +60,17 @@ class CountedMemory(Memory):
         assert bits.shape == tuple(cut.stop - cut.start for cut in region)
         self.values_read += bits.size
         return bits
+
+
+def read_tensor(source: TensorSource, name: str) -> Tensor:
+    """Return all values of a source's tensor."""
+    return to_torch(source.read_region(name, whole(source.shape(name))), source.dtype(name))
+
+
+def checkpoint_of(directory: Path) -> dict[str, Tensor]:
+    """Return all weights of one iteration of a checkpoint."""
+    reader = TorchDistReader(directory)
+    return {name: read_tensor(reader, name) for name in reader.names()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

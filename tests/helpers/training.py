@@ -123,7 +123,7 @@ def logged(output: str) -> tuple[list[float], list[float]]:
 def checkpoint_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Return the model tensors of the newest iteration of a checkpoint, by their names in the model."""
     from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iteration_directory
-    from mixmoe_megatron.conversion.plan import read_tensor
+    from tests.helpers.mappings import read_tensor
 
     reader = TorchDistReader(iteration_directory(directory))
     return {name: read_tensor(reader, name) for name in reader.names()}

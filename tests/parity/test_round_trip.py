@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,8 @@ from mixmoe_megatron.checkpoint.fingerprint import weights_xxh128
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader
 from mixmoe_megatron.checkpoint.metadata import read_metadata, write_metadata
 from mixmoe_megatron.conversion.hf_import import open_weights
-from mixmoe_megatron.conversion.plan import read_tensor
 from tests.helpers.conversion import assert_bit_equal, base_fields, load_weights_of, run_conversion
+from tests.helpers.mappings import read_tensor
 from tests.helpers.tiny_hf import randomize, save_tiny_dense, tiny_mixmoe, tiny_mixmoe_config
 
 
@@ -333,27 +330,3 @@ def test_stage_2_as_a_command(tmp_path: Path, router: str) -> None:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
         with torch.no_grad():
             torch.testing.assert_close(again(ids).logits, stage1(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-ROOT = Path(__file__).resolve().parents[2]
-MOVING = """
-import sys
-from checkpoints_conversion import {command}
-status = {command}.main({words})
-print(status, sorted(name for name in ("torch", "transformers") if name in sys.modules))
-"""
-
-
-def test_moving_values_needs_no_torch(tmp_path: Path) -> None:
-    """Its import would take most of the time of a conversion."""
-    save_tiny_dense(tmp_path / "hf", "llama", tokenizer=None, **base_fields("llama"))
-    there = ["--hf-dir", "hf", "--output-dir", "checkpoint", "--dense", "--check-finite"]
-    home = ["--checkpoint-dir", "checkpoint", "--output-dir", "back", "--check-finite"]
-    for command, words in (("hf_to_mixmoe", there), ("mixmoe_to_hf", home)):
-        code = MOVING.format(command=command, words=words)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        run = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.splitlines()[-1] == "0 []"
-    assert_bit_equal(load_weights_of(tmp_path / "back"), load_weights_of(tmp_path / "hf"))

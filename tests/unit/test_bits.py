@@ -10,7 +10,9 @@ from mixmoe_megatron.checkpoint.bits import (
     ITEMSIZE,
     all_finite,
     bits_type,
+    from_float32,
     from_torch,
+    to_float32,
     to_torch,
 )
 
@@ -40,3 +42,18 @@ def test_values_that_are_not_finite(name: str) -> None:
     if ITEMSIZE[name] == 2:
         every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
         assert [all_finite(from_torch(value), name) for value in every] == every.isfinite().tolist()
+
+
+@pytest.mark.parametrize("name", FLOAT_DTYPES)
+def test_values_are_cast_as_torch_casts_them(name: str) -> None:
+    dtype = getattr(torch, name)
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    wide = ((bits << 16) | torch.randint(1 << 16, bits.shape, dtype=torch.int32)).view(torch.float32)
+    ties = ((bits << 16) | (1 << 15)).view(torch.float32)
+    for values in (wide, ties, torch.randn(3, 8)[:, ::2]):
+        expected = values.to(dtype)
+        found = to_torch(from_float32(values.numpy(), name), name)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found[~found.isnan()], expected[~expected.isnan()])
+        back = torch.from_numpy(to_float32(from_torch(expected), name))
+        assert torch.equal(back.nan_to_num(1.5), expected.float().nan_to_num(1.5))

@@ -74,7 +74,7 @@ def test_what_was_read_in_order_is_not_read_again(monkeypatch: pytest.MonkeyPatc
     for region in ORDERS[order]:
         source.read_region("a", region)
     counted.values_read = 0
-    assert source.fingerprint() == fingerprint()
+    assert source.weights_digest() == fingerprint()
     assert counted.values_read == READ_AGAIN.get(order, 0) + 5 + 1
 
 
@@ -86,7 +86,7 @@ def test_parts_of_experts_are_in_order_too() -> None:
     for expert in range(3):
         for row in (0, 2):
             source.read_region("x", (slice(expert, expert + 1), slice(row, row + 2), slice(0, 5)))
-    assert source.fingerprint() == weights_xxh128(Memory(experts)) and counted.values_read == 60
+    assert source.weights_digest() == weights_xxh128(Memory(experts)) and counted.values_read == 60
 
 
 def test_blocks_smaller_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_blocks_smaller_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixmoe_megatron.checkpoint.fingerprint.BLOCK_BYTES", 12)
     source = HashedSource(Memory(TENSORS))
     source.read_region("a", rows(0, 1))
-    assert source.fingerprint() == expected
+    assert source.weights_digest() == expected
 
 
 def test_several_threads() -> None:
@@ -110,7 +110,7 @@ def test_several_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert source.fingerprint() == weights_xxh128(Memory({"x": values}))
+    assert source.weights_digest() == weights_xxh128(Memory({"x": values}))
 
 
 def test_ranks_add_up() -> None:
@@ -123,7 +123,7 @@ def test_ranks_add_up() -> None:
         def together(self, work):  # type: ignore[no-untyped-def]
             return [work(), other._complete()]
 
-    assert one.fingerprint(Two()) == fingerprint()
+    assert one.weights_digest(Two()) == fingerprint()
 
 
 @pytest.mark.parametrize("tied", [False, True])

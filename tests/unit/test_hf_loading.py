@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from mixmoe_megatron.hf import MixMoEConfig, MixMoEForCausalLM, MixMoEModel, code_files, copy_code
+from mixmoe_megatron.conversion.exported import code_files, copy_code
+from mixmoe_megatron.hf import MixMoEConfig, MixMoEForCausalLM, MixMoEModel
 from tests.helpers.tiny_hf import tiny_mixmoe, tiny_tokenizer
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from mixmoe_megatron.checkpoint.bits import Bits
 from mixmoe_megatron.checkpoint.stored import Region
-from mixmoe_megatron.conversion.plan import LazyTensor, describe_plan, expand, make_plan
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
+from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Sizes, extra_state_keys
-from tests.helpers.mappings import CONTEXT, DENSE, MOE, Memory, random_hf, values
+from mixmoe_megatron.model.mapping import TABLES, Side, Sizes, extra_state_keys
+from tests.helpers.mappings import DENSE, MOE, OPTIONS, Memory, random_hf, values
 
 
-def carry(source: Memory, sizes: Sizes, to: str, table: str = "same", dtype: str = "keep") -> Memory:
-    plan = make_plan(expand(TABLES[table], sizes), source, sizes, CONTEXT, to, dtype)
+def carry(source: Memory, sizes: Sizes, to: Side, table: str = "same", dtype: str = "keep") -> Memory:
+    options = OPTIONS if sizes.spectral else replace(OPTIONS, spectral_transform="none")
+    plan = plan_tensors(expand(TABLES[table], sizes), source, sizes, Target(to, dtype, options))
     return Memory({tensor.name: values(tensor) for tensor in plan})
 
 
@@ -87,7 +89,7 @@ def test_routers_are_never_cast() -> None:
 
 
 @pytest.mark.parametrize("to", ["megatron", "hf"])
-def test_every_key_is_accounted_for(to: str) -> None:
+def test_every_key_is_accounted_for(to: Side) -> None:
     hf = random_hf(MOE)
     source = hf if to == "megatron" else carry(hf, MOE, "megatron")
     name = sorted(n for n in source.tensors if "layers.1" in n and "mlp" in n and "experts" in n)[0]
@@ -124,8 +126,8 @@ def test_nothing_is_read_before_it_is_written() -> None:
             raise AssertionError(name)
 
     source = NotReadable(random_hf(DENSE).tensors)
-    plan = make_plan(expand(TABLES["same"], DENSE), source, DENSE, CONTEXT, "megatron")
-    text = describe_plan(plan, "somewhere")
+    plan = plan_tensors(expand(TABLES["same"], DENSE), source, DENSE, Target("megatron"))
+    text = describe_tensors(plan, "somewhere")
     assert text.endswith(f"{len(plan)} tensors, {sum(t.num_bytes for t in plan)} bytes -> somewhere")
     assert isinstance(plan[0], LazyTensor) and plan[0].num_bytes == 16 * 8 * 4
 

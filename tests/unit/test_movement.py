@@ -14,12 +14,14 @@ from torch import Tensor
 from mixmoe_megatron.checkpoint.bits import to_torch
 from mixmoe_megatron.checkpoint.safetensors_io import SINGLE_FILE, SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region, in_order
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
-from mixmoe_megatron.conversion.plan import LazyTensor, Unit, expand, make_plan, read_tensor
+from mixmoe_megatron.conversion.plan import Target, Unit, expand, plan_tensors
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Sizes
+from mixmoe_megatron.model.mapping import TABLES, Side, Sizes
+from mixmoe_megatron.model.router_rows import folded_router, new_router_weight
 from tests.helpers.conversion import base_fields
-from tests.helpers.mappings import CONTEXT, DENSE, MOE, CountedMemory, random_hf
+from tests.helpers.mappings import DENSE, MOE, OPTIONS, CountedMemory, random_hf, read_tensor
 from tests.helpers.tiny_hf import save_tiny_dense
 
 UPCYCLED = replace(MOE, num_groups=1)
@@ -34,7 +36,7 @@ CASES = {
 
 
 def sliced_and_whole(
-    sizes: Sizes, table: str, to: str, dtype: str
+    sizes: Sizes, table: str, to: Side, dtype: str
 ) -> tuple[CountedMemory, list[tuple[LazyTensor, Tensor]]]:
     """A plan, and what the layouts make of whole tensors."""
     units = expand(TABLES[table], sizes)
@@ -43,18 +45,23 @@ def sliced_and_whole(
     if to == "hf":
         given, expected = expected, transformed(units, expected, sizes, "hf")
     source = CountedMemory(given)
-    plan = make_plan(units, source, sizes, CONTEXT, to, dtype)
+    plan = plan_tensors(units, source, sizes, Target(to, dtype, OPTIONS))
     assert [tensor.name for tensor in plan] == list(expected)
     return source, [(tensor, expected[tensor.name].to(getattr(torch, tensor.dtype))) for tensor in plan]
 
 
-def transformed(units: list[Unit], tensors: dict[str, Tensor], sizes: Sizes, to: str) -> dict[str, Tensor]:
-    side = {"megatron": "hf", "hf": "megatron"}[to]
+def transformed(units: list[Unit], tensors: dict[str, Tensor], sizes: Sizes, to: Side) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for unit in units:
-        given = [tensors[name] for name, _ in getattr(unit, side)]
-        made = getattr(unit.row.layout, f"to_{to}")(given, sizes, CONTEXT, unit.where)
-        named = zip(getattr(unit, to), made, strict=True)
+        given = [tensors[name].numpy() for name, _ in unit.tensors("hf" if to == "megatron" else "megatron")]
+        move = getattr(unit.row.crossing, f"to_{to}")
+        if move is not None:
+            made = move(given, sizes)
+        elif to == "hf":
+            made = [folded_router(given, OPTIONS)]
+        else:
+            made = [new_router_weight(name, shape, sizes.init_std, 0) for name, shape in unit.megatron]
+        named = zip(unit.tensors(to), made, strict=True)
         result.update({name: torch.as_tensor(values, dtype=torch.float32) for (name, _), values in named})
     return result
 
@@ -67,7 +74,7 @@ def random_region(shape: tuple[int, ...], generator: torch.Generator) -> Region:
 @pytest.mark.parametrize("dtype", ["keep", "bf16"])
 @pytest.mark.parametrize("to", ["megatron", "hf"])
 @pytest.mark.parametrize("case", CASES)
-def test_any_region_is_that_part_of_the_whole(case: str, to: str, dtype: str) -> None:
+def test_any_region_is_that_part_of_the_whole(case: str, to: Side, dtype: str) -> None:
     if CASES[case][1] == "upcycle" and to == "hf":
         pytest.skip("upcycling leads to Megatron only")
     source, tensors = sliced_and_whole(*CASES[case], to, dtype)
@@ -84,8 +91,8 @@ def test_any_region_is_that_part_of_the_whole(case: str, to: str, dtype: str) ->
 
 @pytest.mark.parametrize("most", [1, 3, 7, 8, 50, 10_000])
 @pytest.mark.parametrize("to", ["megatron", "hf"])
-def test_blocks_are_all_bytes_in_order(monkeypatch: pytest.MonkeyPatch, to: str, most: int) -> None:
-    monkeypatch.setattr("mixmoe_megatron.conversion.plan.BLOCK_BYTES", 4 * most)
+def test_blocks_are_all_bytes_in_order(monkeypatch: pytest.MonkeyPatch, to: Side, most: int) -> None:
+    monkeypatch.setattr("mixmoe_megatron.checkpoint.tensors.BLOCK_BYTES", 4 * most)
     _, tensors = sliced_and_whole(MOE, "same", to, "keep")
     for tensor, expected in tensors:
         blocks = [bytes(block) for block in tensor.blocks()]
@@ -112,7 +119,7 @@ def test_values_are_checked_where_they_are_read() -> None:
     source = random_hf(DENSE)
     source.tensors["model.norm.weight"][0] = float("nan")
     source.tensors["model.norm.weight"][4:6] = 3e38  # finite, though their sum is not
-    plan = make_plan(expand(TABLES["same"], DENSE), source, DENSE, CONTEXT, "megatron", check_finite=True)
+    plan = plan_tensors(expand(TABLES["same"], DENSE), source, DENSE, Target("megatron", check_finite=True))
     (norm,) = (tensor for tensor in plan if tensor.name == "decoder.final_layernorm.weight")
     assert torch.equal(norm.part((slice(4, 8),)), source.tensors["model.norm.weight"][4:])
     with pytest.raises(MixMoEError, match=r"model\.norm\.weight holds values that are NaN"):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmoe_megatron.model.metrics import install_metrics_tracker
 from mixmoe_megatron.model.router import MixMoERouter
+from mixmoe_megatron.model.router_rows import new_router_weight
 from mixmoe_megatron.model.spectral import (
     fold_router_weight,
     fold_spectral_weight,
@@ -313,3 +314,19 @@ def test_the_router_is_few_operations(stage: int, most_forward: int, most_backwa
         probs.backward(torch.ones_like(probs))
     assert forward.count <= most_forward and backward.count <= most_backward, (forward.count, backward.count)
     assert hidden.grad is not None and hidden.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_weights_are_those_of_a_conversion(dtype: torch.dtype) -> None:
+    """They hang on seed, layer and group alone: not on what torch drew before, nor on which layers a rank holds."""
+    config = make_config(make_options(moe_every=2), 2, num_layers=2, params_dtype=dtype, seed=7)
+    torch.manual_seed(torch.randint(1 << 30, ()).item())
+    router = make_layer(config).router
+    for name, parameter in router.named_parameters():
+        if name.endswith("weight"):
+            drawn = new_router_weight(f"decoder.layers.1.mlp.router.{name}", (4, 24), config.init_method_std, 7)
+            assert torch.equal(parameter, torch.from_numpy(drawn).to(dtype)), name
+    with torch.no_grad():
+        router.lm.weight.zero_()
+    router.set_layer_number(1)
+    assert not router.lm.weight.any()  # weights that were loaded stay

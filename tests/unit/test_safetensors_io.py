@@ -17,9 +17,9 @@ from mixmoe_megatron.checkpoint.safetensors_io import (
     parse_size,
     write_safetensors,
 )
-from mixmoe_megatron.conversion.plan import LazyTensor, read_tensor
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.errors import MixMoEError
-from tests.helpers.mappings import lazy
+from tests.helpers.mappings import lazy, read_tensor
 
 TENSORS = {"a": torch.randn(4, 4), "b": torch.randn(4, 4).bfloat16(), "c": torch.arange(8.0)}
 

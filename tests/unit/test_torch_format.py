@@ -111,14 +111,14 @@ def their_metadata() -> torch_metadata.Metadata:
     )
 
 
-def our_metadata() -> torch_format.Metadata:
+def our_metadata() -> torch_format.StoredMetadata:
     size = torch_format.Size
     matrix = torch_format.TensorStorageMetadata(
         torch_format.TensorProperties("bfloat16"), size([2, 4]),
         [torch_format.ChunkStorageMetadata(size([0, k]), size([2, 2])) for k in (0, 2)],
     )  # fmt: skip
     places = {torch_format.MetadataIndex("m", size([0, k])): torch_format.StorageInfo("a.distcp", k, 9) for k in (0, 2)}
-    return torch_format.Metadata(
+    return torch_format.StoredMetadata(
         state_dict_metadata={"m": matrix, "object": torch_format.BytesStorageMetadata()},
         planner_data={"m": ("m",)},
         storage_data={**places, torch_format.MetadataIndex("object"): torch_format.StorageInfo("b.distcp", 0, 5)},

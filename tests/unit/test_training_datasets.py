@@ -152,7 +152,7 @@ def test_a_gpu_sees_few_widths(
 ) -> None:
     """Transformer Engine plans attention anew for each. All can be split by TP (with SP) and CP, none is too long."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(datasets, "open_tokenizer", lambda path: SimpleNamespace(eos_id=9))
+    monkeypatch.setattr(datasets, "open_tokenizer", lambda *_: SimpleNamespace(eos_id=9))
     fields = {"tensor_model_parallel_size": layout[0], "context_parallel_size": layout[1], "micro_batch_size": 1}
     args = arguments(sequence_parallel=True, seq_length=160, tokenizer_model="", pack=pack, **fields)
     collate = datasets._collate_function(args, 1)

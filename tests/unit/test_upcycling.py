@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.functional import silu
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model import upcycling
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.router_rows import folded_router, new_router_weight
+from mixmoe_megatron.model.spectral import fold_router_weight
+from mixmoe_megatron.model.upcycling import Array
 
 HIDDEN, FFN, EXPERTS = 6, 12, 4
+EXPECTED = [0.013221075, -0.042278696, 0.00928599, -0.032412663]  # of decoder.layers.0.mlp.router.lm.weight, seed 1234
 
 
 @pytest.fixture
-def dense() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randn(FFN, HIDDEN), torch.randn(FFN, HIDDEN), torch.randn(HIDDEN, FFN)
+def dense() -> tuple[Array, Array, Array]:
+    random = np.random.default_rng(0)
+    return random.normal(size=(FFN, HIDDEN)), random.normal(size=(FFN, HIDDEN)), random.normal(size=(HIDDEN, FFN))
 
 
-def run_expert(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
-    return (silu(gate) * up) @ down.T
+def run_expert(gate_up: Array, down: Array, x: Array) -> Array:
+    gate, up = np.split(x @ gate_up.T, 2, axis=-1)
+    return (gate / (1 + np.exp(-gate)) * up) @ down.T
 
 
 def test_slices_add_up_to_the_dense_ffn(dense) -> None:
     gate, up, down = dense
-    x = torch.randn(5, HIDDEN)
+    x = np.random.default_rng(1).normal(size=(5, HIDDEN))
     gate_up = upcycling.experts_from_dense_gate_up(gate, up, EXPERTS, "slice")
     downs = upcycling.experts_from_dense_down(down, EXPERTS, "slice")
     assert gate_up.shape == (EXPERTS, 2 * FFN // EXPERTS, HIDDEN) and downs.shape == (EXPERTS, HIDDEN, FFN // EXPERTS)
     total = sum(run_expert(gate_up[e], downs[e], x) for e in range(EXPERTS))
-    torch.testing.assert_close(total, run_expert(upcycling.pack_gate_up(gate, up), down, x))
+    np.testing.assert_allclose(total, run_expert(upcycling.pack_gate_up(gate, up), down, x))
 
 
 def test_each_copy_is_the_dense_ffn(dense) -> None:
@@ -37,18 +43,7 @@ def test_each_copy_is_the_dense_ffn(dense) -> None:
     gate_up = upcycling.experts_from_dense_gate_up(gate, up, EXPERTS, "copy")
     downs = upcycling.experts_from_dense_down(down, EXPERTS, "copy")
     for e in range(EXPERTS):
-        assert torch.equal(gate_up[e], torch.cat((gate, up))) and torch.equal(downs[e], down)
-
-
-@pytest.mark.parametrize("expert_init", ["slice", "copy"])
-def test_numpy_arrays_are_cut_as_tensors_are(dense, expert_init: str) -> None:
-    gate, up, down = dense
-    for cut, matrices in (
-        (upcycling.experts_from_dense_gate_up, (gate, up)),
-        (upcycling.experts_from_dense_down, (down,)),
-    ):
-        found = cut(*(matrix.numpy() for matrix in matrices), EXPERTS, expert_init)
-        assert torch.equal(torch.from_numpy(found), cut(*matrices, EXPERTS, expert_init))
+        assert np.array_equal(gate_up[e], np.concatenate((gate, up))) and np.array_equal(downs[e], down)
 
 
 def test_width_of_an_expert() -> None:
@@ -60,8 +55,26 @@ def test_width_of_an_expert() -> None:
         upcycling.expert_ffn_hidden_size(12, 4, "split")
 
 
-def test_router_draw_depends_on_the_generator_alone() -> None:
-    draws = [upcycling.init_router_weight(4, 512, 0.02, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert torch.equal(*draws) and draws[0].dtype is torch.float32
-    assert draws[0].std().item() == pytest.approx(0.02, rel=0.1)
-    assert not torch.equal(draws[0][0], draws[0][1])
+def test_router_draw_depends_on_seed_and_name_alone() -> None:
+    """The values are written down: a checkpoint that is made again is the same, whatever numpy makes it."""
+    names = [f"decoder.layers.{layer}.mlp.router.{group}.weight" for layer in (0, 1) for group in ("lm", "mt")]
+    draws = {(seed, name): new_router_weight(name, (4, 512), 0.02, seed) for seed in (-1, 1234) for name in names}
+    assert len({draw.tobytes() for draw in draws.values()}) == len(draws)
+    drawn = draws[1234, names[0]]
+    assert drawn.dtype == np.float32 and np.array_equal(drawn, new_router_weight(names[0], (4, 512), 0.02, 1234))
+    assert drawn.std() == pytest.approx(0.02, rel=0.1) and abs(drawn.mean()) < 0.002
+    assert drawn[0, :4] == pytest.approx(EXPECTED, rel=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["fft", "dct", "random", "none"])
+@pytest.mark.parametrize("norm", ["ortho", "backward"])
+@pytest.mark.parametrize("size", [6, 9])
+def test_routers_are_folded_as_in_the_model(transform: str, norm: str, size: int) -> None:
+    options = MixMoEOptions(spectral_transform=transform, spectral_norm=norm, spectral_scale=0.7, spectral_seed=3)
+    kinds = 1 if transform == "none" else 2
+    weights = [torch.randn(4, size) for _ in range(2 * kinds)]
+    pairs = [(*weights[k * kinds : (k + 1) * kinds], None)[:2] for k in range(2)]
+    expected = torch.cat([fold_router_weight(h, f, transform, norm, 0.7, 3) for h, f in pairs])
+    found = folded_router([weight.numpy() for weight in weights], options)
+    assert found.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
