@@ -24,6 +24,17 @@ from mixmoe_megatron.errors import MixMoEError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# Packages that an extra brings: the package, as it is imported, and the extra.
+EXTRAS = {
+    "comet": "comet",
+    "datasets": "data",
+    "lingua": "langid",
+    "markdown": "eval",
+    "matplotlib": "eval",
+    "nltk": "meteor",
+    "pyarrow": "data",
+    "sacrebleu": "eval",
+}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,10 +75,10 @@ def run_command(command: Callable[[], int | None]) -> int:
         command: The command's body; None counts as status 0.
 
     Returns:
-        The exit status: the command's own (also when a reader such as `head` wants no more of the output), 2 bad input
-        or what the system refuses (a full disk, a file that cannot be written), 130 interrupted. Any other exception is
-        a defect and propagates. With MIXMOE_TRACEBACK=1 in the environment, what gives status 2 shows its traceback
-        too.
+        The exit status: the command's own (also when a reader such as `head` wants no more of the output), 2 bad input,
+        what the system refuses (a full disk, a file that cannot be written) or an extra that is not installed, 130
+        interrupted. Any other exception is a defect and propagates. With MIXMOE_TRACEBACK=1 in the environment, what
+        gives status 2 shows its traceback too.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal lacks are spelled out
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -84,6 +95,14 @@ def run_command(command: Callable[[], int | None]) -> int:
     except MixMoEError as error:
         _show_traceback()
         sys.stderr.write(f"error: {error}\n")
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _show_traceback()
+        extra = f"mixmoe-megatron[{EXTRAS[package]}]"
+        sys.stderr.write(f"error: {package} is not installed: pip install '{extra}' adds it.\n")
         return EXIT_BAD_INPUT
     except OSError as error:
         _show_traceback()

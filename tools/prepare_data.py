@@ -48,11 +48,16 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     Raises:
         MixMoEError: They describe no valid protocol.
     """
-    given = {"parallel": _splits(args.parallel, "--parallel"), "monolingual": _splits(args.mono, "--mono")}
-    protocol = load_protocol(args.protocol) if args.protocol else Protocol(**given)
+    parallel, monolingual = _splits(args.parallel, "--parallel"), _splits(args.mono, "--mono")
     if args.protocol:
-        merged = {part: {**getattr(protocol, part), **splits} for part, splits in given.items()}
-        protocol = replace(protocol, **merged)
+        protocol = load_protocol(args.protocol)
+        protocol = replace(
+            protocol,
+            parallel={**protocol.parallel, **parallel},
+            monolingual={**protocol.monolingual, **monolingual},
+        )
+    else:
+        protocol = Protocol(parallel=parallel, monolingual=monolingual)
     if args.languages:
         protocol = protocol.only(args.languages.split(","))
     if args.flores:

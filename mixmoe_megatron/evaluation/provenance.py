@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -17,7 +16,7 @@ _SCORING_PACKAGES = ("sacrebleu", "tokenizers", "matplotlib")
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that shape a checkpoint, and of those that score and draw."""
-    return checkpoint_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
+    return checkpoint_versions(_SCORING_PACKAGES)
 
 
 def git_commit() -> str | None:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from mixmoe_megatron.__main__ import COMMANDS
 from tests.helpers.command_batch import ROOT
 from tests.helpers.tiny_hf import SENTENCES, save_tiny_dense
 from tests.helpers.training import TINY_RUN
+from tests.repo.sources import repository_files
 
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "mixmoe_megatron", "tools", "checkpoints_conversion")
 
@@ -50,13 +52,8 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_the_commands(wheel: Path) -> None:
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {
-        str(Path("" if folder == "mixmoe_megatron" else "mixmoe_megatron", path.relative_to(ROOT)))
-        for folder in SOURCES[3:]
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml")
-    }
-    assert found == expected
+    package = {name for name in repository_files() if name.startswith("mixmoe_megatron/") and not name.endswith(".md")}
+    assert found == package | {f"mixmoe_megatron/{file}" for file in COMMANDS.values()}
 
 
 @pytest.mark.timeout(600)
