@@ -68,7 +68,7 @@ def show_commands(word: str) -> None:
     sys.stdout.write(describe_commands())
 
 
-def main() -> int:
+def mixmoe() -> int:
     """Run the command that `sys.argv` names, with the words that follow, and return its exit status."""
     name, *words = sys.argv[1:] or ["--help"]
     if name not in COMMANDS:
@@ -79,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(mixmoe())

@@ -12,8 +12,8 @@ from tests.repo.sources import COMMAND_FOLDERS, PACKAGE, ROOT, files_ending, mod
 
 LISTING = f"""
 import sys
-from {PACKAGE}.__main__ import main
-status = main()
+from {PACKAGE}.__main__ import mixmoe
+status = mixmoe()
 print(sorted({{"numpy", "torch", "transformers", "megatron"}} & set(sys.modules)))
 sys.exit(status)
 """
