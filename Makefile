@@ -41,7 +41,7 @@ test-all: setup  ## all tests
 test-distributed: setup  ## the tests of several processes, the slow ones too: N processes equal one, resharding, kills
 	@$(PYTEST) tests/distributed
 
-test-transformers5: setup  ## the Hugging Face tests on transformers 5.x, in .venv-transformers5 (made when missing)
+test-transformers5: setup  ## all but COMET on NumPy 2 and transformers 5.x, in .venv-transformers5 (made when missing)
 	@tools/test_transformers5.sh
 
 test-te: setup  ## structure tests of the Transformer Engine path, in .venv-te (built when missing); no GPU
@@ -75,4 +75,4 @@ clean:  ## remove caches and build output
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 clean-venv: clean  ## remove the environment too
-	@rm -rf .venv .venv-te .venv-bridge .venv-transformers5
+	@rm -rf .venv .venv-te .venv-bridge .venv-transformers5*

@@ -2,7 +2,7 @@
 """Make the stage 2 checkpoint that training would start from: the MT experts are copies of the trained LM experts.
 
 Training does this by itself (`--mixmoe-stage 2 --init-from STAGE1`); here it is for those who want the files, to export
-the untrained stage 2 with mixmoe_to_hf.py, say. DIR appears when it is complete.
+the untrained stage 2 with `mixmoe to-hf`, say. DIR appears when it is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from mixmoe_megatron.checkpoint.ranks import joined_ranks
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.conversion.stage2 import Stage2Request, prepare_stage2
 
@@ -28,23 +28,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Write the stage 2 checkpoint, or say what would be written."""
+    request = Stage2Request(args.checkpoint_dir, args.output_dir, args.iteration, args.seed, args.force)
+    with joined_ranks() as ranks:
+        prepared = prepare_stage2(request)
+        if not args.dry_run:
+            write_checkpoint(prepared, ranks)
+        if ranks.rank == 0:
+            done = f"stage2 checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
+            print(prepared.describe() if args.dry_run else done)
 
-    def run() -> None:
-        request = Stage2Request(args.checkpoint_dir, args.output_dir, args.iteration, args.seed, args.force)
-        with joined_ranks() as ranks:
-            prepared = prepare_stage2(request)
-            if not args.dry_run:
-                write_checkpoint(prepared, ranks)
-            if ranks.rank == 0:
-                done = f"stage2 checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
-                print(prepared.describe() if args.dry_run else done)
 
-    setup_logging()
-    return run_command(run)
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -26,29 +26,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table and return 0 when the models agree, else 1."""
+    from mixmoe_megatron.conversion.parity import check_parity
+
     tolerance = _TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance
-    status = 0
+    differences, first = check_parity(
+        args.hf_dir, args.checkpoint_dir, args.text, tolerance, args.dtype, args.iteration
+    )
+    print("place        largest difference   relative")
+    for difference in differences:
+        mark = "  <- first over the tolerance" if difference is first else ""
+        print(f"{difference.place:<12} {difference.largest:>18.3e} {difference.relative:>10.2e}{mark}")
+    print("the models agree" if first is None else f"the models differ from {first.place} on")
+    return int(first is not None)
 
-    def run() -> None:
-        from mixmoe_megatron.conversion.parity import check_parity
 
-        nonlocal status
-        differences, first = check_parity(
-            args.hf_dir, args.checkpoint_dir, args.text, tolerance, args.dtype, args.iteration
-        )
-        print("place        largest difference   relative")
-        for difference in differences:
-            mark = "  <- first over the tolerance" if difference is first else ""
-            print(f"{difference.place:<12} {difference.largest:>18.3e} {difference.relative:>10.2e}{mark}")
-        print("the models agree" if first is None else f"the models differ from {first.place} on")
-        status = int(first is not None)
-
-    setup_logging()
-    return run_command(run) or status
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

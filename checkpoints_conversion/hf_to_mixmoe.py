@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make a Megatron checkpoint from a Hugging Face directory.
 
-  hf_to_mixmoe.py --hf-dir BASE --output-dir DIR            upcycle a dense model: LM experts are slices of its FFN
-  hf_to_mixmoe.py --hf-dir BASE --output-dir DIR --dense    keep it dense
-  hf_to_mixmoe.py --hf-dir EXPORT --output-dir DIR          take back a model that mixmoe_to_hf.py exported
+  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR            upcycle a dense model: LM experts are slices of FFNs
+  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --dense    keep it dense
+  mixmoe hf-to-megatron --hf-dir EXPORT --output-dir DIR          take back a model that `mixmoe to-hf` exported
 
 Reads safetensors only. DIR appears when it is complete. Under torchrun the processes share the work; the result is the
 same to the byte.
@@ -15,7 +15,7 @@ import argparse
 import sys
 
 from mixmoe_megatron.checkpoint.ranks import joined_ranks
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
 from mixmoe_megatron.conversion.prepared import write_checkpoint
@@ -65,36 +65,36 @@ def options_from_arguments(args: argparse.Namespace, is_mixmoe: bool) -> MixMoEO
     return MixMoEOptions.from_preset(args.preset or "recommended", **given)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Write the Megatron checkpoint, or say what would be written.
 
-    def run() -> None:
-        if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
-            raise MixMoEError("--make-vocab-size-divisible-by must be positive.")
-        config = read_hf_config(args.hf_dir)
-        request = ImportRequest(
-            hf_dir=args.hf_dir,
-            output_dir=args.output_dir,
-            options=options_from_arguments(args, config.get("model_type") == "mixmoe"),
-            seed=args.seed,
-            dtype=args.dtype,
-            make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
-            check_finite=args.check_finite,
-            force=args.force,
-            config=config,
-        )
-        with joined_ranks() as ranks:
-            prepared = prepare_import(request)
-            done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
-            if not args.dry_run:
-                write_checkpoint(prepared, ranks)
-            if ranks.rank == 0:
-                print(prepared.describe() if args.dry_run else done)
+    Raises:
+        MixMoEError: the model, or what is asked for, is not supported.
+    """
+    if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
+        raise MixMoEError("--make-vocab-size-divisible-by must be positive.")
+    config = read_hf_config(args.hf_dir)
+    request = ImportRequest(
+        hf_dir=args.hf_dir,
+        output_dir=args.output_dir,
+        options=options_from_arguments(args, config.get("model_type") == "mixmoe"),
+        seed=args.seed,
+        dtype=args.dtype,
+        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        check_finite=args.check_finite,
+        force=args.force,
+        config=config,
+    )
+    with joined_ranks() as ranks:
+        prepared = prepare_import(request)
+        done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
+        if not args.dry_run:
+            write_checkpoint(prepared, ranks)
+        if ranks.rank == 0:
+            print(prepared.describe() if args.dry_run else done)
 
-    setup_logging()
-    return run_command(run)
 
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 
 from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.checkpoint.safetensors_io import parse_size
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 
 
@@ -33,32 +33,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Write the Hugging Face directory, or say what would be written."""
+    request = ExportRequest(
+        checkpoint_dir=args.checkpoint_dir,
+        output_dir=args.output_dir,
+        iteration=args.iteration,
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        base_model=args.base_model,
+        check_finite=args.check_finite,
+        force=args.force,
+    )
+    with joined_ranks() as ranks:
+        prepared = prepare_export(request)
+        done = f"{prepared.metadata.phase.name} model of {len(prepared.plan)} tensors in {args.output_dir}"
+        if not args.dry_run:
+            run_export(prepared, ranks)
+        if ranks.rank == 0:
+            print(prepared.describe() if args.dry_run else done)
 
-    def run() -> None:
-        request = ExportRequest(
-            checkpoint_dir=args.checkpoint_dir,
-            output_dir=args.output_dir,
-            iteration=args.iteration,
-            dtype=args.dtype,
-            max_shard_bytes=parse_size(args.max_shard_size),
-            base_model=args.base_model,
-            check_finite=args.check_finite,
-            force=args.force,
-        )
-        with joined_ranks() as ranks:
-            prepared = prepare_export(request)
-            done = f"{prepared.metadata.phase.name} model of {len(prepared.plan)} tensors in {args.output_dir}"
-            if not args.dry_run:
-                run_export(prepared, ranks)
-            if ranks.rank == 0:
-                print(prepared.describe() if args.dry_run else done)
 
-    setup_logging()
-    return run_command(run)
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

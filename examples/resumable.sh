@@ -1,6 +1,27 @@
-# Sourced by the examples' run.sh: steps that run once, tell how far they are, and go on after a kill.
-# Needs: set -euo pipefail, the repository as the current folder; OUT, BASE, PYTHON, SEQUENCE and `fail` of the script.
+# Sourced by the examples' run.sh, first of all: goes to the repository's root; steps that run once, tell how far they
+# are, and go on after a kill. Needs: set -euo pipefail. After it run.sh gives MINUTES, OUT and what else may be set its
+# defaults, then calls check_settings.
+#   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: examples/quickstart/base)
 #   DTYPE=auto         or float32, bfloat16, float16: all training and evaluation; auto: bfloat16 where it is fast here
+
+BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="$PWD/.venv/bin/python" SEQUENCE=256
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# What every example asks of its settings.
+check_settings() {
+  BASE="${BASE:-$PWD/examples/quickstart/base}"
+  [ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first."
+  [ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
+  [[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
+}
+
+# What those ask that train on one pair.
+check_pair() {
+  [ -f "examples/data/$PAIR.train.tsv.gz" ] || fail "PAIR=$PAIR has no data; choose one of: ${LANGUAGES// /-en }-en"
+}
 
 # begin_run SETTINGS: one run at a time in OUT, and never a run of other settings or another dtype. A step that outlived
 # a killed run is stopped and done again.

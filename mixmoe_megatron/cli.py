@@ -1,7 +1,8 @@
-"""What every command shares: error reporting, logging and atomic JSON output."""
+"""What every command shares: its `main`, error reporting, logging and atomic JSON output."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import errno
 import io
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +24,17 @@ from mixmoe_megatron.errors import MixMoEError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# Packages that an extra brings: the package, as it is imported, and the extra.
+EXTRAS = {
+    "comet": "comet",
+    "datasets": "data",
+    "lingua": "langid",
+    "markdown": "eval",
+    "matplotlib": "eval",
+    "nltk": "meteor",
+    "pyarrow": "data",
+    "sacrebleu": "eval",
+}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -38,22 +50,42 @@ def setup_logging(level: int = logging.INFO) -> None:
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 
-def run_command(command: Callable[[], None]) -> int:
+def make_main(
+    build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], int | None]
+) -> Callable[..., int]:
+    """Return a command's `main`: words of the command line (default: `sys.argv`) in, exit status out.
+
+    Args:
+        build_parser: Returns the parser of the command line.
+        run: The command's body; see `run_command`.
+    """
+
+    def main(words: Sequence[str] | None = None) -> int:
+        args = build_parser().parse_args(words)
+        setup_logging()
+        return run_command(lambda: run(args))
+
+    return main
+
+
+def run_command(command: Callable[[], int | None]) -> int:
     """Run a command; turn user mistakes into one sentence on stderr. What it prints is shown on any terminal.
 
     Args:
-        command: The command's body.
+        command: The command's body; None counts as status 0.
 
     Returns:
-        The exit status: 0 done (also when a reader such as `head` wants no more of the output), 2 bad input or what the
-        system refuses (a full disk, a file that cannot be written), 130 interrupted. Any other exception is a defect
-        and propagates. With MIXMOE_TRACEBACK=1 in the environment, what gives status 2 shows its traceback too.
+        The exit status: the command's own (also when a reader such as `head` wants no more of the output), 2 bad input,
+        what the system refuses (a full disk, a file that cannot be written) or an extra that is not installed, 130
+        interrupted. Any other exception is a defect and propagates. With MIXMOE_TRACEBACK=1 in the environment, what
+        gives status 2 shows its traceback too.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that a terminal lacks are spelled out
         sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
         _find_room_for_code()
-        command()
+        status = command() or 0
         if sys.stdout is not None:  # closed by who started the command
             sys.stdout.flush()
     except BrokenPipeError:
@@ -64,6 +96,14 @@ def run_command(command: Callable[[], None]) -> int:
         _show_traceback()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _show_traceback()
+        extra = f"mixmoe-megatron[{EXTRAS[package]}]"
+        sys.stderr.write(f"error: {package} is not installed: pip install '{extra}' adds it.\n")
+        return EXIT_BAD_INPUT
     except OSError as error:
         _show_traceback()
         remedy = ": make room and start the same command again." if error.errno in _NO_SPACE else ""
@@ -73,7 +113,7 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"interrupted{interrupt}\n")
         return EXIT_INTERRUPTED
-    return 0
+    return status
 
 
 def _show_traceback() -> None:

@@ -6,7 +6,7 @@ are compared: other work on the machine only ever adds. The start of Python is p
 compared bit by bit.
 
 Example:
-    python tools/benchmark_conversion.py --model llama-3.2-1b --directory runs/benchmark
+    mixmoe benchmark-conversion --model llama-3.2-1b --directory runs/benchmark
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.cli import make_main, write_json
 from mixmoe_megatron.planning.conversion_benchmark import MODELS, measure_conversions
 
 
@@ -32,30 +32,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    scratch = Path(args.directory) / "benchmark_conversion"
+    try:
+        result = measure_conversions(args.model, scratch, args.kind, args.processes, args.repeats)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")
+    print("step                     seconds: best  median  / (cp+read)  peak GB")
+    for step in result["steps"]:
+        seconds = step["seconds"]
+        line = f"{step['name']:<24} {seconds[0]:13.2f} {seconds[len(seconds) // 2]:7.2f}"
+        if "ratio" in step:
+            line += f" {step['ratio']:12.2f} {step['peak_gigabytes']:8.2f}"
+        print(line)
+    if args.output:
+        write_json(args.output, result)
 
-    def run() -> None:
-        scratch = Path(args.directory) / "benchmark_conversion"
-        try:
-            result = measure_conversions(args.model, scratch, args.kind, args.processes, args.repeats)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        print(f"{args.model}, {args.kind}, {result['gigabytes']:.2f} GB, {args.processes} process(es)")
-        print("step                     seconds: best  median  / (cp+read)  peak GB")
-        for step in result["steps"]:
-            seconds = step["seconds"]
-            line = f"{step['name']:<24} {seconds[0]:13.2f} {seconds[len(seconds) // 2]:7.2f}"
-            if "ratio" in step:
-                line += f" {step['ratio']:12.2f} {step['peak_gigabytes']:8.2f}"
-            print(line)
-        if args.output:
-            write_json(args.output, result)
 
-    setup_logging()
-    return run_command(run)
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

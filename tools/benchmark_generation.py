@@ -4,7 +4,7 @@
 Random weights, batches of equal prompts, in this process on its CPU or GPU; the models take turns.
 
 Example:
-    OMP_NUM_THREADS=2 python tools/benchmark_generation.py --hf-dir SmolLM2-135M --dtype bfloat16
+    OMP_NUM_THREADS=2 mixmoe benchmark-generation --hf-dir SmolLM2-135M --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
 
 
@@ -56,12 +56,7 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(record_benchmark({"tokens_per_second": rates}, package_versions(), args)))
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,9 +6,9 @@ of the dense GEMMs' rate; the router's share of the time; the FLOP floor and the
 the larger of them; on a GPU, how often the host waits for it.
 
 Example:
-    OMP_NUM_THREADS=2 python tools/benchmark_layer.py --shape 1b
-    python tools/benchmark_layer.py --shape 8b --dtype bfloat16 --backends torch te --output runs/layer.json
-    python tools/benchmark_layer.py --shape 1b --moe-ffn-hidden-size 512 --experts 2 8 64
+    OMP_NUM_THREADS=2 mixmoe benchmark-layer --shape 1b
+    mixmoe benchmark-layer --shape 8b --dtype bfloat16 --backends torch te --output runs/layer.json
+    mixmoe benchmark-layer --shape 1b --moe-ffn-hidden-size 512 --experts 2 8 64
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import warnings
 from typing import Any
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
 
 SHAPES = {"1b": (2048, 8192), "8b": (4096, 14336), "14b": (5120, 13824)}  # hidden_size, ffn_hidden_size
@@ -101,12 +101,7 @@ def texts(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

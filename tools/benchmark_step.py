@@ -6,8 +6,8 @@ to do; both stages with a graph from the bottom in place of the graph-free froze
 model in plain transformers (float32, the faster of torch's AdamWs counts), which shows what CPU mode costs.
 
 Example:
-    OMP_NUM_THREADS=1 python tools/benchmark_step.py --output runs/benchmark.json
-    python tools/benchmark_step.py --hf-dir Llama-3.2-1B --batch-size 4 --seq-length 2048 --flags=--bf16
+    OMP_NUM_THREADS=1 mixmoe benchmark-step --output runs/benchmark.json
+    mixmoe benchmark-step --hf-dir Llama-3.2-1B --batch-size 4 --seq-length 2048 --flags=--bf16
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
 
 
@@ -64,12 +64,7 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(record_benchmark({"systems": systems}, evaluation_versions(), args)))
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

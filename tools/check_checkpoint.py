@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mixmoe_megatron.checkpoint.health import find_damage, saved_iterations, whole_iteration
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,20 +23,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """List the iterations and say which one training goes on from."""
+    for directory in saved_iterations(args.checkpoint_dir):
+        damage = find_damage(directory, full=args.full)
+        print(f"{directory.name}  {f'damaged: {damage}' if damage else 'whole'}", flush=True)
+    newest = whole_iteration(args.checkpoint_dir, full=args.full)
+    print(f"training goes on from {newest.name}")
 
-    def run() -> None:
-        for directory in saved_iterations(args.checkpoint_dir):
-            damage = find_damage(directory, full=args.full)
-            print(f"{directory.name}  {f'damaged: {damage}' if damage else 'whole'}", flush=True)
-        newest = whole_iteration(args.checkpoint_dir, full=args.full)
-        print(f"training goes on from {newest.name}")
 
-    setup_logging()
-    return run_command(run)
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
 
 
@@ -44,12 +43,7 @@ def run(args: argparse.Namespace) -> None:
     print(describe_check(tokenizer, figures))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 """Compare Hugging Face models on translation (BLEU, chrF) and on monolingual text (perplexity, expert routing).
 
 Example:
-    python tools/evaluate_translation.py --system base=models/base --system mixmoe=models/mixmoe --baseline base \
+    mixmoe evaluate --system base=models/base --system mixmoe=models/mixmoe --baseline base \
         --test de-en=examples/data/de-en.test.tsv.gz --source-column xx --both-directions --limit 300 \
         --mono de=examples/data/mono.de.test.txt.gz --mono en=examples/data/mono.en.test.txt.gz --output-dir runs/eval
 """
@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,12 +107,7 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f": the same command goes on in {args.output_dir}.") from None
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 """Show where a Mix-MoE model sends the tokens of each language or direction: tables, routing.json and routing.png.
 
 Example:
-    python tools/inspect_routing.py --checkpoint-dir runs/stage2 --mono de=examples/data/mono.de.test.txt.gz \
+    mixmoe routing --checkpoint-dir runs/stage2 --mono de=examples/data/mono.de.test.txt.gz \
         --mono en=examples/data/mono.en.test.txt.gz --output-dir runs/routing
 """
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mixmoe_megatron.cli import run_command, setup_logging, write_json
+from mixmoe_megatron.cli import make_main, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,12 +82,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"Distance of {pair} (0 alike, 1 disjoint): {values}")
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 """List the parallel layouts with which a stage fits a cluster: memory, traffic and expected time of each, best first.
 
 Example:
-    python tools/plan_cluster.py --hf-config BASE --stage 2 --gpus 64 --gpu-type A100-40G --global-batch-size 32 \
+    mixmoe plan --hf-config BASE --stage 2 --gpus 64 --gpu-type A100-40G --global-batch-size 32 \
         --micro-batch-size 1 --seq-length 1024
 """
 
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import add_option_arguments
 
@@ -76,12 +76,7 @@ def run(args: argparse.Namespace) -> None:
         print(plan_text(model, batch, cluster, plan, args.show))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.data.preparation.filters import FilterOptions
 from mixmoe_megatron.data.preparation.prepare import prepare
 from mixmoe_megatron.data.preparation.protocol import Protocol, load_protocol
@@ -48,11 +48,16 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     Raises:
         MixMoEError: They describe no valid protocol.
     """
-    given = {"parallel": _splits(args.parallel, "--parallel"), "monolingual": _splits(args.mono, "--mono")}
-    protocol = load_protocol(args.protocol) if args.protocol else Protocol(**given)
+    parallel, monolingual = _splits(args.parallel, "--parallel"), _splits(args.mono, "--mono")
     if args.protocol:
-        merged = {part: {**getattr(protocol, part), **splits} for part, splits in given.items()}
-        protocol = replace(protocol, **merged)
+        protocol = load_protocol(args.protocol)
+        protocol = replace(
+            protocol,
+            parallel={**protocol.parallel, **parallel},
+            monolingual={**protocol.monolingual, **monolingual},
+        )
+    else:
+        protocol = Protocol(parallel=parallel, monolingual=monolingual)
     if args.languages:
         protocol = protocol.only(args.languages.split(","))
     if args.flores:
@@ -79,12 +84,12 @@ def _splits(values: Sequence[str], option: str) -> dict[str, dict[str, Source]]:
     return {name: {split: Source(files=paths) for split, paths in splits.items()} for name, splits in files.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
-    setup_logging()
-    return run_command(lambda: prepare(protocol_of(args), args.output_dir, args.workers) and None)
+def run(args: argparse.Namespace) -> None:
+    """Write the protocol's files."""
+    prepare(protocol_of(args), args.output_dir, args.workers)
 
+
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """Turn text into token files for training: `mono` for stage 1, `parallel` for stage 2. See examples/data/README.md.
 
-`blend` prints what --data-path takes to mix monolingual files: --data-path $(tools/preprocess_data.py blend P1 P2)
+`blend` prints what --data-path takes to mix monolingual files: --data-path $(mixmoe preprocess blend P1 P2)
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,12 +108,12 @@ def run_blend(args: argparse.Namespace) -> None:
     print(*(f"{weight:.6f} {prefix}" for weight, prefix in zip(weights, args.prefixes, strict=True)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
-    setup_logging()
-    return run_command(lambda: args.run(args))
+def run(args: argparse.Namespace) -> None:
+    """Build what the subcommand says."""
+    args.run(args)
 
+
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

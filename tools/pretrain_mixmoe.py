@@ -6,8 +6,15 @@ from __future__ import annotations
 import sys
 
 from mixmoe_megatron.cli import run_command, setup_logging
-from mixmoe_megatron.training.pretrain import main
+
+
+def main() -> int:
+    """Run the command with the words of `sys.argv`, where Megatron looks for them; return its exit status."""
+    from mixmoe_megatron.training import pretrain
+
+    setup_logging()
+    return run_command(pretrain.main)
+
 
 if __name__ == "__main__":
-    setup_logging()
-    sys.exit(run_command(main))
+    sys.exit(main())

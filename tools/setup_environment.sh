@@ -74,6 +74,7 @@ explain_failure() {
 
 # The third-party packages are imported for good: `pip check` passes on sets that break at import.
 verify() {
+  "$VENV/bin/mixmoe" --help >>"$LOG" 2>&1 || return
   OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$VENV/bin/python" -W ignore - >>"$LOG" 2>&1 <<'PY'
 import megatron.core, megatron.training  # noqa: E401
 import accelerate, comet, datasets, matplotlib, sacrebleu, sentencepiece, tensorboard, torch, transformers  # noqa: E401

@@ -2,7 +2,7 @@
 """Show what training on one language pair gains in all others: transfer.md, .html, .csv, .json and heatmaps.
 
 Example:
-    python tools/transfer_matrix.py --evaluation runs/eval/evaluation.json --stage1 stage1 \
+    mixmoe transfer-matrix --evaluation runs/eval/evaluation.json --stage1 stage1 \
         --trained mixmoe_de=de-en --trained mixmoe_fi=fi-en --output-dir runs/transfer
 """
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,12 +41,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output_dir / 'transfer.html'}, .md, .csv and .json.")
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

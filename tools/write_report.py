@@ -2,7 +2,7 @@
 """Write report.md, summary.json and pictures from an evaluation and the logs of both training stages.
 
 Example:
-    python tools/write_report.py --evaluation runs/eval/evaluation.json --stage1-log runs/stage1/tensorboard \
+    mixmoe report --evaluation runs/eval/evaluation.json --stage1-log runs/stage1/tensorboard \
         --stage2-log runs/stage2/tensorboard --seconds runs/seconds.json --output-dir runs/report
 """
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mixmoe_megatron.cli import run_command, setup_logging
+from mixmoe_megatron.cli import make_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,12 +56,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output_dir / 'report.md'} and summary.json.")
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    args = build_parser().parse_args()
-    setup_logging()
-    return run_command(lambda: run(args))
-
+main = make_main(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

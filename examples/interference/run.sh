@@ -9,18 +9,11 @@
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/interference  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
-BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 PAIR="${PAIR:-de-en}" MINUTES="${MINUTES:-12}" FULL_LR="${FULL_LR:-5e-4}"
-OUT="${OUT:-$PWD/runs/interference}" BASE="${BASE:-$PWD/examples/quickstart/base}"
-PYTHON="$PWD/.venv/bin/python" SEQUENCE=256
-source examples/resumable.sh
-
-fail() { echo "error: $*" >&2; exit 2; }
-[ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first."
-[ -f "examples/data/$PAIR.train.tsv.gz" ] || fail "PAIR=$PAIR has no data; choose one of: ${LANGUAGES// /-en }-en"
-[ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
-[[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
+OUT="${OUT:-$PWD/runs/interference}"
+check_settings
+check_pair
 [[ "$FULL_LR" =~ ^[0-9]*\.?[0-9]+(e-[0-9]+)?$ ]] || fail "FULL_LR=$FULL_LR must be a learning rate such as 5e-4."
 
 begin_run "PAIR=$PAIR MINUTES=$MINUTES FULL_LR=$FULL_LR BASE=$BASE"

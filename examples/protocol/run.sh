@@ -6,17 +6,9 @@
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/protocol  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
-BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-MINUTES="${MINUTES:-40}" OUT="${OUT:-$PWD/runs/protocol}" BASE="${BASE:-$PWD/examples/quickstart/base}"
-PYTHON="$PWD/.venv/bin/python" SEQUENCE=256
-
-fail() { echo "error: $*" >&2; exit 2; }
-[ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first."
-[ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
-[[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
-
-source examples/resumable.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
+MINUTES="${MINUTES:-40}" OUT="${OUT:-$PWD/runs/protocol}"
+check_settings
 begin_run "MINUTES=$MINUTES BASE=$BASE"
 STAGE1_STEPS=$((MINUTES * 8)) STAGE2_STEPS=$((MINUTES * 60)) TEST_SEGMENTS=$((MINUTES * 5 / 2 + 1))
 

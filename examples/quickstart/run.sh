@@ -6,20 +6,11 @@
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/quickstart  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
-BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 PAIR="${PAIR:-de-en}" MINUTES="${MINUTES:-12}"
-OUT="${OUT:-$PWD/runs/quickstart}" BASE="${BASE:-$PWD/examples/quickstart/base}"
-PYTHON="$PWD/.venv/bin/python"
-source examples/resumable.sh
-SEQUENCE=256
-
-fail() { echo "error: $*" >&2; exit 2; }
-[ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first (or 'make quickstart', which does)."
-[ -f "examples/data/$PAIR.train.tsv.gz" ] || fail "PAIR=$PAIR has no data; choose one of: ${LANGUAGES// /-en }-en"
-[ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
-[[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
-
+OUT="${OUT:-$PWD/runs/quickstart}"
+check_settings
+check_pair
 begin_run "PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
 
 STAGE1_STEPS=$((MINUTES * 12)) STAGE2_STEPS=$((MINUTES * 40)) TEST_SEGMENTS=$((MINUTES * 25))

@@ -8,14 +8,9 @@
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/transfer  everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
-BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}" FROM="${FROM:+$(realpath -m "$FROM")}"
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+FROM="${FROM:+$(realpath -m "$FROM")}"
+source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 MINUTES="${MINUTES:-40}" OUT="${OUT:-$PWD/runs/transfer}" PAIRS="${PAIRS:-de-en fi-en ru-en}"
-PYTHON="$PWD/.venv/bin/python" SEQUENCE=256
-source examples/resumable.sh
-
-fail() { echo "error: $*" >&2; exit 2; }
-[ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first."
 if [ -n "$FROM" ]; then
   for name in prepare upcycle data stage1; do
     [ -f "$FROM/steps/$name" ] || fail "FROM=$FROM is no protocol run with a finished stage 1: no steps/$name."
@@ -26,9 +21,7 @@ if [ -n "$FROM" ]; then
   [ "${DTYPE:=auto}" != auto ] || DTYPE=$made_in
   [ "$DTYPE" = "$made_in" ] || fail "FROM=$FROM was made with DTYPE=$made_in, not with DTYPE=$DTYPE."
 fi
-BASE="${BASE:-$PWD/examples/quickstart/base}"
-[ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
-[[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
+check_settings
 read -ra pairs <<< "$PAIRS"
 [ ${#pairs[@]} -gt 0 ] || fail "PAIRS is empty: give training pairs, as in PAIRS='de-en fi-en'."
 for pair in "${pairs[@]}"; do

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -84,12 +85,12 @@ class Metadata:
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape a checkpoint; absent packages are left out."""
+def package_versions(others: Sequence[str] = ()) -> dict[str, str]:
+    """Return the versions of Python, of the packages that shape a checkpoint and of others, where installed."""
     import importlib.metadata
 
     versions = {"python": platform.python_version()}
-    for name in _VERSIONED_PACKAGES:
+    for name in (*_VERSIONED_PACKAGES, *others):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -55,7 +55,7 @@ def fetch_comet(model: str) -> Path:
         MixMoEError: unbabel-comet is not installed, or there is no such model.
     """
     if find_spec("comet") is None:
-        raise MixMoEError("COMET needs the package unbabel-comet: pip install 'unbabel-comet>=2.2.7'.")
+        raise MixMoEError("COMET needs the package unbabel-comet: pip install 'mixmoe-megatron[comet]'.")
     from comet import download_model
 
     try:
@@ -91,6 +91,9 @@ def choose_comet(wanted: str) -> str | None:
     if wanted != "auto":
         fetch_comet(wanted)
         return wanted
+    if find_spec("comet") is None:
+        logger.info("no COMET: unbabel-comet is not installed; pip install 'mixmoe-megatron[comet]' adds it")
+        return None
     if find_comet(DEFAULT_COMET) is None:
         logger.info("no COMET: %s is not on this machine; --comet %s fetches it", DEFAULT_COMET, DEFAULT_COMET)
         return None

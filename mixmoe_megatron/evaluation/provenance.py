@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -20,7 +19,7 @@ _SCORING_PACKAGES = ("sacrebleu", "tokenizers", "matplotlib")
 
 def evaluation_versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that shape a checkpoint, and of those that score and draw."""
-    return package_versions() | {name: importlib.metadata.version(name) for name in _SCORING_PACKAGES}
+    return package_versions(_SCORING_PACKAGES)
 
 
 def git_commit() -> str | None:

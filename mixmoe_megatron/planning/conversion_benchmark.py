@@ -50,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 512, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-_COMMANDS = Path(__file__).resolve().parents[2] / "checkpoints_conversion"
+_PACKAGES = Path(__file__).resolve().parents[2]
 _BLOCK = 1 << 24
 # A small process in between: Linux counts what a process had before it became the command as the command's memory.
 _WATCH = """
@@ -91,7 +91,7 @@ def _run(command: list[str]) -> tuple[float, float]:
     Raises:
         MixMoEError: it failed.
     """
-    environment = {**os.environ, "PYTHONPATH": str(_COMMANDS.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(_PACKAGES)}
     watch = [sys.executable, "-I", "-c", _WATCH, *command]
     watched = subprocess.run(watch, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     status, said, seconds, kilobytes = json.loads(watched.stdout)
@@ -149,9 +149,10 @@ def measure_conversions(model: str, scratch: Path, kind: str, processes: int = 1
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    there = [str(_COMMANDS / "hf_to_mixmoe.py"), "--hf-dir", str(original), "--output-dir", str(checkpoint)]
+    launch += ["-m", "mixmoe_megatron"]
+    there = ["hf-to-megatron", "--hf-dir", str(original), "--output-dir", str(checkpoint)]
     there += ["--dense"] if kind == "dense" else []
-    home = [str(_COMMANDS / "mixmoe_to_hf.py"), "--checkpoint-dir", str(checkpoint), "--output-dir", str(back)]
+    home = ["to-hf", "--checkpoint-dir", str(checkpoint), "--output-dir", str(back)]
     copying = ["cp", "-r", str(original), str(copy)]
 
     def timed(command: list[str]) -> tuple[float, float]:
