@@ -23,6 +23,8 @@ _AUTO_MAP = {
     "AutoModel": "modeling_mixmoe.MixMoEModel",
     "AutoModelForCausalLM": "modeling_mixmoe.MixMoEForCausalLM",
 }
+# Options that are fields of config.json by the same name.
+_OPTION_FIELDS = ("num_experts_per_group", "topk_per_group", "group_combine", "router_prob_scaling", "router_bias")
 # Fields of the base's config.json that describe the base, or that `rope_parameters` replaces.
 _NOT_INHERITED = ("_name_or_path", "transformers_version", "rope_theta", "rope_scaling")
 
@@ -49,15 +51,11 @@ def mixmoe_config(base_config: dict[str, Any], options: MixMoEOptions, sizes: Si
         "rope_parameters": {**scaling, "rope_theta": dense["rope_theta"]},
         "moe_layers": list(sizes.moe_layers),
         "stage": sizes.num_groups,
-        "num_experts_per_group": options.num_experts_per_group,
-        "topk_per_group": options.topk_per_group,
+        **{name: getattr(options, name) for name in _OPTION_FIELDS},
         "num_experts": options.num_experts_per_group * sizes.num_groups,
         "num_experts_per_tok": options.topk_per_group * sizes.num_groups,
         "moe_intermediate_size": sizes.moe_ffn_hidden_size,
-        "group_combine": options.group_combine,
-        "router_prob_scaling": options.router_prob_scaling,
         "expert_scale": options.resolved_expert_scale,
-        "router_bias": options.router_bias,
         "mixmoe": options.to_dict(),
         "architectures": ["MixMoEForCausalLM"],
         "auto_map": _AUTO_MAP,
@@ -82,11 +80,7 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
         raise MixMoEError(f"config.json: mixmoe must be an object, not {recorded!r}.")
     values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
     try:
-        values["num_experts_per_group"] = config["num_experts_per_group"]
-        values["topk_per_group"] = config["topk_per_group"]
-        values["group_combine"] = config["group_combine"]
-        values["router_prob_scaling"] = config["router_prob_scaling"]
-        values["router_bias"] = config["router_bias"]
+        values |= {name: config[name] for name in _OPTION_FIELDS}
         layers, scale, width = config["moe_layers"], config["expert_scale"], config["moe_intermediate_size"]
     except KeyError as error:
         raise MixMoEError(f"config.json of this Mix-MoE model lacks {error.args[0]}.") from None

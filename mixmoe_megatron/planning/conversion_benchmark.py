@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -62,14 +61,17 @@ print(json.dumps([done.returncode, done.stderr, seconds, used.ru_maxrss]))
 """
 
 
-def write_random_model(directory: Path, config: dict[str, Any]) -> int:
+def write_random_model(directory: Path, config: dict[str, Any], copies: int = 1) -> int:
     """Write a Hugging Face directory of random bfloat16 weights, in files of at most 5 GB; return its bytes.
 
     Args:
         directory: to be made.
         config: its config.json.
+        copies: for how many models as large as this one the disk must have room.
+
+    Raises:
+        MixMoEError: the disk has less.
     """
-    directory.mkdir(parents=True)
     noise = from_float32(np.random.default_rng(0).normal(0, 0.02, _BLOCK).astype(np.float32), "bfloat16")
 
     def bits(name: str, shape: tuple[int, ...], region: Region) -> Bits:
@@ -80,9 +82,12 @@ def write_random_model(directory: Path, config: dict[str, Any]) -> int:
     sizes = model_sizes(megatron_args_from_hf(config), None, 0)
     tensors = [tensor for unit in expand(TABLES["same"], sizes) for tensor in unit.hf]
     plan = [LazyTensor(name, shape, "bfloat16", partial(bits, name, shape)) for name, shape in tensors]
+    total = sum(tensor.num_bytes for tensor in plan)
+    check_space(directory, copies * total)
+    directory.mkdir(parents=True)
     write_safetensors(directory, plan, 5 * 10**9)
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return sum(tensor.num_bytes for tensor in plan)
+    return total
 
 
 def _run(command: list[str]) -> tuple[float, float]:
@@ -143,9 +148,7 @@ def measure_conversions(model: str, scratch: Path, kind: str, processes: int = 1
     """
     shutil.rmtree(scratch, ignore_errors=True)
     original, copy, checkpoint, back = (scratch / name for name in ("hf", "copy", "checkpoint", "back"))
-    total = sum(math.prod(shape) for shape in _shapes(MODELS[model])) * 2
-    check_space(scratch, 3 * total)
-    write_random_model(original, MODELS[model])
+    total = write_random_model(original, MODELS[model], copies=3)
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -179,8 +182,3 @@ def measure_conversions(model: str, scratch: Path, kind: str, processes: int = 1
             ratio, peak = steps[-1]["seconds"][0] / yardstick, max(peak for _, peak in column)
             steps[-1] |= {"ratio": ratio, "peak_gigabytes": peak}
     return {"model": model, "kind": kind, "processes": processes, "gigabytes": total / 1e9, "steps": steps}
-
-
-def _shapes(config: dict[str, Any]) -> list[tuple[int, ...]]:
-    sizes = model_sizes(megatron_args_from_hf(config), None, 0)
-    return [shape for unit in expand(TABLES["same"], sizes) for _, shape in unit.hf]
