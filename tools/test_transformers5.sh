@@ -6,7 +6,7 @@
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PACKAGES=(numpy==2.5.5 transformers==5.23.0 tokenizers==0.23.3 huggingface_hub==2.4.0 peft==0.21.2)
+PACKAGES=(numpy==2.5.5 transformers==5.23.0 tokenizers==0.23.3 huggingface_hub==1.33.0 peft==0.21.2)
 # What is not pinned above is as in .venv, but for what only COMET holds back, and what the hub's release does without.
 NOT_PINNED='^(numpy|transformers|tokenizers|huggingface_hub|protobuf|pyarrow|sentencepiece|setuptools|unbabel-comet)=='
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -23,7 +23,7 @@ if [ "$(cat "$VENV/.complete" 2>/dev/null)" != "$PWD ${PACKAGES[*]}" ]; then
     printf '%s\n' "$PWD"/.venv/lib/python3.12/site-packages > "$VENV"/lib/python3.12/site-packages/behind.pth
   fi
   grep -vE "$NOT_PINNED|^#" constraints.txt >"$VENV/constraints.txt"
-  # pip reports that unbabel-comet and datasets want an older hub: neither is used here.
+  # pip reports that unbabel-comet wants older packages: it is not used here.
   "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$VENV/constraints.txt" "${PACKAGES[@]}" \
     ${OWN[@]+"${OWN[@]}"} >"$VENV/setup.log" 2>&1 ||
     { tail -5 "$VENV/setup.log" >&2; printf 'error: pip failed, its log is %s\n' "$VENV/setup.log" >&2; exit 1; }

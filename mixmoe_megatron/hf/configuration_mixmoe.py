@@ -178,6 +178,9 @@ class MixMoEConfig(PretrainedConfig):
         """
         base = base_config if isinstance(base_config, dict) else base_config.to_dict()
         inherited = {name: value for name, value in base.items() if name not in _NOT_INHERITED}
+        if {"rope_theta", "rope_scaling"} & fields.keys() and inherited.get("rope_parameters"):
+            scaling = dict(inherited.pop("rope_parameters"))  # would win over the fields, which have the older names
+            inherited |= {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling}
         return cls(**{**inherited, "base_model_type": base.get("model_type"), **fields})
 
     @property

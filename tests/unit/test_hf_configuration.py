@@ -76,3 +76,15 @@ def test_config_refuses(fields: dict, message: str) -> None:
 def test_config_of_another_base_is_refused() -> None:
     with pytest.raises(ValueError, match="base_model_type"):
         MixMoEConfig.from_base_config({**tiny_dense_config("llama").to_dict(), "model_type": "gpt_neox"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "factor"),
+    [({"rope_theta": 7.0}, 7.0, 4.0), ({"rope_scaling": None}, 5.0, None), ({}, 5.0, 4.0)],
+)
+def test_older_names_override_a_base_of_transformers_5(fields: dict, theta: float, factor: float | None) -> None:
+    base = tiny_dense_config("llama").to_dict()
+    base = {name: value for name, value in base.items() if name not in ("rope_theta", "rope_scaling")}
+    base["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0}
+    found = MixMoEConfig.from_base_config(base, **fields)
+    assert found.rope_theta == theta and (found.rope_scaling or {}).get("factor") == factor
