@@ -5,6 +5,7 @@ The processes live together and take turns, so that all meet the same machine; a
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -25,9 +26,9 @@ from mixmoe_megatron.megatron_patches.install import prepare_megatron
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
-from mixmoe_megatron.training.engine_step import engine_step, random_batch
 
 _LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
+_ENGINE_MODULE = "mixmoe_megatron.training.engine_step"
 WARMUP = 2  # steps of each system that do not count
 
 
@@ -122,7 +123,7 @@ def _context() -> Any:
     if torch.cuda.is_available() or len(tempfile.gettempdir()) > _LONGEST_TEMPORARY_FOLDER:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, _ENGINE_MODULE])
     return context
 
 
@@ -160,6 +161,7 @@ def _serve(connection: Connection, system: System, task: Task) -> None:
     try:
         os.dup2(2, 1)  # what Megatron and gloo print is no result
         prepare_megatron()
+        importlib.import_module(_ENGINE_MODULE)  # Megatron, now that it is prepared; its memory is not the model's
         before = _memory()[0]
         step = _make_step(system, task)
         connection.send(_memory()[0] - before)
@@ -175,6 +177,8 @@ def _serve(connection: Connection, system: System, task: Task) -> None:
 
 
 def _make_step(system: System, task: Task) -> Callable[[], Any]:
+    from mixmoe_megatron.training.engine_step import engine_step, random_batch
+
     config = read_hf_config(task.hf_dir)
     batch = random_batch(config["vocab_size"], task.batch_size, task.seq_length)
     if system.engine:

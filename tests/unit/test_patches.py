@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.training import checkpointing, training
@@ -12,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from mixmoe_megatron.megatron_patches.install import install, prepare_megatron
 from mixmoe_megatron.megatron_patches.wrapping import wrap
+from tests.helpers.training import ROOT
 
 PLACES = (
     training, checkpointing, filesystem_async, distrib_optimizer.DistributedOptimizer, optimizer.MegatronOptimizer,
@@ -54,3 +58,10 @@ def test_installing_twice_changes_nothing() -> None:
     install(args)
     assert snapshot() == before and len(torch_optimizer._global_optimizer_post_hooks) == hooks
     assert training.save_checkpoint.replaces is replaced and not hasattr(replaced, "replaces")
+
+
+@pytest.mark.parametrize("module", ["training.pretrain", "planning.step_benchmark"])
+def test_what_prepares_megatron_does_not_import_it_before(module: str) -> None:
+    """Megatron compiles and looks for Transformer Engine when it is imported."""
+    program = f"import mixmoe_megatron.{module}, sys; sys.exit('megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
