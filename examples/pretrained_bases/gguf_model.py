@@ -91,6 +91,7 @@ def make_config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         "rope_theta": float(fields[f"{family}.rope.freq_base"]),
         "tie_word_embeddings": tied,
         "dtype": "float32",
+        "transformers_version": "4.57.1",  # later 4.57 take the tokenizer for a broken one of Mistral where none stands
     }
 
 

