@@ -17,8 +17,8 @@ import numpy as np
 from mixmoe_megatron.checkpoint.bits import Bits
 from mixmoe_megatron.checkpoint.safetensors_io import write_safetensors
 from mixmoe_megatron.checkpoint.stored import Region
+from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.byte_progress import progress
-from mixmoe_megatron.conversion.plan import LazyTensor
 from mixmoe_megatron.errors import MixMoEError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}

@@ -16,7 +16,7 @@ import numpy as np
 
 from mixmoe_megatron.errors import MixMoEError
 
-EXPERT_INITS = ("slice", "copy")
+EXPERT_INITS = ("slice", "important", "copy")
 Array = np.ndarray[Any, Any]
 
 
