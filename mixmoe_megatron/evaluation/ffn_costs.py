@@ -41,6 +41,10 @@ class FFNCosts:
         """Return by what a layer's FFN, left out, multiplies the perplexity: the geometric mean over the texts."""
         return mean_factor(self.without[layer], self.dense)
 
+    def factors(self) -> list[float]:
+        """Return `factor` of every layer."""
+        return [self.factor(layer) for layer in range(len(self.without))]
+
     def cheapest_layers(self, count: int) -> list[int]:
         """Return the layers, in order, whose FFN is missed least."""
         return sorted(sorted(range(len(self.without)), key=self.factor)[:count])
@@ -63,10 +67,12 @@ def enough_texts(loaded: LoadedModel, texts: Sequence[str]) -> list[str]:
     return chosen
 
 
-def measure_each(loaded: LoadedModel, texts: Mapping[str, Sequence[str]]) -> dict[str, Perplexity]:
-    """Return a model's perplexity on each text, by name; sequences are short and never padded."""
+def measure_each(
+    loaded: LoadedModel, texts: Mapping[str, Sequence[str]], tokens_per_batch: int = ENOUGH_TOKENS
+) -> dict[str, Perplexity]:
+    """Return a model's perplexity on each text, by name; with one token a batch nothing is padded."""
     return {
-        name: measure_perplexity(loaded, lines, max_window=MAX_WINDOW, tokens_per_batch=1)
+        name: measure_perplexity(loaded, lines, max_window=MAX_WINDOW, tokens_per_batch=tokens_per_batch)
         for name, lines in texts.items()
     }
 
@@ -83,7 +89,7 @@ def measure_ffn_costs(loaded: LoadedModel, texts: Mapping[str, Sequence[str]]) -
     dense = {}
     for name, lines in texts.items():
         with _recorded_activity(layers) as sums:
-            dense |= measure_each(loaded, {name: lines})
+            dense |= measure_each(loaded, {name: lines}, tokens_per_batch=1)
         activity[name] = [(total / total.sum()).numpy() for total in sums]
     without = []
     for number, layer in enumerate(layers):
@@ -99,7 +105,7 @@ def measure_ffn_costs(loaded: LoadedModel, texts: Mapping[str, Sequence[str]]) -
 
 @contextmanager
 def _recorded_activity(layers: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
-    """Add up, for each layer, how much each neuron gives: [F] float64, sum of |activation| times its column's length."""
+    """Add up, for each layer, what each neuron gives: [F] float64, sum of |activation| times its column's length."""
     sums = [torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64) for layer in layers]
     lengths = [layer.mlp.down_proj.weight.detach().norm(dim=0, dtype=torch.float32) for layer in layers]
 

@@ -238,7 +238,7 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
         )
     if placement == "measured":
         raise MixMoEError(
-            "moe_layer_placement=measured needs text to measure on: give hf_to_mixmoe.py --measure FILE, or name layers."
+            "moe_layer_placement=measured needs text to measure on: give hf_to_mixmoe.py --measure FILE or name layers."
         )
     if placement == "last":
         return [every * i + every - 1 for i in range(count)]
