@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixmoe_megatron.checkpoint.stored import whole
 from mixmoe_megatron.conversion.exported import mixmoe_config
@@ -21,13 +21,12 @@ from mixmoe_megatron.model.router_rows import folded_router
 from mixmoe_megatron.model.upcycling import important_neurons
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
     from mixmoe_megatron.evaluation.ffn_costs import FFNCosts
+    from mixmoe_megatron.hf.modeling_mixmoe import MixMoEBlock
 
 #: The options that a user who gives text, and says no other, upcycles with.
-MEASURED_OPTIONS = {"expert_init": "important", "moe_layer_placement": "measured"}
+MEASURED_OPTIONS: dict[str, Any] = {"expert_init": "important", "moe_layer_placement": "measured"}
 #: Where a start multiplies the perplexity by more than that, these are tried beside it.
 WARN_ABOVE = 1.5
 ALTERNATIVES = (MEASURED_OPTIONS, {**MEASURED_OPTIONS, "expert_init": "copy"})
@@ -77,7 +76,7 @@ def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> Measur
     """
     asked = request.options
     assert asked is not None
-    settled = {"moe_layer_placement": "last"} if asked.moe_layer_placement == "measured" else {}
+    settled: dict[str, Any] = {"moe_layer_placement": "last"} if asked.moe_layer_placement == "measured" else {}
     settled |= {"expert_init": "slice"} if asked.expert_init == "important" else {}
     prepare_import(replace(request, options=replace(asked, **settled)))  # mistakes are told before minutes of work
     meter = _StartMeter(request, files)
@@ -148,22 +147,23 @@ class _StartMeter:
 
 
 @contextmanager
-def _upcycled(model: nn.Module, prepared: PreparedCheckpoint) -> Iterator[None]:
+def _upcycled(model: Any, prepared: PreparedCheckpoint) -> Iterator[None]:
     """Put the planned experts and routers in the place of a dense Hugging Face model's FFNs, for a while."""
     layers = model.model.layers
     dense = {number: layers[number].mlp for number in prepared.model.sizes.moe_layers}
     try:
         for number, mlp in dense.items():
             weight = mlp.down_proj.weight
-            layers[number].mlp = _block(prepared, number).to(weight.device, weight.dtype)
-            layers[number].mlp.router.float()
+            block = _block(prepared, number).to(weight.device)
+            block.experts.to(weight.dtype)
+            layers[number].mlp = block
         yield
     finally:
         for number, mlp in dense.items():
             layers[number].mlp = mlp
 
 
-def _block(prepared: PreparedCheckpoint, layer: int) -> nn.Module:
+def _block(prepared: PreparedCheckpoint, layer: int) -> MixMoEBlock:
     """Return a Mix-MoE layer of the plan as the Hugging Face model has it, in float32."""
     import torch
 

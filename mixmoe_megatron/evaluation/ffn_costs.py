@@ -86,7 +86,7 @@ def measure_ffn_costs(loaded: LoadedModel, texts: Mapping[str, Sequence[str]]) -
     """
     layers = loaded.model.model.layers
     activity: dict[str, list[np.ndarray[Any, Any]]] = {}
-    dense = {}
+    dense: dict[str, Perplexity] = {}
     for name, lines in texts.items():
         with _recorded_activity(layers) as sums:
             dense |= measure_each(loaded, {name: lines}, tokens_per_batch=1)

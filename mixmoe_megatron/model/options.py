@@ -254,7 +254,7 @@ def router_weight_std(options: MixMoEOptions, hidden_size: int, initializer_rang
 
     For h of length sqrt(H), as RMSNorm leaves it, a row of W_h gives a logit of deviation std * sqrt(H), and a row of
     W_f one of std * |f|. With f = M h, |f|^2 is H times the mean square of M's singular values: 1/2 for the real part
-    of an orthonormal FFT, 1 for the other orthonormal transforms.
+    of an orthonormal FFT, 1 for the other orthonormal transforms. Deviates: D14 (model/README.md).
 
     Args:
         options: the Mix-MoE options.
