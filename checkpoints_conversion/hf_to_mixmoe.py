@@ -12,19 +12,16 @@ same to the byte.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
-from mixmoe_megatron.checkpoint.ranks import Ranks, joined_ranks
+from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
-from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS, measure_start
+from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS, measured_request
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
-
-logger = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,25 +74,6 @@ def options_from_arguments(args: argparse.Namespace, is_mixmoe: bool) -> MixMoEO
         return None
     measured = MEASURED_OPTIONS if args.measure and args.preset is None else {}
     return MixMoEOptions.from_preset(args.preset or "recommended", **{**measured, **given})
-
-
-def measured_request(request: ImportRequest, files: list[str], ranks: Ranks) -> ImportRequest:
-    """Return the request with what text decides put in, and tell what the start costs.
-
-    Args:
-        request: to upcycle a dense model.
-        files: text, one a line.
-        ranks: rank 0 measures for all.
-
-    Raises:
-        MixMoEError: as `measure_start`.
-    """
-    found = ranks.on_first(lambda: measure_start(request, files))
-    if ranks.rank == 0:
-        print(found.table)
-        if found.warning:
-            logger.warning(found.warning)
-    return found.request
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ neurons an expert gets, decides how much of the dense model is left: a table say
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixmoe_megatron.checkpoint.ranks import Ranks
 from mixmoe_megatron.checkpoint.stored import whole
 from mixmoe_megatron.conversion.exported import mixmoe_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, read_hf_model
@@ -30,6 +32,9 @@ MEASURED_OPTIONS: dict[str, Any] = {"expert_init": "important", "moe_layer_place
 #: Where a start multiplies the perplexity by more than that, these are tried beside it.
 WARN_ABOVE = 1.5
 ALTERNATIVES = (MEASURED_OPTIONS, {**MEASURED_OPTIONS, "expert_init": "copy"})
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,25 @@ class MeasuredStart:
     request: ImportRequest
     table: str
     warning: str
+
+
+def measured_request(request: ImportRequest, files: Sequence[str | Path], ranks: Ranks) -> ImportRequest:
+    """Return the request with what text decides put in, and tell what the start costs.
+
+    Args:
+        request: to upcycle a dense model.
+        files: text, one a line.
+        ranks: rank 0 measures for all.
+
+    Raises:
+        MixMoEError: as `measure_start`.
+    """
+    found = ranks.on_first(lambda: measure_start(request, files))
+    if ranks.rank == 0:
+        print(found.table)
+        if found.warning:
+            logger.warning(found.warning)
+    return found.request
 
 
 def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> MeasuredStart:
