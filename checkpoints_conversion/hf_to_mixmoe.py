@@ -18,6 +18,7 @@ from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
+from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS, measured_request
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
@@ -43,6 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset", choices=("recommended", "paper"), help="the Mix-MoE options to start from (default recommended)"
     )
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        metavar="FILE",
+        help="text, one a line: print what upcycling costs on it; MoE layers and neurons are chosen by it unless "
+        "--expert-init, --moe-layer-placement or --preset say otherwise",
+    )
     add_option_arguments(parser.add_argument_group("Mix-MoE options, over those of the preset"))
     return parser
 
@@ -58,11 +66,14 @@ def options_from_arguments(args: argparse.Namespace, is_mixmoe: bool) -> MixMoEO
         what = "--dense makes no experts" if args.dense else "the model is a Mix-MoE model already"
         flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["preset"] if args.preset else [])])
         raise MixMoEError(f"{what}: leave out {flags}.")
+    if args.measure and (args.dense or is_mixmoe):
+        raise MixMoEError("--measure tells what upcycling costs, but nothing is upcycled: leave it out.")
     if args.dense and is_mixmoe:
         raise MixMoEError("--dense does not go with a Mix-MoE model.")
     if args.dense or is_mixmoe:
         return None
-    return MixMoEOptions.from_preset(args.preset or "recommended", **given)
+    measured = MEASURED_OPTIONS if args.measure and args.preset is None else {}
+    return MixMoEOptions.from_preset(args.preset or "recommended", **{**measured, **given})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
         config=config,
     )
     with joined_ranks() as ranks:
+        if args.measure:
+            request = measured_request(request, args.measure, ranks)
         prepared = prepare_import(request)
         done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
         if not args.dry_run:

@@ -28,6 +28,7 @@ _VERSIONED_PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "phase": (Phase,), "options": (dict, NoneType), "megatron_args": (dict,), "hf_config": (dict,),
     "parent": (dict, NoneType), "versions": (dict,), "created_by": (str,), "data": (list,),
+    "measured": (dict, NoneType),
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ class Metadata:
         versions: package name -> version at the time of writing.
         created_by: the command that wrote it.
         data: what it was trained on so far, {"phase", "prefix", "kind", "tokens", "manifest_sha256", "order"} a file.
+        measured: what upcycling cost on some text, {"tokens", "starts", "factor_without_ffn"}; None: not measured.
     """
 
     phase: Phase
@@ -54,6 +56,7 @@ class Metadata:
     versions: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
     data: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, Any] | None = None
 
     def validate(self) -> None:
         """Check the fields' types, and the fields against each other.

@@ -92,7 +92,10 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
     if not (values.get("expert_scale") is None and scale == values["num_experts_per_group"]):
         values["expert_scale"] = scale
     if values["num_experts_per_group"] > 1:
-        values["expert_init"] = "copy" if width == config["intermediate_size"] else "slice"
+        if width == config["intermediate_size"]:
+            values["expert_init"] = "copy"
+        elif values.get("expert_init", "copy") == "copy":
+            values["expert_init"] = "slice"
     options = MixMoEOptions.from_dict(values)
     widths = {config["intermediate_size"] // n for n in (1, options.num_experts_per_group)}
     if width not in widths:

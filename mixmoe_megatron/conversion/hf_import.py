@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
+from mixmoe_megatron.conversion.regrouped import RegroupedSource
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
@@ -49,6 +51,8 @@ class ImportRequest:
         force: replace an output directory that has content.
         created_by: the command line, for the metadata.
         config: what config.json says, where it has been read already.
+        neurons: by layer, the order of the neurons of its FFN in which it is cut; [F] integers, some may occur twice.
+        measured: what an upcycled start costs, for the metadata.
     """
 
     hf_dir: str
@@ -61,6 +65,8 @@ class ImportRequest:
     force: bool = False
     created_by: str = "hf_to_mixmoe.py"
     config: dict[str, Any] | None = None
+    neurons: Mapping[int, np.ndarray[Any, Any]] | None = None
+    measured: dict[str, Any] | None = None
 
 
 class _TiedSource(SafetensorsReader):
@@ -159,8 +165,12 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     model.checkpoint_args()  # refuses options that do not fit
     source = HashedSource(_hf_weights(request.hf_dir, config))
     target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
-    units = expand(TABLES["upcycle" if model.phase.groups and not is_mixmoe else "same"], model.sizes)
-    plan = plan_tensors(units, source, model.sizes, target, _NOT_WEIGHTS)
+    is_upcycled = model.phase.groups and not is_mixmoe
+    if is_upcycled and model.options and model.options.expert_init == "important" and request.neurons is None:
+        raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
+    units = expand(TABLES["upcycle" if is_upcycled else "same"], model.sizes)
+    regrouped = RegroupedSource(source, request.neurons or {})
+    plan = plan_tensors(units, regrouped, model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
         phase=model.phase,
         options=model.options.to_dict() if model.options else None,
@@ -168,6 +178,7 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
         hf_config=model.hf_config,
         created_by=request.created_by,
         data=data,
+        measured=request.measured,
     )
     parent_phase = "dense" if model.phase.name == "upcycled" else model.phase.name
     parent = Path(request.hf_dir)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,14 @@ from mixmoe_megatron.model.upcycling import EXPERT_INITS, expert_ffn_hidden_size
 #: Coefficient of the aux loss in the paper (lambda of eq. 8-9). Megatron's own flag is --moe-aux-loss-coeff.
 PAPER_AUX_LOSS_COEFF = 0.01
 
-_PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom")
-_PAPER = {"preset": "paper", "spectral_norm": "backward", "group_combine": "sum", "expert_scale": 1.0}
+_PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom", "measured")
+_PAPER = {
+    "preset": "paper",
+    "spectral_norm": "backward",
+    "group_combine": "sum",
+    "expert_scale": 1.0,
+    "router_init_std": None,
+}
 
 
 def _option(default: Any, meaning: str, choices: tuple[str, ...] = (), shown: str = "") -> Any:
@@ -62,8 +69,16 @@ class MixMoEOptions:
     group_combine: str = _option("mean", "how the outputs of the two groups combine", ("mean", "sum"))
     router_prob_scaling: bool = _option(True, "scale an expert's output by s times its probability p")
     expert_scale: float | None = _option(None, "s; left out it is n, so that s * p = 1 at uniform p")
+    router_init_std: float | None = _option(
+        0.02,
+        "standard deviation of the first logits, for an RMS-normalised input: small, so that p starts near 1 / n; null "
+        "draws the weights with the base's initializer_range",
+    )
     expert_init: str = _option(
-        "slice", "slice cuts the dense FFN into n experts of width F / n; copy gives each all of it", EXPERT_INITS
+        "slice",
+        "slice cuts the dense FFN into n experts of width F / n; important does so after sorting its neurons by what "
+        "they do on the text of --measure; copy gives each expert all of it",
+        EXPERT_INITS,
     )
     mt_router_init: str = _option(
         "copy", "how the MT router starts: as a copy of the LM router, or random", ("copy", "random")
@@ -72,7 +87,8 @@ class MixMoEOptions:
     lb_reduction: str = _option("mean", "average or add the aux losses of the MoE layers", ("mean", "sum"))
     moe_layer_placement: str = _option(
         "last",
-        "which layers are MoE layers; last: the last of each moe_every; or 0-based indices such as 3,7",
+        "which layers are MoE layers; last: the last of each moe_every; measured: where the text of --measure says "
+        "that an FFN is missed least; or 0-based indices such as 3,7",
         shown=",".join([*_PLACEMENTS, "INDICES"]),
     )
     moe_every: int = _option(4, "one layer of so many is an MoE layer (their number, for all placements but indices)")
@@ -134,6 +150,8 @@ class MixMoEOptions:
             )
         if self.expert_scale is not None and not 0 < self.expert_scale < float("inf"):
             raise MixMoEError(f"expert_scale must be positive and finite (or left out), got {self.expert_scale!r}.")
+        if self.router_init_std is not None and not 0 <= self.router_init_std < float("inf"):
+            raise MixMoEError(f"router_init_std must be finite and not negative, got {self.router_init_std!r}.")
         if not 0 <= self.spectral_scale < float("inf"):
             raise MixMoEError(f"spectral_scale must be finite and not negative, got {self.spectral_scale!r}.")
         if self.moe_layer_placement not in _PLACEMENTS:
@@ -198,12 +216,13 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
     """Return the 0-based indices of the MoE layers.
 
     With m = num_layers // moe_every: "last" takes the last layer of each `moe_every`, "uniform-first" the first of
-    each, "bottom" the first m layers, "top" the last m, "dense_bottom" the first 2 m (layers 1-8 of 16).
+    each, "bottom" the first m layers, "top" the last m, "dense_bottom" the first 2 m (layers 1-8 of 16). "measured" is
+    a request to a conversion, which puts m indices in its place.
 
     Source: Mix-MoE (arXiv:2605.24681) section III-A ("every 4") and Table VI. Deviates: D8 (model/README.md).
 
     Raises:
-        MixMoEError: there is no MoE layer, or a listed index is not a layer of the model.
+        MixMoEError: there is no MoE layer, a listed index is not a layer of the model, or nothing was measured.
     """
     every, placement = options.moe_every, options.moe_layer_placement
     count = num_layers // every
@@ -217,6 +236,10 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
         raise MixMoEError(
             f"moe_every={every} gives no MoE layer in a model of {num_layers} layers: at most {num_layers} goes."
         )
+    if placement == "measured":
+        raise MixMoEError(
+            "moe_layer_placement=measured needs text to measure on: give hf_to_mixmoe.py --measure FILE or name layers."
+        )
     if placement == "last":
         return [every * i + every - 1 for i in range(count)]
     if placement == "uniform-first":
@@ -224,6 +247,26 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
     if placement == "top":
         return list(range(num_layers - count, num_layers))
     return list(range(min(num_layers, count if placement == "bottom" else 2 * count)))
+
+
+def router_weight_std(options: MixMoEOptions, hidden_size: int, initializer_range: float) -> float:
+    """Return the standard deviation of a new router's weights W_h and W_f, such that the logits have router_init_std.
+
+    For h of length sqrt(H), as RMSNorm leaves it, a row of W_h gives a logit of deviation std * sqrt(H), and a row of
+    W_f one of std * |f|. With f = M h, |f|^2 is H times the mean square of M's singular values: 1/2 for the real part
+    of an orthonormal FFT, 1 for the other orthonormal transforms. Deviates: D14 (model/README.md).
+
+    Args:
+        options: the Mix-MoE options.
+        hidden_size: H.
+        initializer_range: the base's, which is taken without router_init_std (as the paper does).
+    """
+    if options.router_init_std is None:
+        return initializer_range
+    energy = {"none": 0.0, "fft": 0.5, "dct": 1.0, "random": 1.0}[options.spectral_transform]
+    if options.spectral_norm == "backward":
+        energy *= hidden_size * (2 if options.spectral_transform == "dct" else 1)
+    return options.router_init_std / math.sqrt(hidden_size * (1 + energy * options.spectral_scale**2))
 
 
 def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.config import options_and_stage
 from mixmoe_megatron.model.metrics import record_aux_losses, recording_tracker
-from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.options import MixMoEOptions, router_weight_std
 from mixmoe_megatron.model.router_rows import new_router_weight
 from mixmoe_megatron.model.spectral import fold_router_weight
 
@@ -128,7 +128,8 @@ class MixMoERouter(TopKRouter):
         if self.config.perform_initialization:
             for group, router in zip(GROUPS, self.group_routers(), strict=False):
                 name = f"decoder.layers.{(self.layer_number or 1) - 1}.mlp.router.{group}"
-                router.draw(name, self.config.init_method_std, self.config.seed)
+                std = router_weight_std(self.options, self.config.hidden_size, self.config.init_method_std)
+                router.draw(name, std, self.config.seed)
 
     def group_routers(self) -> list[GroupRouter]:
         """Return the routers of the active groups, in logical order."""

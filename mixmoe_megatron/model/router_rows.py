@@ -27,7 +27,7 @@ def new_router_weight(name: str, shape: tuple[int, ...], init_std: float, seed: 
     Args:
         name: of the weight in a checkpoint, such as `decoder.layers.3.mlp.router.lm.weight`.
         shape: [n, H].
-        init_std: the base model's initialiser standard deviation.
+        init_std: standard deviation of the weights (options.router_weight_std).
         seed: any integer.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.model.mapping import Sizes
-from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
+from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers, router_weight_std
 from mixmoe_megatron.model.upcycling import expert_ffn_hidden_size
 
 
@@ -45,7 +45,7 @@ def model_sizes(
             "router_bias": options.router_bias,
             "spectral": options.spectral_transform != "none",
             "expert_init": options.expert_init,
-            "init_std": args["init_method_std"],
+            "init_std": router_weight_std(options, args["hidden_size"], args["init_method_std"]),
         }
     return Sizes(
         num_layers=args["num_layers"],

@@ -4,8 +4,8 @@ Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of t
 (model/README.md). Sizes come as arguments; nothing here knows Megatron or Hugging Face. The cuts only move values:
 conversions run them on the numbers of slices in place of the values, so that an array may be of any dtype.
 
-Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice`, F for
-`copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
+Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice` and
+`important`, F for `copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 from mixmoe_megatron.errors import MixMoEError
 
-EXPERT_INITS = ("slice", "copy")
+EXPERT_INITS = ("slice", "important", "copy")
+SHARED = 0.5  # of the neurons of an expert of `important`, which all of them have
 Array = np.ndarray[Any, Any]
 
 
@@ -26,7 +27,7 @@ def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: 
     Args:
         ffn_hidden_size: F of the dense FFN.
         num_experts: n, experts per group.
-        expert_init: `slice` (F' = F / n) or `copy` (F' = F).
+        expert_init: `slice` or `important` (F' = F / n), or `copy` (F' = F).
 
     Raises:
         MixMoEError: F is not divisible by n, or expert_init is unknown.
@@ -41,6 +42,25 @@ def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: 
             "choose a divisor of it (--num-experts-per-group), or --expert-init copy."
         )
     return ffn_hidden_size // num_experts
+
+
+def important_neurons(importance: Array, num_experts: int) -> Array:
+    """Deal the neurons of a dense FFN out to experts: each gets the most important ones, and a share of the next.
+
+    SHARED of an expert's neurons are the same for all experts, so that what every token needs is there whichever expert
+    it goes to; the rest are dealt out in turn, in the order of importance. The least important ones go to no expert.
+
+    Args:
+        importance: [F], the larger the more important.
+        num_experts: n, a divisor of F.
+
+    Returns:
+        [F] int64, numbers of neurons: in this order, `slice` cuts them into the n experts.
+    """
+    width = len(importance) // num_experts
+    order, shared = np.argsort(-importance, kind="stable"), round(SHARED * width)
+    rest = order[shared:]
+    return np.concatenate([[*order[:shared], *rest[e::num_experts][: width - shared]] for e in range(num_experts)])
 
 
 def pack_gate_up(gate: Array, up: Array) -> Array:

@@ -43,7 +43,8 @@ def process_groups() -> ProcessGroupCollection:
 
 def make_options(**overrides: Any) -> MixMoEOptions:
     """Return options; "preset" chooses the preset that the others override."""
-    return MixMoEOptions.from_preset(overrides.pop("preset", "recommended"), **overrides)
+    spread = {"router_init_std": None, **overrides}  # routers that tell tokens apart from the start
+    return MixMoEOptions.from_preset(spread.pop("preset", "recommended"), **spread)
 
 
 def make_config(options: MixMoEOptions, stage: int, **overrides: Any) -> MixMoETransformerConfig:

