@@ -7,13 +7,16 @@ packed training). Shape legend: B sequences in a batch, T padded length in token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation.models import LoadedModel
 from mixmoe_megatron.evaluation.progress import Progress
+
+if TYPE_CHECKING:  # it imports the models of transformers
+    from mixmoe_megatron.evaluation.models import LoadedModel
 
 MAX_WINDOW = 1024  # tokens; longer texts are cut into windows
 TOKENS_PER_BATCH = 4096

@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,21 +130,32 @@ def read_direction(
     return Direction(*languages, [pair[0] for pair in chosen], [pair[1] for pair in chosen], test_set)
 
 
-def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0) -> list[str]:
+def read_monolingual(path: str | Path, *, limit: int = 0, seed: int = 0, max_bytes: int = 0) -> list[str]:
     """Read one text from each line that does not look empty.
 
     Args:
         path: A text file, compressed or not.
         limit: Lines to take (see `select_subset`); 0 takes all.
         seed: Of the selection.
+        max_bytes: Read the first texts alone, which have so many UTF-8 bytes together, the last one cut; 0 reads all.
 
     Raises:
         MixMoEError: The file is unreadable or holds no text.
     """
-    texts = [text for _, line in read_lines(path) if reading(line) and (text := one_line(line))]
+    lines = (text for _, line in read_lines(path) if reading(line) and (text := one_line(line)))
+    texts = list(_first_bytes(lines, max_bytes) if max_bytes else lines)
     if not texts:
         raise MixMoEError(f"{path} holds no text: give a file with a text on each line.")
     return select_subset(texts, limit, seed)
+
+
+def _first_bytes(texts: Iterable[str], left: int) -> Iterator[str]:
+    for text in texts:
+        if first := text.encode("utf-8")[:left].decode("utf-8", "ignore"):
+            yield first
+        left -= len(text.encode("utf-8"))
+        if left <= 0:
+            return
 
 
 def named_values(values: list[str], option: str, kind: str) -> dict[str, str]:

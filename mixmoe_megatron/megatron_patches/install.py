@@ -8,11 +8,15 @@ that is not listed here does not exist (tests/repo/test_patches.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mixmoe_megatron.machine import check_megatron_version, this_machine
 from mixmoe_megatron.megatron_patches.compilation import compile_nothing
 from mixmoe_megatron.megatron_patches.cpu_mode import enable_cpu_mode
 from mixmoe_megatron.training.megatron_args import MegatronArgs
+
+if TYPE_CHECKING:  # it imports Megatron, which `prepare_megatron` must come before
+    from mixmoe_megatron.megatron_patches.between_steps import Measurement
 
 
 def prepare_megatron() -> None:
@@ -28,7 +32,11 @@ def prepare_megatron() -> None:
 
 
 def install(
-    args: MegatronArgs, *, saving: bool = True, after_save: Callable[[int], None] = lambda iteration: None
+    args: MegatronArgs,
+    *,
+    saving: bool = True,
+    after_save: Callable[[int], None] = lambda iteration: None,
+    measurement: tuple[Measurement, int] | None = None,
 ) -> None:
     """Make the changes that a run needs; call it before the model is built. A second call adds nothing to the first.
 
@@ -36,8 +44,10 @@ def install(
         args: Megatron's validated namespace, Mix-MoE options applied.
         saving: whether checkpoints are saved securely; a stock script saves as it always does.
         after_save: called on all ranks with the number of each iteration that has been saved, if `saving`.
+        measurement: what is measured between training steps, and how many steps lie between.
     """
     # These modules import Megatron, which `prepare_megatron` must come before.
+    from mixmoe_megatron.megatron_patches.between_steps import measure_between_steps
     from mixmoe_megatron.megatron_patches.optimizer_kernels import use_torch_kernels
     from mixmoe_megatron.megatron_patches.optimizer_state import mend_optimizers
     from mixmoe_megatron.megatron_patches.saving import secure_saving
@@ -46,5 +56,7 @@ def install(
     use_torch_kernels()  # fused optimizer kernels are taken as soon as they import, and need a GPU
     mend_optimizers()  # the step of torch's Adam, of ranks without parameters, and another --lr get lost in a resume
     install_metrics(args)  # frozen weights and padding would be counted as trained
+    if measurement is not None:
+        measure_between_steps(*measurement)  # it evaluates on batches of its validation data alone
     if saving:
         secure_saving(after_save)  # a kill in the middle of a save would leave a checkpoint that cannot be read

@@ -103,6 +103,14 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "alone; next to nothing is padded.",
     )
     group.add_argument(
+        "--eval-mono",
+        nargs="+",
+        metavar="FILE",
+        help="Held-out monolingual text: log the bits a byte of each file's first 64 KiB before, during and after "
+        "training.",
+    )
+    group.add_argument("--eval-mono-interval", type=int, metavar="N", help="Steps between; default: --eval-interval.")
+    group.add_argument(
         "--dry-run", action="store_true", help="Print the report of trainable and frozen parameters, and stop."
     )
     return parser

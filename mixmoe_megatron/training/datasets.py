@@ -311,13 +311,13 @@ def _collate_function(
     return partial(
         function,
         pad_id=open_tokenizer(args.tokenizer_model, args.vocab_size).eos_id,
-        pad_multiple=_pad_multiple(args),
+        pad_multiple=pad_multiple(args),
         max_length=samples_of_a_row * args.seq_length,
         pad_to_max=_pads_to_max(args),
     )
 
 
-def _pad_multiple(args: MegatronArgs) -> int:
+def pad_multiple(args: MegatronArgs) -> int:
     """What the width of a micro-batch is a multiple of: this layout can split it, and a GPU sees few widths."""
     tensor_parallel = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context_parallel = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
@@ -326,7 +326,7 @@ def _pad_multiple(args: MegatronArgs) -> int:
 
 def _log_padding(args: MegatronArgs, documents: ParallelDataset) -> None:
     order = epoch_order(documents.lengths, 0, args.seed)
-    sizes = (args.micro_batch_size, args.seq_length, _pad_multiple(args))
+    sizes = (args.micro_batch_size, args.seq_length, pad_multiple(args))
     full, grouped, packed = padding_shares(documents.lengths, order, *sizes)
     names = ", ".join(Path(prefix).name for prefix in documents.prefixes)
     this_run = "packed" if args.pack else "all padded" if _pads_to_max(args) else "similar lengths"

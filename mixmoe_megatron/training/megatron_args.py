@@ -19,6 +19,8 @@ class MegatronArgs(Protocol):
     experts_backend: str
     loss_on: Literal["target", "all"]
     pack: bool
+    eval_mono: list[str] | None
+    eval_mono_interval: int | None
     dry_run: bool
     # set here
     dataloader_type: str | None

@@ -22,6 +22,7 @@ from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.training import arguments, datasets, going_on, refusals, startup
 from mixmoe_megatron.training.hf_directories import export_iteration
 from mixmoe_megatron.training.megatron_args import MegatronArgs
+from mixmoe_megatron.training.retention import RetentionCurve
 from mixmoe_megatron.training.step import forward_step
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,9 @@ def run(words: list[str]) -> None:
     args, metadata = arguments.parse_arguments(words)
     config = _check(args)
     if _is_work_left(args, metadata):
-        install(args, after_save=partial(_after_save, args))
+        curve = RetentionCurve(args) if args.eval_mono and not args.dry_run else None
+        measurement = None if curve is None else (curve.measure, curve.interval)
+        install(args, after_save=partial(_after_save, args), measurement=measurement)
         _train(args, config, metadata)
 
 

@@ -8,7 +8,7 @@ from mixmoe_megatron.training.arguments import add_mixmoe_args
 
 LIMIT = 15
 PINNED = {"--mixmoe-stage", "--init-from", "--experts-backend", "--loss-on", "--pack", "--dry-run"}
-PINNED |= {"--hf-load", "--hf-save", "--upcycle-options"}
+PINNED |= {"--hf-load", "--hf-save", "--upcycle-options", "--eval-mono", "--eval-mono-interval"}
 
 
 def test_training_adds_the_pinned_flags_only() -> None:
