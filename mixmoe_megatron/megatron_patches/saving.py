@@ -88,8 +88,8 @@ def _finalize(finalize: Callable[..., None], *rest: Any, **kwargs: Any) -> None:
         finalize(*rest, **kwargs)
 
 
-def _results_queue(get_queue: Callable[..., Any], *rest: Any) -> Any:
-    return get_queue(*rest) if get_args().async_save else _queue_in_this_process()
+def _results_queue(get_queue: Callable[..., Any], *rest: Any, **kwargs: Any) -> Any:
+    return get_queue(*rest, **kwargs) if get_args().async_save else _queue_in_this_process()
 
 
 @functools.cache
