@@ -18,7 +18,7 @@ from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
-from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS, measured_request
+from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS, measure_start
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
@@ -98,7 +98,10 @@ def run(args: argparse.Namespace) -> None:
     )
     with joined_ranks() as ranks:
         if args.measure:
-            request = measured_request(request, args.measure, ranks)
+            found = ranks.on_first(lambda: measure_start(request, args.measure))
+            request = found.request
+            if ranks.rank == 0:
+                print(found.table)
         prepared = prepare_import(request)
         done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
         if not args.dry_run:

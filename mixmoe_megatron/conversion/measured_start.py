@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmoe_megatron.checkpoint.ranks import Ranks
 from mixmoe_megatron.checkpoint.stored import whole
 from mixmoe_megatron.conversion.exported import mixmoe_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, read_hf_model
@@ -32,7 +31,6 @@ MEASURED_OPTIONS: dict[str, Any] = {"expert_init": "important", "moe_layer_place
 #: Where a start multiplies the perplexity by more than that, these are tried beside it.
 WARN_ABOVE = 1.5
 ALTERNATIVES = (MEASURED_OPTIONS, {**MEASURED_OPTIONS, "expert_init": "copy"})
-
 
 logger = logging.getLogger(__name__)
 
@@ -69,25 +67,6 @@ class MeasuredStart:
     warning: str
 
 
-def measured_request(request: ImportRequest, files: Sequence[str | Path], ranks: Ranks) -> ImportRequest:
-    """Return the request with what text decides put in, and tell what the start costs.
-
-    Args:
-        request: to upcycle a dense model.
-        files: text, one a line.
-        ranks: rank 0 measures for all.
-
-    Raises:
-        MixMoEError: as `measure_start`.
-    """
-    found = ranks.on_first(lambda: measure_start(request, files))
-    if ranks.rank == 0:
-        print(found.table)
-        if found.warning:
-            logger.warning(found.warning)
-    return found.request
-
-
 def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> MeasuredStart:
     """Measure the dense model, what it becomes, and, if that is much worse, what it could become.
 
@@ -110,7 +89,9 @@ def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> Measur
         others = [replace(asked, **changes) for changes in ALTERNATIVES]
         rows += [meter.row(options, meter.settle(options)) for options in others if options != asked]
         less = [f"{row.factor:.2f} with {row.start}" for row in rows[2:] if row.factor < factor]
-        warning = f"this start multiplies the perplexity by {factor:.2f} before any training; {', '.join(less)}."
+        others_cost = ", ".join(less) or "no other start that was tried costs less"
+        warning = f"this start multiplies the perplexity by {factor:.2f} before any training; {others_cost}."
+        logger.warning(warning)
     record = {
         "tokens": meter.tokens,
         "starts": [asdict(row) for row in rows],
