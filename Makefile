@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol interference transfer test test-all test-distributed
+.PHONY: help setup hooks quickstart protocol interference transfer pictures test test-all test-distributed
 .PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -31,6 +31,9 @@ interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, 
 
 transfer: setup  ## what training on one pair gains in the others; PAIRS, FROM (a protocol's OUT), MINUTES and OUT
 	@bash examples/transfer/run.sh
+
+pictures: setup  ## draw the two pictures of the top README, the results from the tables of the examples' papers
+	@PYTHONPATH=. .venv/bin/python examples/pictures/draw.py
 
 test: setup  ## the tests without the slow ones
 	@$(PYTEST) -m "not slow"
