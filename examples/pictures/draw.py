@@ -36,7 +36,7 @@ def tables_of(paper: str) -> list[list[list[str]]]:
 
 
 def figures() -> dict[str, Any]:
-    """Return what the picture of the results shows: {panel: {"of": labels, system: values}}, from the papers' tables."""
+    """Return what the picture of the results shows, from tables: {panel: {"of": labels, system: values}}."""
     panels: dict[str, Any] = {}
     found = tables_of("quickstart/README.md")[:1] + tables_of("protocol/README.md")[:2]
     for title, (header, *rows) in zip(("quickstart", "into English", "from English"), found, strict=True):
