@@ -7,7 +7,7 @@
 #   BASE=DIR             Hugging Face directory of the dense model
 #   DATA=DIR             mono.LANGUAGE.train.txt.gz and LANGUAGE-en.train.tsv.gz, as tools/prepare_data.py makes them
 #   OUT=runs/NAME        everything is written there; what is there already is not made again, training goes on
-#   PRESET=recommended   or paper: mixmoe_megatron/model/README.md, D1 to D13
+#   PRESET=recommended   or paper: mixmoe_megatron/model/README.md, D1 to D14
 #   STAGE1_STEPS=10000   the paper gives no number; 1.3 x 10^9 tokens
 #   STAGE2_STEPS=131250  4.2 million pairs once, in batches of 32
 #   PRINT=1              print the commands, run nothing
