@@ -2,7 +2,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help setup hooks quickstart protocol interference transfer pictures test test-all test-distributed
+=======
+.PHONY: help setup hooks quickstart protocol interference real transfer test test-all test-distributed
+>>>>>>> truth
 .PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -28,6 +32,9 @@ protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 direc
 
 interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
 	@bash examples/interference/run.sh
+
+real: setup  ## a really pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS and OUT
+	@bash examples/real/run.sh
 
 transfer: setup  ## what training on one pair gains in the others; PAIRS, FROM (a protocol's OUT), MINUTES and OUT
 	@bash examples/transfer/run.sh

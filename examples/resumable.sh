@@ -6,7 +6,8 @@
 
 BASE="${BASE:+$(realpath -m "$BASE")}" OUT="${OUT:+$(realpath -m "$OUT")}"  # relative to where the user stands
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="$PWD/.venv/bin/python" SEQUENCE=256
+PYTHON="$PWD/.venv/bin/python" SEQUENCE=256 UNSEEN=""
+MONO_BATCH=16 PAIR_BATCH=32 MONO_LR=5e-4 LOG_INTERVAL=5 EVALUATION_BATCH=64
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -15,12 +16,16 @@ check_settings() {
   BASE="${BASE:-$PWD/examples/quickstart/base}"
   [ -x "$PYTHON" ] || fail "there is no .venv: run 'make setup' first."
   [ -f "$BASE/config.json" ] || fail "BASE=$BASE is not a Hugging Face model directory: config.json is missing."
-  [[ "$MINUTES" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
+  [[ "${MINUTES:-1}" =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES must be a whole number from 1."
 }
 
 # What those ask that train on one pair.
 check_pair() {
   [ -f "examples/data/$PAIR.train.tsv.gz" ] || fail "PAIR=$PAIR has no data; choose one of: ${LANGUAGES// /-en }-en"
+}
+
+check_learning_rate() {  # NAME
+  [[ "${!1}" =~ ^[0-9]*\.?[0-9]+(e-[0-9]+)?$ ]] || fail "$1=${!1} must be a learning rate such as 5e-4."
 }
 
 # begin_run SETTINGS: one run at a time in OUT, and never a run of other settings or another dtype. A step that outlived
@@ -101,7 +106,7 @@ train() {
   "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
     --load "$directory" --save "$directory" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
-    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval 5 \
+    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval "$LOG_INTERVAL" \
     --tensorboard-dir "$directory/tensorboard" --tensorboard-log-interval 1 "$@"
 }
 
@@ -119,7 +124,7 @@ PY
   )
 }
 
-# report TITLE: report.md, report.html and summary.json in OUT, with the seconds of each finished step.
+# report PAIR FLAG...: report.md, report.html and summary.json in OUT, with the seconds of each finished step.
 report() {
   "$PYTHON" - "$OUT" <<'PY'
 import json, pathlib, sys
@@ -129,8 +134,11 @@ seconds = {path.name: int(path.read_text()) for path in steps}
 PY
   "$PYTHON" tools/write_report.py --evaluation "$OUT/evaluation/evaluation.json" \
     --stage1-log "$OUT/stage1/tensorboard" --stage2-log "$OUT/stage2/tensorboard" \
-    --seconds "$OUT/seconds.json" --training-dtype "$DTYPE" --pair "$1" --toy --output-dir "$OUT"
+    --seconds "$OUT/seconds.json" --training-dtype "$DTYPE" --pair "$@" --output-dir "$OUT"
 }
+
+# The report's first line: how the trained model stands against the untouched base.
+print_verdict() { tail -1 "$OUT/logs/report.log"; }
 
 LANGUAGES="cs de et fi ru tr zh"  # examples/data has a pair of each with English
 
@@ -146,15 +154,19 @@ tokenize_pair() {
     --max-tokens $((SEQUENCE + 1)) --tokenizer "$OUT/upcycled/tokenizer" --output-prefix "$OUT/data/$pair"
 }
 
-# evaluate_pair PAIR SEGMENTS NAME=DIR...: BASE and the named models in both directions and both languages.
+# evaluate_pair PAIR SEGMENTS NAME=DIR...: BASE and the named models in both directions and both languages, and
+# UNSEEN, whose text is never trained on; tested against sft too where that is named.
 evaluate_pair() {
   local pair=$1 segments=$2 words=(--system base="$BASE") system; shift 2
   for system in "$@"; do words+=(--system "$system"); done
-  for language in "${pair%-en}" en; do words+=(--mono "$language=examples/data/mono.$language.test.txt.gz"); done
+  [[ "${words[*]}" != *" sft="* ]] || words+=(--rival sft)
+  for language in "${pair%-en}" en $UNSEEN; do
+    words+=(--mono "$language=examples/data/mono.$language.test.txt.gz")
+  done
   "$PYTHON" tools/evaluate_translation.py --baseline base --dtype "$DTYPE" "${words[@]}" \
     --test "$pair=examples/data/$pair.test.tsv.gz" --source-column xx --target-column en --both-directions \
-    --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 --batch-size 64 \
-    --output-dir "$OUT/evaluation"
+    --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 \
+    --batch-size "$EVALUATION_BATCH" --output-dir "$OUT/evaluation"
 }
 
 # What protocol and transfer share: all pairs, prepared by a protocol. Text and token files are in OUT.
@@ -187,15 +199,16 @@ tokenize_multilingual() {
 # train_pairs STAGE STEPS PARENT LR PAIR...: on these pairs, both directions of each; LR falls to a tenth.
 train_pairs() {
   local stage=$1 steps=$2 parent=$3 lr=$4; shift 4
-  train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/"}" --micro-batch-size 32 --global-batch-size 32 \
-    --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
+  train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/"}" \
+    --micro-batch-size "$PAIR_BATCH" --global-batch-size "$PAIR_BATCH" --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
 }
 
 # train_mono STAGE STEPS PARENT LANGUAGE...: on the text of these languages.
 train_mono() {
   local stage=$1 steps=$2 parent=$3; shift 3
   train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/mono."}" --split 100,0,0 \
-    --data-cache-path "$OUT/data/cache" --micro-batch-size 16 --global-batch-size 16 --lr 5e-4 --min-lr 5e-5
+    --data-cache-path "$OUT/data/cache" --micro-batch-size "$MONO_BATCH" --global-batch-size "$MONO_BATCH" \
+    --lr "$MONO_LR" --min-lr "$("$PYTHON" -c "print($MONO_LR / 10)")"
 }
 
 # evaluate_multilingual SEGMENTS NAME=DIR...: BASE and the named models in 14 directions and eight languages.

@@ -25,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--system", action="append", default=[], metavar="NAME=DIR", help="a model; repeatable")
     models.add_argument("--baseline", metavar="NAME", help="test the other systems against this one")
     models.add_argument(
+        "--rival", metavar="NAME", help="test them against this one too: full fine-tuning, for instance"
+    )
+    models.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16, or auto (default): the fast one here"
     )
     models.add_argument(
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         ),
         template=load_template(args.prompt_template),
         baseline=args.baseline,
+        rival=args.rival,
         dtype=dtype,
         device=device,
         comet=choose_comet(args.comet) if args.test else None,

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Write report.md, summary.json and pictures from an evaluation and the logs of both training stages.
 
+The last line printed, the report's first, tells whether training made the model better than the untouched base.
+
 Example:
     mixmoe report --evaluation runs/eval/evaluation.json --stage1-log runs/stage1/tensorboard \
         --stage2-log runs/stage2/tensorboard --seconds runs/seconds.json --output-dir runs/report
@@ -27,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=Path, metavar="FILE", help='JSON {"step": seconds}')
     parser.add_argument("--training-dtype", default="", metavar="DTYPE", help="to be told beside the evaluation's")
     parser.add_argument("--pair", default="", metavar="XX-YY", help="default: the first direction")
+    parser.add_argument("--trained", default="", metavar="NAME", help="system to judge; default: mixmoe, else the last")
+    parser.add_argument("--full", default="sft", metavar="NAME", help="system that is full fine-tuning (default: sft)")
     parser.add_argument("--toy", action="store_true", help="say on top that the figures are toy-sized")
     parser.add_argument("--output-dir", type=Path, required=True)
     return parser
@@ -48,12 +52,15 @@ def run(args: argparse.Namespace) -> None:
         stages={title: read_training_log(path) for title, path in logs.items() if path is not None},
         seconds=read_json(args.seconds) if args.seconds else {},
         pair=args.pair,
+        trained=args.trained,
+        full=args.full,
         toy=args.toy,
         training_dtype=args.training_dtype,
         hypotheses_dir=hypotheses_dir if hypotheses_dir.is_dir() else None,
     )
-    write_report(inputs, args.output_dir)
+    summary = write_report(inputs, args.output_dir)
     print(f"Wrote {args.output_dir / 'report.md'} and summary.json.")
+    print(summary["verdict"])
 
 
 main = make_main(build_parser, run)

@@ -20,6 +20,6 @@ step export "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_convers
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"
 step evaluate "translate $TEST_SEGMENTS segments of 14 directions with base and Mix-MoE; score; perplexity" \
   evaluate_multilingual "$TEST_SEGMENTS" mixmoe="$OUT/hf_mixmoe"
-step report "write $OUT/report.html, report.md and summary.json" report "$LANGUAGES - en"
+step report "write $OUT/report.html, report.md and summary.json" report "$LANGUAGES - en" --toy
 cat "$OUT/evaluation/comparison.md"
 echo "Toy-sized figures of a toy-sized model. Report: $OUT/report.html"

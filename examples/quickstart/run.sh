@@ -29,6 +29,7 @@ step export2 "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_conver
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"
 step evaluate "translate $TEST_SEGMENTS test segments each way with base, stage 1, Mix-MoE; score; perplexity" \
   evaluate_pair "$PAIR" "$TEST_SEGMENTS" stage1="$OUT/hf_stage1" mixmoe="$OUT/hf_mixmoe"
-step report "write $OUT/report.md and $OUT/summary.json" report "$PAIR"
+step report "write $OUT/report.md and $OUT/summary.json" report "$PAIR" --toy
 tr '\r' '\n' < "$OUT/logs/evaluate.log" | grep -vE '^[0-9-]+ [0-9:,]+ (INFO|WARNING)|it/s|%\|' | sed -n '/./,$p'
 echo "Toy-sized figures of a toy-sized model. Report: $OUT/report.md"
+print_verdict

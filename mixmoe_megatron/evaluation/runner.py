@@ -55,13 +55,14 @@ class EvaluationPlan:
         generation: How to decode.
         template: The prompt.
         baseline: System that the others are tested against; None for no test.
+        rival: Another one that they are tested against too, such as full fine-tuning; None for none.
         dtype: Of the models, ``float32`` by default.
         device: A torch device.
         comet: COMET model (see `comet_scores.find_comet`); None: no COMET.
         selection: How segments were chosen (files, limit, seed), for the record.
 
     Raises:
-        MixMoEError: No system, nothing to do, an unusable system name, or an unknown language or baseline.
+        MixMoEError: No system, nothing to do, an unusable system name, or an unknown language, baseline or rival.
     """
 
     systems: dict[str, Path]
@@ -70,6 +71,7 @@ class EvaluationPlan:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     template: PromptTemplate = field(default_factory=PromptTemplate)
     baseline: str | None = None
+    rival: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
     comet: str | None = None
@@ -85,8 +87,9 @@ class EvaluationPlan:
                 raise MixMoEError(
                     f"{name!r} cannot name a system: use letters, digits, _ and -, not source, reference."
                 )
-        if self.baseline is not None and self.baseline not in self.systems:
-            raise MixMoEError(f"The baseline {self.baseline!r} is not among the systems {', '.join(self.systems)}.")
+        for role, wanted in (("baseline", self.baseline), ("rival", self.rival)):
+            if wanted is not None and wanted not in self.systems:
+                raise MixMoEError(f"The {role} {wanted!r} is not among the systems {', '.join(self.systems)}.")
         names = [direction.name for direction in self.directions]
         if twice := [name for name in names if names.count(name) > 1]:
             raise MixMoEError(f"The direction {twice[0]} comes twice: name its test sets, as in {twice[0]}@NAME=FILE.")
@@ -272,14 +275,13 @@ class _SystemRun:
 def _score_direction(
     plan: EvaluationPlan, direction: Direction, output_dir: Path, comet: _CometScores | None
 ) -> dict[str, Any]:
-    """Score all systems in one direction and test them against the baseline."""
+    """Score all systems in one direction and test them against the baseline and the rival."""
     hypotheses = {
         name: _read_lines(output_dir / "hypotheses" / f"{direction.name}.{name}.txt", len(direction.references))
         for name in plan.systems
     }
     scores: dict[str, dict[str, float]] = {}
     signatures: dict[str, str] = {}
-    significance: dict[str, dict[str, Any]] = {}
     wanted = (direction.references, direction.target_language)
     for name, lines in hypotheses.items():
         scored = score(lines, *wanted)
@@ -289,10 +291,12 @@ def _score_direction(
             scores[name]["meteor"], signatures["meteor"] = score_meteor(lines, *wanted)
         if comet is not None:
             scores[name]["comet"], signatures["comet"] = comet.score(name, direction, lines)
-        if plan.baseline is not None and name != plan.baseline:
-            baseline = (plan.baseline, hypotheses[plan.baseline])
-            significance[name] = compare(baseline, (name, lines), *wanted).to_dict()
-    return {"scores": scores, "signatures": signatures, "significance": significance}
+    tests = {
+        key: {name: compare((other, hypotheses[other]), (name, lines), *wanted).to_dict()
+              for name, lines in hypotheses.items() if other is not None and name != other}
+        for key, other in (("significance", plan.baseline), ("rival_significance", plan.rival))
+    }  # fmt: skip
+    return {"scores": scores, "signatures": signatures, **tests}
 
 
 class _CometScores:
@@ -372,11 +376,13 @@ def _collect(
     return {
         "format_version": FORMAT_VERSION,
         "baseline": plan.baseline,
+        "rival": plan.rival,
         "systems": {name: str(path) for name, path in plan.systems.items()},
         "num_test_segments": {direction.name: len(direction.references) for direction in plan.directions},
         "directions": {name: value["scores"] for name, value in scored.items()},
         "signatures": {name: value["signatures"] for name, value in scored.items()},
         "significance": {name: value["significance"] for name, value in scored.items()},
+        "rival_significance": {name: value["rival_significance"] for name, value in scored.items()},
         "perplexity": {
             language: {name: measurements[name]["perplexity"][language] for name in plan.systems}
             for language in plan.monolingual

@@ -54,6 +54,8 @@ class Comparison:
         bleu_p_value: Of the BLEU difference.
         chrf_difference: System minus baseline, chrF points.
         chrf_p_value: Of the chrF difference.
+        chrf_plus_plus_difference: System minus baseline, chrF++ points.
+        chrf_plus_plus_p_value: Of the chrF++ difference.
         chrf_baseline_interval: Half-width of the 95 % interval of the baseline's chrF.
         chrf_interval: Half-width of the 95 % interval of the system's chrF.
         signatures: Metric name to signature, with the resampling's seed and count.
@@ -65,6 +67,8 @@ class Comparison:
     bleu_p_value: float
     chrf_difference: float
     chrf_p_value: float
+    chrf_plus_plus_difference: float
+    chrf_plus_plus_p_value: float
     chrf_baseline_interval: float
     chrf_interval: float
     signatures: dict[str, str]
@@ -132,7 +136,7 @@ def compare(
     target_language: str,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """Test whether a system's BLEU and chrF differ from a baseline's (`sacrebleu --paired-bs`).
+    """Test whether a system's BLEU, chrF and chrF++ differ from a baseline's (`sacrebleu --paired-bs`).
 
     Args:
         baseline: Name and hypotheses.
@@ -149,12 +153,14 @@ def compare(
     logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of each resampling step
     signatures, results = PairedTest(
         [(name, list(hypotheses)) for name, hypotheses in (baseline, system)],
-        {"BLEU": bleu_of(target_language), "chrF2": CHRF()},
+        {"BLEU": bleu_of(target_language), "chrF2": CHRF(), "chrF2++": CHRF(word_order=2)},
         [list(references)],
         test_type="bs",
         n_samples=num_resamples,
     )()
-    (bleu_baseline, bleu), (chrf_baseline, chrf) = (cast(list[Result], results[key]) for key in ("BLEU", "chrF2"))
+    (bleu_baseline, bleu), (chrf_baseline, chrf), (plus_baseline, plus) = (
+        cast(list[Result], results[key]) for key in ("BLEU", "chrF2", "chrF2++")
+    )
     one_segment = len(set(zip(references, baseline[1], system[1], strict=True))) == 1
 
     def p_value(theirs: Result, ours: Result) -> float:
@@ -168,7 +174,12 @@ def compare(
         bleu_p_value=p_value(bleu_baseline, bleu),
         chrf_difference=chrf.score - chrf_baseline.score,
         chrf_p_value=p_value(chrf_baseline, chrf),
+        chrf_plus_plus_difference=plus.score - plus_baseline.score,
+        chrf_plus_plus_p_value=p_value(plus_baseline, plus),
         chrf_baseline_interval=_plain(chrf_baseline.ci),
         chrf_interval=_plain(chrf.ci),
-        signatures={"bleu": str(signatures["BLEU"]), "chrf": str(signatures["chrF2"])},
+        signatures={
+            name: str(signatures[key])
+            for name, key in (("bleu", "BLEU"), ("chrf", "chrF2"), ("chrf_plus_plus", "chrF2++"))
+        },
     )

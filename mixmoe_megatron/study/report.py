@@ -28,6 +28,7 @@ from mixmoe_megatron.study.tables import (
     values_of,
 )
 from mixmoe_megatron.study.training_log import Curves
+from mixmoe_megatron.study.verdict import DEFAULT_FULL, UNDECIDED, judge_test, judged_system, verdict
 
 TOY_NOTE = (
     "**Toy-sized figures.** A small model was trained for minutes on a small corpus. The numbers show that every step "
@@ -70,24 +71,29 @@ class ReportInputs:
         stages: Title of each training stage to its curves; may be empty.
         seconds: Step of the run to its wall-clock seconds; may be empty.
         pair: Such as ``de-en``; the first direction if empty.
+        trained: The system that the first line judges, see `verdict.judged_system`.
+        full: The system that is full fine-tuning.
         toy: Whether to say on top that the figures are toy-sized.
         training_dtype: In which the models were trained; empty where it is not known.
         hypotheses_dir: Where the evaluation left its hypotheses, for examples; None shows none.
 
     Raises:
-        MixMoEError: `evaluation` is not the content of an evaluation.json.
+        MixMoEError: `evaluation` is not the content of an evaluation.json, or has no system `trained`.
     """
 
     evaluation: dict[str, Any]
     stages: dict[str, Curves] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     pair: str = ""
+    trained: str = ""
+    full: str = DEFAULT_FULL
     toy: bool = False
     training_dtype: str = ""
     hypotheses_dir: Path | None = None
 
     def __post_init__(self) -> None:
         check_evaluation(self.evaluation)
+        judged_system(self.evaluation, self.trained)
 
     @property
     def title(self) -> str:
@@ -115,6 +121,7 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
         if tests
     }
     return {
+        "verdict": verdict(evaluation, inputs.trained, inputs.full),
         "pair": inputs.title,
         "dtypes": inputs.dtypes,
         "directions": evaluation["directions"],
@@ -143,15 +150,14 @@ def _curve_ends(curves: Curves) -> dict[str, Any]:
     }
 
 
-def _verdict(evaluation: dict[str, Any]) -> str:
-    """One sentence a test against the baseline: better, worse or undecided; no difference that shows is no verdict."""
+def _test_sentences(evaluation: dict[str, Any]) -> str:
+    """One sentence a test against the baseline: better, worse or undecided."""
     lines = []
     for direction, tests in evaluation["significance"].items():
         for system, test in tests.items():
             difference = signed(test["chrf_difference"], 2)
-            decided = test["chrf_p_value"] < 0.05 and float(difference) != 0
-            word = ("better" if test["chrf_difference"] > 0 else "worse") if decided else "not distinguishable"
-            link = "than" if decided else "from"
+            word = judge_test(test, "chrf", evaluation["num_test_segments"][direction])
+            link = "from" if word == UNDECIDED else "than"
             names = [escape_markdown(name) for name in (direction, system, test["baseline"])]
             result = f"{difference}, paired bootstrap {p_value_text(test['chrf_p_value'])}"
             lines.append(f"- {names[0]}: {names[1]} is {word} {link} {names[2]} by chrF ({result}).")
@@ -166,7 +172,7 @@ def _translation_section(inputs: ReportInputs) -> list[str]:
         parts.append(markdown_comparison(evaluation))
     parts.append(score_table(evaluation))
     if any(evaluation["significance"].values()):
-        parts.append(_verdict(evaluation))
+        parts.append(_test_sentences(evaluation))
     return [*parts, *_examples(inputs)]
 
 
@@ -251,7 +257,8 @@ def _provenance_section(inputs: ReportInputs) -> list[str]:
 def render_report(inputs: ReportInputs) -> str:
     """Return the text of report.md."""
     evaluation = inputs.evaluation
-    parts = [f"# Mix-MoE report: {escape_markdown(inputs.title)}"]
+    parts = [f"**{verdict(evaluation, inputs.trained, inputs.full, escape_markdown)}**"]
+    parts.append(f"# Mix-MoE report: {escape_markdown(inputs.title)}")
     if inputs.toy:
         parts.append(TOY_NOTE)
     parts.append("Computed in " + ", ".join(f"{dtype} ({what})" for what, dtype in inputs.dtypes.items()) + ".")

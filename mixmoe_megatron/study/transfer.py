@@ -23,9 +23,8 @@ from mixmoe_megatron.study.figures import Gain, draw_gains
 from mixmoe_megatron.study.html_report import render_html
 from mixmoe_megatron.study.report import TOY_NOTE, check_evaluation
 from mixmoe_megatron.study.tables import METRIC_TITLES, csv_text, metrics_of, score_text, shown, signed, table
+from mixmoe_megatron.study.verdict import MIN_TESTED_SEGMENTS, SIGNIFICANT
 
-SIGNIFICANT = 0.05
-MIN_TESTED_SEGMENTS = 30  # below, resampling knows too little of what other segments would give
 _LOWER_IS_BETTER = {"ter"}
 _NOTE = (
     "Each row is a model whose stage 2 saw one language pair only, in both directions; the columns are test "

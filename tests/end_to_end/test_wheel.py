@@ -43,7 +43,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(environment, with_pip=False)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", environment / "bin" / "python"]
     install = [*pip, "install", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL, cwd=environment)  # beside a clone it has it already
     (site,) = environment.glob("lib/python*/site-packages")
     behind = [path for path in sys.path if path.endswith("site-packages")]
     (site / "behind.pth").write_text("\n".join(behind) + "\n", "utf-8")  # not their .pth files: they know the clone

@@ -42,7 +42,7 @@ def evaluation() -> dict[str, Any]:
     return {
         "baseline": "base",
         "systems": {system: f"models/{system}" for system in SYSTEMS},
-        "num_test_segments": dict.fromkeys(directions, 2),
+        "num_test_segments": dict.fromkeys(directions, 40),
         "directions": {
             name: {system: {"bleu": 1.0 + rank, "chrf": 10.0 + rank, "chrf_plus_plus": 9.0 + rank}
                    for rank, system in enumerate(SYSTEMS)} for name in directions
@@ -132,7 +132,8 @@ def test_a_report_of_perplexity_alone(evaluation, tmp_path) -> None:
                       routing_of_directions={})  # fmt: skip
     write_report(ReportInputs(evaluation), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# Mix-MoE report: de, en")
+    assert text.startswith("**mixmoe was evaluated without the untouched base")
+    assert "\n# Mix-MoE report: de, en\n" in text
     assert "## Translation" not in text
 
 
@@ -166,7 +167,7 @@ def test_nothing_has_no_sign_and_one_text_no_interval(evaluation) -> None:
 
 def test_screen_tables(evaluation) -> None:
     text = format_tables(evaluation)
-    assert "de-en: 2 segments" in text
+    assert "de-en: 40 segments" in text
     assert "+2.00 (p < 0.001)" in text
     assert "Routing of mixmoe" in text
 

@@ -1,0 +1,75 @@
+"""What `make real` may train in its hours, and what the training cost.
+
+budget.py plan OUT HOURS    write OUT/plan: the steps that the measured seconds a step leave room for
+budget.py costs OUT PAIR    print a table of steps, tokens, seconds and trained parameters
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from mixmoe_megatron.cli import run_command, write_text
+from mixmoe_megatron.study.tables import table
+
+STEPS = {"stage1": 3, "stage2": 10, "sft": 10}  # of one part, in the quickstart's proportion
+EXPORTS = EVALUATIONS = 4  # upcycled, stage 1, Mix-MoE and full fine-tuning come after the plan
+STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+PARAMETERS = re.compile(r"trained ([\d,]+) of ([\d,]+) parameters")
+MONO_TOKENS = 4 * 256  # of a step: run.sh's MONO_BATCH sequences
+PAIR_BATCH = 8
+
+
+def parts_in(hours: float, spent: dict[str, float], step_seconds: dict[str, float]) -> int:
+    """Return how often the steps of `STEPS` fit into what is left of the hours, at least once.
+
+    Args:
+        hours: Of the whole run.
+        spent: Finished step of the run to its seconds: the base's conversion and evaluation tell what those of the
+            trained models will take, the measurements what starting a training takes.
+        step_seconds: Name of a training to the seconds of one of its steps.
+    """
+    starts = sum(spent[f"measure_{name}"] for name in STEPS)
+    later = starts + EXPORTS * spent["dense"] + EVALUATIONS * spent["zero_shot"]
+    left = 3600 * hours - sum(spent.values()) - later
+    return max(1, int(left / sum(STEPS[name] * step_seconds[name] for name in STEPS)))
+
+
+def seconds_of(out: Path) -> dict[str, float]:
+    """Return each finished step of a run with its seconds."""
+    return {path.name: float(path.read_text()) for path in (out / "steps").iterdir()}
+
+
+def write_plan(out: Path, hours: float) -> None:
+    """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell."""
+    logs = {name: (out / "logs" / f"measure_{name}.log").read_text("utf-8") for name in STEPS}
+    step_seconds = {name: min(map(float, STEP_MS.findall(log))) / 1000 for name, log in logs.items()}
+    parts = parts_in(hours, seconds_of(out), step_seconds)
+    write_text(out / "plan", f"STAGE1_STEPS={STEPS['stage1'] * parts} STAGE2_STEPS={STEPS['stage2'] * parts}\n")
+
+
+def print_costs(out: Path, pair: str) -> None:
+    """Print what each training cost: a part of the pairs' tokens is the mean of the token file."""
+    manifest = json.loads((out / "data" / f"{pair}.json").read_text("utf-8"))
+    tokens_of_pair = manifest["tokens"] / manifest["documents"]
+    rows = []
+    for name, seconds in seconds_of(out).items():
+        if name in STEPS:
+            log = (out / "logs" / f"{name}.log").read_text("utf-8")
+            steps = int(re.findall(r"iteration +\d+/ *(\d+)", log)[-1])
+            tokens = steps * (MONO_TOKENS if name == "stage1" else PAIR_BATCH * tokens_of_pair)
+            trained, total = PARAMETERS.findall(log)[-1]
+            rows.append([name, str(steps), f"{tokens:,.0f}", f"{seconds:.0f}", trained, total])
+    print(table(["training", "steps", "tokens", "seconds", "trained parameters", "all parameters"], sorted(rows)))
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    command, out, value = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    return run_command(lambda: write_plan(out, float(value)) if command == "plan" else print_costs(out, value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The whole path on a really pretrained base: base zero-shot, upcycled, stage 1, Mix-MoE, and full fine-tuning of the
+# same base on the same pairs for the same steps. Its last line says whether Mix-MoE beats the untouched base.
+#   PAIR=de-en         language pair, one of examples/data/*-en.train.tsv.gz
+#   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: Qwen2.5-Coder-0.5B, made by
+#                      examples/pretrained_bases/make_base.py in runs/bases)
+#   HOURS=1.5          of the whole run; the steps are what the measured seconds a step leave room for
+#   SEGMENTS=200       test segments each way, and texts of each language
+#   PLAN=FILE          the plan of an earlier run (its OUT/plan) instead of a new one: same steps, so the same figures
+#   STAGE1_LR=2e-4 STAGE2_LR=2e-4 FULL_LR=2e-5  highest learning rates of stage 1, stage 2 and full fine-tuning
+#   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
+#   OUT=runs/real      everything is written there; a killed run goes on from its last finished step
+set -euo pipefail
+PLAN="${PLAN:+$(realpath -m "$PLAN")}"
+source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
+source examples/comparison.sh
+PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}"
+STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-2e-5}"
+OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=16
+UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on
+check_pair
+[[ "$HOURS" =~ ^[0-9]*\.?[0-9]+$ ]] || fail "HOURS=$HOURS must be a number such as 1.5."
+[[ "$SEGMENTS" =~ ^[1-9][0-9]*$ ]] || fail "SEGMENTS=$SEGMENTS must be a whole number from 1."
+[ -z "$PLAN" ] || grep -qE '^STAGE1_STEPS=[1-9][0-9]* STAGE2_STEPS=[1-9][0-9]*$' "$PLAN" 2>/dev/null \
+  || fail "PLAN=$PLAN is not the plan of an earlier run."
+for rate in STAGE1_LR STAGE2_LR FULL_LR; do check_learning_rate $rate; done
+MONO_LR=$STAGE1_LR PAIR_LR=$STAGE2_LR
+if [ -z "$BASE" ]; then
+  BASE="$PWD/runs/bases/qwen2.5-coder-0.5b"
+  [ -f "$BASE/config.json" ] || PYTHONPATH="$PWD" "$PYTHON" examples/pretrained_bases/make_base.py \
+    --model qwen2.5-coder-0.5b --output-dir "$BASE"
+fi
+check_settings
+
+begin_run "PAIR=$PAIR HOURS=$HOURS SEGMENTS=$SEGMENTS STAGE1_LR=$STAGE1_LR STAGE2_LR=$STAGE2_LR FULL_LR=$FULL_LR \
+BASE=$BASE PLAN=$PLAN"
+convert_base
+step zero_shot "translate $SEGMENTS test segments each way with the untouched base" evaluate_pair "$PAIR" "$SEGMENTS"
+if [ -z "$PLAN" ]; then
+  PLAN="$OUT/plan"
+  measured() { LOG_INTERVAL=1 full "measured/$1" "${@:2}"; }
+  step measure_stage1 "measure a step of stage 1" measured stage1 train_mono 1 3 "$OUT/upcycled" "${PAIR%-en}" en
+  step measure_stage2 "measure a step of stage 2" \
+    measured stage2 train_pairs 2 3 "$OUT/measured/stage1" "$PAIR_LR" "$PAIR"
+  step measure_sft "measure a step of full fine-tuning" measured sft train_pairs 0 3 "$OUT/dense" "$FULL_LR" "$PAIR"
+  rm -rf "$OUT/measured"
+  step plan "divide $HOURS hours over the steps" "$PYTHON" examples/real/budget.py plan "$OUT" "$HOURS"
+fi
+source "$PLAN"
+echo "$STAGE1_STEPS steps of stage 1, $STAGE2_STEPS of stage 2 and of full fine-tuning"
+train_mixmoe
+train_sft
+export_system upcycled upcycled
+export_system stage1 stage1
+export_system stage2 mixmoe
+export_system sft sft
+step evaluate "translate $SEGMENTS test segments each way with five models; score; perplexity" \
+  evaluate_pair "$PAIR" "$SEGMENTS" upcycled="$OUT/hf_upcycled" stage1="$OUT/hf_stage1" sft="$OUT/hf_sft" \
+  mixmoe="$OUT/hf_mixmoe"
+step report "write $OUT/report.html, report.md and summary.json" report "$PAIR"
+"$PYTHON" examples/real/budget.py costs "$OUT" "$PAIR" | tee "$OUT/costs.md"
+print_results

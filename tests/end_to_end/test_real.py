@@ -1,0 +1,65 @@
+"""`make real` on a tiny base: its plan, its five systems, its last line, and that a plan gives the same figures again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.examples import assert_refused, run_example
+from tests.helpers.tiny_hf import save_tiny_dense
+from tests.helpers.training import ROOT
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"PAIR": "xx-en"}, "PAIR=xx-en has no data; choose one of: cs-en de-en"),
+        ({"BASE": "/nowhere"}, "BASE=/nowhere is not a Hugging Face model directory"),
+        ({"HOURS": "long"}, "HOURS=long must be a number such as 1.5."),
+        ({"SEGMENTS": "0"}, "SEGMENTS=0 must be a whole number from 1."),
+        ({"PLAN": "/nowhere"}, "PLAN=/nowhere is not the plan of an earlier run."),
+        ({"STAGE2_LR": "fast"}, "STAGE2_LR=fast must be a learning rate"),
+    ],
+)
+def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    assert_refused("real", tmp_path, sentence, **variables)
+
+
+def test_the_hours_are_divided_by_measured_seconds() -> None:
+    spec = importlib.util.spec_from_file_location("budget", ROOT / "examples" / "real" / "budget.py")
+    assert spec and spec.loader
+    budget = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(budget)
+    spent = {"dense": 10, "zero_shot": 100, "measure_stage1": 20, "measure_stage2": 20, "measure_sft": 20}
+    step_seconds = {"stage1": 4.0, "stage2": 6.0, "sft": 8.0}
+    left = 3600 - 170 - 60 - 40 - 400
+    assert budget.parts_in(1.0, spent, step_seconds) == left // (3 * 4 + 10 * 6 + 10 * 8)
+    assert budget.parts_in(0.01, spent, step_seconds) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_five_systems_twice_the_same(tmp_path: Path) -> None:
+    save_tiny_dense(tmp_path / "base", "qwen2")
+    settings = {"BASE": str(tmp_path / "base"), "PAIR": "et-en", "SEGMENTS": "6"}
+    status, output = run_example("real", tmp_path / "first", HOURS="0.001", **settings)
+    assert status == 0, output[-3000:]
+    out = tmp_path / "first" / "out"
+    assert (out / "plan").read_text() == "STAGE1_STEPS=3 STAGE2_STEPS=10\n", "no time for more"
+    summary = json.loads((out / "summary.json").read_text())
+    systems = ["base", "upcycled", "stage1", "sft", "mixmoe"]
+    assert all(list(direction) == systems for direction in summary["directions"].values())
+    assert set(summary["perplexity"]) == {"et", "en", "zh"}
+    first_line = (out / "report.md").read_text().splitlines()[0]
+    assert output.splitlines()[-1] == summary["verdict"] and summary["verdict"][:30] in first_line
+    assert "Against full fine-tuning (sft): translation" in summary["verdict"]
+    assert "trained parameters" in (out / "costs.md").read_text()
+    again = {**settings, "HOURS": "0.001", "PLAN": str(out / "plan")}
+    status, output = run_example("real", tmp_path / "second", **again)
+    assert status == 0, output[-3000:]
+    repeated = json.loads((tmp_path / "second" / "out" / "summary.json").read_text())
+    for figures in ("directions", "bits_per_byte", "significance", "routing"):
+        assert repeated[figures] == summary[figures]
