@@ -47,8 +47,8 @@ SPECIALISATION_NOTE = (
     "experts."
 )
 RETENTION_NOTE = (
-    "Bits per byte of held-out text (--eval-mono) before a stage's first step and after its last; lower is better. Paid "
-    "back: no more than the dense base's."
+    "Bits per byte of held-out text (--eval-mono) before a stage's first step and after its last; lower is better. "
+    "Paid back: no more than the dense base's."
 )
 NUM_EXAMPLES = 3
 _REQUIRED = ("baseline", "directions", "perplexity", "routing", "significance", "signatures", "num_test_segments",
