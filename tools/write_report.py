@@ -26,6 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     log_help = "JSONL log, TensorBoard directory, or Megatron's console output"
     parser.add_argument("--stage1-log", type=Path, metavar="LOG", help=log_help)
     parser.add_argument("--stage2-log", type=Path, metavar="LOG", help=log_help)
+    parser.add_argument(
+        "--dense-bits", action="append", default=[], metavar="TEXT=BITS",
+        help="bits per byte of the dense base on a text of --eval-mono, as the logs call it; repeatable",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=Path, metavar="FILE", help='JSON {"step": seconds}')
     parser.add_argument("--training-dtype", default="", metavar="DTYPE", help="to be told beside the evaluation's")
     parser.add_argument("--pair", default="", metavar="XX-YY", help="default: the first direction")
@@ -39,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Read the inputs and write the report."""
     from mixmoe_megatron.evaluation.provenance import read_json
+    from mixmoe_megatron.evaluation.segments import named_numbers
     from mixmoe_megatron.study.report import ReportInputs, write_report
     from mixmoe_megatron.study.training_log import read_training_log
 
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         full=args.full,
         toy=args.toy,
         training_dtype=args.training_dtype,
+        dense_bits=named_numbers(args.dense_bits, "--dense-bits"),
         hypotheses_dir=hypotheses_dir if hypotheses_dir.is_dir() else None,
     )
     summary = write_report(inputs, args.output_dir)

@@ -180,6 +180,19 @@ def named_values(values: list[str], option: str, kind: str) -> dict[str, str]:
     return result
 
 
+def named_numbers(values: list[str], option: str) -> dict[str, float]:
+    """Split NAME=NUMBER values of a repeatable option, see `named_values`.
+
+    Raises:
+        MixMoEError: As `named_values`, or a number is none.
+    """
+    numbers = named_values(values, option, "NUMBER")
+    try:
+        return {name: float(number) for name, number in numbers.items()}
+    except ValueError as error:
+        raise MixMoEError(f"{option} takes NAME=NUMBER ({error}).") from error
+
+
 def named_paths(values: list[str], option: str) -> dict[str, Path]:
     """Split NAME=PATH values of a repeatable option, see `named_values`."""
     return {name: Path(path) for name, path in named_values(values, option, "PATH").items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+from mixmoe_megatron.study.retention_curve import retention_curves, tokens_seen
 from mixmoe_megatron.study.tables import values_of
 from mixmoe_megatron.study.training_log import Curves
 
@@ -84,6 +85,32 @@ def draw_loss_curves(stages: dict[str, Curves], path: Path) -> None:
         _tidy(lower)
     grid[0][0].set_ylabel("cross-entropy (nats per token)")
     grid[1][0].set_ylabel("aux loss, unweighted")
+    _save(figure, path)
+
+
+def draw_retention(stages: dict[str, Curves], dense_bits: Mapping[str, float], path: Path) -> None:
+    """Draw bits a byte of each held-out text over the tokens that a stage has seen, over its steps where unknown.
+
+    Args:
+        stages: Title of a stage to its curves; each with `retention_curves`.
+        dense_bits: Bits a byte of the dense base by text, drawn as a dashed line.
+        path: The PNG file.
+    """
+    figure = Figure(figsize=(5.2 * len(stages), 4.0), layout="constrained")
+    grid = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, (title, curves) in zip(grid, stages.items(), strict=True):
+        tokens = tokens_seen(curves)
+        for index, (text, points) in enumerate(retention_curves(curves).items()):
+            colour = PALETTE[(index + 1) % len(PALETTE)]
+            places = [tokens[step] / 1e6 if tokens else step for step, _ in points]
+            axes.plot(places, [value for _, value in points], color=colour, marker="o", markersize=3, label=f" {text}")
+            if text in dense_bits:
+                axes.axhline(dense_bits[text], color=colour, linestyle="--", label=f" {text}, dense base")
+        axes.set_title(title)
+        axes.set_xlabel("tokens seen (millions)" if tokens else "step")
+        axes.legend(frameon=False)
+        _tidy(axes)
+    grid[0].set_ylabel("bits per byte of held-out text")
     _save(figure, path)
 
 

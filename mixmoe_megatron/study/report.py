@@ -13,9 +13,10 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation.routing import routing_from_dict, specialisation
 from mixmoe_megatron.markup import code_span, escape_markdown
 from mixmoe_megatron.study.comparison import markdown_comparison
-from mixmoe_megatron.study.figures import AUX_LOSSES, draw_loss_curves, draw_routing, draw_scores
+from mixmoe_megatron.study.figures import AUX_LOSSES, draw_loss_curves, draw_retention, draw_routing, draw_scores
 from mixmoe_megatron.study.html_report import render_html
 from mixmoe_megatron.study.interference import interference
+from mixmoe_megatron.study.retention_curve import retention_curves, retention_of
 from mixmoe_megatron.study.tables import (
     interference_table,
     p_value_text,
@@ -46,6 +47,10 @@ SPECIALISATION_NOTE = (
     "How much an expert tells of the text's {} (mutual information; 0: all are routed alike), and the entropy of the "
     "experts."
 )
+RETENTION_NOTE = (
+    "Bits per byte of held-out text (--eval-mono) before a stage's first step and after its last; lower is better. "
+    "Paid back: no more than the dense base's."
+)
 NUM_EXAMPLES = 3
 _REQUIRED = ("baseline", "directions", "perplexity", "routing", "significance", "signatures", "num_test_segments",
              "options", "versions", "commit", "seconds")  # fmt: skip
@@ -75,6 +80,7 @@ class ReportInputs:
         full: The system that is full fine-tuning.
         toy: Whether to say on top that the figures are toy-sized.
         training_dtype: In which the models were trained; empty where it is not known.
+        dense_bits: Bits per byte of the dense base by the name of a text of --eval-mono; may be empty.
         hypotheses_dir: Where the evaluation left its hypotheses, for examples; None shows none.
 
     Raises:
@@ -89,6 +95,7 @@ class ReportInputs:
     full: str = DEFAULT_FULL
     toy: bool = False
     training_dtype: str = ""
+    dense_bits: Mapping[str, float] = field(default_factory=dict)
     hypotheses_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +107,11 @@ class ReportInputs:
         """The language pair, or the languages where nothing was translated."""
         directions = self.evaluation["directions"]
         return self.pair or next(iter(directions), "") or ", ".join(self.evaluation["perplexity"])
+
+    @property
+    def measured_stages(self) -> dict[str, Curves]:
+        """The stages whose logs tell of held-out text."""
+        return {title: curves for title, curves in self.stages.items() if retention_curves(curves)}
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -132,6 +144,7 @@ def build_summary(inputs: ReportInputs) -> dict[str, Any]:
         "num_test_segments": evaluation["num_test_segments"],
         "routing": evaluation["routing"],
         "training": {title: _curve_ends(curves) for title, curves in inputs.stages.items()},
+        "retention": retention_of(inputs.stages, inputs.dense_bits),
         "seconds": dict(inputs.seconds),
         "evaluation_seconds": evaluation["seconds"],
         "versions": evaluation["versions"],
@@ -210,6 +223,21 @@ def _training_section(stages: dict[str, Curves]) -> list[str]:
     return ["## Training", "![Loss curves](loss_curves.png)", table(header, rows)]
 
 
+def _retention_section(inputs: ReportInputs) -> list[str]:
+    if not inputs.measured_stages:
+        return []
+    rows = []
+    for entry in retention_of(inputs.stages, inputs.dense_bits):
+        bits = [f"{entry[key]:.3f}" if entry[key] is not None else "-" for key in ("start", "last", "dense")]
+        tokens = f"{entry['tokens'] / 1e6:.2f}" if entry["tokens"] is not None else "-"
+        paid = "not yet" if entry["paid_back_at"] is None else f"at step {entry['paid_back_at']}"
+        paid = paid if entry["dense"] is not None else "-"
+        rows.append([entry["stage"], entry["text"], str(entry["steps"]), tokens, *bits, paid])
+    header = ["stage", "text", "steps", "million tokens", "start", "last", "dense base", "paid back"]
+    picture = "![Bits per byte of held-out text](retention.png)"
+    return ["### Retention while training", RETENTION_NOTE, picture, table(header, rows, text_columns=2)]
+
+
 def _interference_section(evaluation: dict[str, Any]) -> list[str]:
     rows = interference(evaluation)
     if not rows:
@@ -269,7 +297,7 @@ def render_report(inputs: ReportInputs) -> str:
         parts += ["## What was kept, what was lost", PERPLEXITY_NOTE, perplexity_table(evaluation)]
         parts += _interference_section(evaluation)
     if inputs.stages:
-        parts += _training_section(inputs.stages)
+        parts += [*_training_section(inputs.stages), *_retention_section(inputs)]
     if evaluation["routing"]:
         parts += _routing_section(evaluation)
     return "\n\n".join([*parts, *_provenance_section(inputs)]) + "\n"
@@ -280,7 +308,7 @@ def write_report(inputs: ReportInputs, output_dir: Path) -> dict[str, Any]:
 
     Args:
         inputs: What to report.
-        output_dir: Created if absent. Pictures: scores.png, loss_curves.png, routing_{system}.png,
+        output_dir: Created if absent. Pictures: scores.png, loss_curves.png, retention.png, routing_{system}.png,
             routing_of_directions_{system}.png.
 
     Raises:
@@ -291,6 +319,8 @@ def write_report(inputs: ReportInputs, output_dir: Path) -> dict[str, Any]:
     draw_scores(inputs.evaluation, output_dir / "scores.png")
     if inputs.stages:
         draw_loss_curves(inputs.stages, output_dir / "loss_curves.png")
+    if inputs.measured_stages:
+        draw_retention(inputs.measured_stages, inputs.dense_bits, output_dir / "retention.png")
     for kind in ("routing", "routing_of_directions"):
         for name, routing in inputs.evaluation.get(kind, {}).items():
             draw_routing(routing, output_dir / f"{kind}_{name}.png")

@@ -1,6 +1,6 @@
 """The retention curve: bits a byte of held-out monolingual text while a model trains (--eval-mono).
 
-Upcycling takes something of what the base knew, and stage 1 pays it back; stage 2 may take of it again. Files, texts and
+Upcycling takes something of what the base knew, and stage 1 pays it back; stage 2 may take of it again. Texts and
 windows are those of `evaluation.perplexity`, and so are the values, of the model that would be exported at that step.
 """
 
@@ -56,7 +56,8 @@ class RetentionCurve:
         args: Megatron's namespace with Mix-MoE's arguments, the sizes known.
 
     Raises:
-        MixMoEError: the interval is none, or no step is to be trained; a file is missing, holds no text, is not UTF-8, or has another one's name.
+        MixMoEError: the interval is none, or no step is to be trained; a file is missing, holds no text, is not UTF-8,
+            or has another one's name.
     """
 
     def __init__(self, args: MegatronArgs):

@@ -127,6 +127,21 @@ def test_files_and_pictures(evaluation, tmp_path) -> None:
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names if name.endswith(".png"))
 
 
+def test_retention_while_training(evaluation, tmp_path) -> None:
+    bits = {"bits_per_byte_de": [(0, 2.5), (20, 1.9), (40, 1.5)], "bits_per_byte_en": [(20, 1.2), (40, 1.1)]}
+    stages = {"Stage 1": {**curves(), **bits, "tokens_seen": [(0, 0.0), (20, 1e6), (40, 2e6)]}, "Stage 2": curves(),
+              "Stage 3": {**curves(), "bits_per_byte_zh": [(0, 3.0)]}}  # fmt: skip
+    summary = write_report(ReportInputs(evaluation, stages, dense_bits={"de": 1.9, "en": 1.0}), tmp_path)
+    assert (tmp_path / "retention.png").stat().st_size > 5000
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = [re.sub(" +", " ", line) for line in text.splitlines() if line.startswith("| Stage")]
+    assert "| Stage 1 | de | 40 | 2.00 | 2.500 | 1.500 | 1.900 | at step 20 |" in rows
+    assert "| Stage 1 | en | 40 | 2.00 | - | 1.100 | 1.000 | not yet |" in rows
+    assert "| Stage 3 | zh | 0 | - | 3.000 | 3.000 | - | - |" in rows
+    assert [entry["paid_back_at"] for entry in summary["retention"]] == [20, None, None]
+    assert not build_summary(ReportInputs(evaluation, {"Stage 1": curves()}))["retention"]
+
+
 def test_a_report_of_perplexity_alone(evaluation, tmp_path) -> None:
     evaluation.update(directions={}, significance={}, signatures={}, num_test_segments={}, routing={}, baseline=None,
                       routing_of_directions={})  # fmt: skip
@@ -230,11 +245,14 @@ def test_the_command(evaluation, tmp_path, repo_root, monkeypatch, capsys) -> No
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     options = ["--evaluation", "evaluation.json", "--stage1-log", "log.jsonl", "--seconds", "seconds.json", "--toy",
-               "--output-dir", "out"]  # fmt: skip
+               "--output-dir", "out", "--dense-bits", "de=1.5"]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["write_report.py", *options])
     assert tool.main() == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["seconds"] == {"stage 1": 5}
+    monkeypatch.setattr(sys, "argv", ["write_report.py", *options, "--dense-bits", "en=few"])
+    assert tool.main() == 2
+    assert "--dense-bits takes NAME=NUMBER (could not convert" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["write_report.py", "--evaluation", "absent.json", "--output-dir", "out"])
     assert tool.main() == 2
     assert capsys.readouterr().err == "error: There is no file absent.json.\n"
