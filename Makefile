@@ -29,7 +29,7 @@ protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 direc
 interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
 	@bash examples/interference/run.sh
 
-real: setup  ## a really pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS and OUT
+real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT
 	@bash examples/real/run.sh
 
 transfer: setup  ## what training on one pair gains in the others; PAIRS, FROM (a protocol's OUT), MINUTES and OUT

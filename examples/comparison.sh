@@ -1,9 +1,12 @@
 # Sourced after resumable.sh: Mix-MoE beside full fine-tuning of the same base, on the same text for the same steps.
-# Needs PAIR, BASE, OUT and, for training, STAGE1_STEPS, STAGE2_STEPS, PAIR_LR, FULL_LR.
+# Needs PAIR, BASE, OUT and, for training, STAGE1_STEPS, STAGE2_STEPS, PAIR_LR, FULL_LR. MEASURED_ON may name text on
+# which the layers and neurons of the experts are chosen.
 #   upcycled  Mix-MoE before any training            stage1    after monolingual text
 #   sft       all parameters, parallel text          pt_sft    all parameters, monolingual text, then parallel text
 
 full() { stage_dir="$OUT/$1" "${@:2}"; }  # NAME, then train_mono or train_pairs with their words, in stage 0
+
+MEASURED_ON=""
 
 export_system() {  # CHECKPOINT NAME
   local hf="$OUT/hf_$2"
@@ -14,8 +17,11 @@ export_system() {  # CHECKPOINT NAME
 convert_base() {
   step dense "take $BASE to Megatron as it is" fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --dense \
     --hf-dir "$BASE" --output-dir "$OUT/dense" "$OUT/dense"
+  local words=()
+  [ -z "$MEASURED_ON" ] || read -ra words <<< "--measure $MEASURED_ON"
   step upcycle "cut some FFNs of $BASE into LM experts" \
-    fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" --output-dir "$OUT/upcycled" "$OUT/upcycled"
+    fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" "${words[@]}" \
+    --output-dir "$OUT/upcycled" "$OUT/upcycled"
   step data "turn the $PAIR text of examples/data into token files" tokenize_pair "$PAIR"
 }
 

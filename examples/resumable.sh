@@ -106,8 +106,9 @@ train() {
   "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
     --load "$directory" --save "$directory" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
-    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 --log-interval "$LOG_INTERVAL" \
-    --tensorboard-dir "$directory/tensorboard" --tensorboard-log-interval 1 "$@"
+    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 \
+    --log-interval "$LOG_INTERVAL" --tensorboard-dir "$directory/tensorboard" \
+    --tensorboard-log-interval 1 "$@"
 }
 
 # An export must load where this package can't be imported.
@@ -200,7 +201,8 @@ tokenize_multilingual() {
 train_pairs() {
   local stage=$1 steps=$2 parent=$3 lr=$4; shift 4
   train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/"}" \
-    --micro-batch-size "$PAIR_BATCH" --global-batch-size "$PAIR_BATCH" --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
+    --micro-batch-size "$PAIR_BATCH" --global-batch-size "$PAIR_BATCH" \
+    --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
 }
 
 # train_mono STAGE STEPS PARENT LANGUAGE...: on the text of these languages.

@@ -23,3 +23,4 @@ step evaluate "translate $TEST_SEGMENTS segments of 14 directions with base and 
 step report "write $OUT/report.html, report.md and summary.json" report "$LANGUAGES - en" --toy
 cat "$OUT/evaluation/comparison.md"
 echo "Toy-sized figures of a toy-sized model. Report: $OUT/report.html"
+print_verdict

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from mixmoe_megatron.cli import run_command, write_text
 from mixmoe_megatron.study.tables import table
@@ -43,9 +44,9 @@ def seconds_of(out: Path) -> dict[str, float]:
 
 
 def write_plan(out: Path, hours: float) -> None:
-    """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell."""
+    """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell; first steps are slow."""
     logs = {name: (out / "logs" / f"measure_{name}.log").read_text("utf-8") for name in STEPS}
-    step_seconds = {name: min(map(float, STEP_MS.findall(log))) / 1000 for name, log in logs.items()}
+    step_seconds = {name: fmean(map(float, STEP_MS.findall(log)[1:])) / 1000 for name, log in logs.items()}
     parts = parts_in(hours, seconds_of(out), step_seconds)
     write_text(out / "plan", f"STAGE1_STEPS={STEPS['stage1'] * parts} STAGE2_STEPS={STEPS['stage2'] * parts}\n")
 

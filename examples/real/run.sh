@@ -17,6 +17,7 @@ source examples/comparison.sh
 PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}"
 STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-2e-5}"
 OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=16
+MEASURED_ON="examples/data/mono.${PAIR%-en}.train.txt.gz examples/data/mono.en.train.txt.gz"
 UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on
 check_pair
 [[ "$HOURS" =~ ^[0-9]*\.?[0-9]+$ ]] || fail "HOURS=$HOURS must be a number such as 1.5."

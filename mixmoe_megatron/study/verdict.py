@@ -67,9 +67,11 @@ def judge_translation(evaluation: dict[str, Any], system: str, other: str) -> li
     for direction, tests in tests_of.items():
         if test := tests.get(system):
             metric = "chrf_plus_plus" if "chrf_plus_plus_p_value" in test else "chrf"
-            word = judge_test(test, metric, evaluation["num_test_segments"][direction])
+            count = evaluation["num_test_segments"][direction]
+            few = f", only {count} segments" if count < MIN_TESTED_SEGMENTS else ""
             difference = f"{signed(test[f'{metric}_difference'], 2)} {METRIC_TITLES[metric]}"
-            judgements.append(Judgement(direction, word, f"{difference}, {p_value_text(test[f'{metric}_p_value'])}"))
+            figure = f"{difference}, {p_value_text(test[f'{metric}_p_value'])}{few}"
+            judgements.append(Judgement(direction, judge_test(test, metric, count), figure))
     return judgements
 
 

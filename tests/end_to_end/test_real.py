@@ -1,4 +1,4 @@
-"""`make real` on a tiny base: its plan, its five systems, its last line, and that a plan gives the same figures again."""
+"""`make real` on a tiny base: its plan, its five systems, its last line; an earlier plan gives the same figures."""
 
 from __future__ import annotations
 

@@ -115,6 +115,8 @@ def test_which_system_is_judged() -> None:
 def test_few_segments_decide_nothing() -> None:
     test = {"chrf_difference": 5.0, "chrf_p_value": 0.001}
     assert [judge_test(test, "chrf", count) for count in (29, 30)] == ["not distinguishable", "better"]
+    value = evaluation({"de-en": (2.0, 0.001)}) | {"num_test_segments": {"de-en": 6}}
+    assert "not distinguishable in de-en (+2.00 chrF++, p = 0.001, only 6 segments)" in verdict(value)
 
 
 def test_an_evaluation_of_an_earlier_version_is_judged_by_chrf() -> None:
