@@ -69,7 +69,7 @@ class RetentionCurve:
         self.args = args
         self.tokenizer = open_tokenizer(args.tokenizer_model, args.vocab_size)
         self.files: dict[str, HeldOutText] = {}
-        for path in map(Path, args.eval_mono):
+        for path in map(Path, args.eval_mono or ()):
             file = self._read(path)
             if file.name in self.files:
                 raise MixMoEError(f"--eval-mono: two files are called {file.name}: give them different names.")
