@@ -2,11 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup hooks quickstart protocol interference transfer pictures test test-all test-distributed
-=======
-.PHONY: help setup hooks quickstart protocol interference real transfer test test-all test-distributed
->>>>>>> truth
+.PHONY: help setup hooks quickstart protocol interference real transfer pictures test test-all test-distributed
 .PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
