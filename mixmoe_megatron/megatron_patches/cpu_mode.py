@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from mixmoe_megatron.machine import check_megatron_version
 from mixmoe_megatron.megatron_patches.wrapping import wrap
@@ -90,6 +91,9 @@ def enable_cpu_mode() -> bool:
         os.environ.pop(name, None)
     _keep_freed_memory()
     _replace_cuda_functions()
+    # torch.device as a context knows factories by identity and lists them at its first use, once: it must list torch's
+    # own, which ours call, or `with torch.device("meta")` makes real tensors (transformers 5 then leaves RoPE unset).
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         wrap(torch, name, _make_on_cpu)
     wrap(torch.Tensor, "type", _type_with_cuda_name)

@@ -83,6 +83,16 @@ def test_enabled_once_and_on_the_cpu() -> None:
     """)
 
 
+def test_a_device_as_a_context_still_acts() -> None:
+    """Transformers builds a model it loads under `torch.device("meta")` and fills in afterwards what stayed there."""
+    run_program("""
+        assert cpu_mode.enable_cpu_mode() is True
+        with torch.device("meta"):
+            made = [torch.empty(2), torch.arange(2), torch.nn.Linear(2, 2).weight, torch.empty(2, device="cpu")]
+        assert [tensor.device.type for tensor in made] == ["meta", "meta", "meta", "cpu"], made
+    """)
+
+
 def test_torch_compile_works_beside_it() -> None:
     run_program("""
         cpu_mode.enable_cpu_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_models_that_cannot_be_loaded(tmp_path) -> None:
         load_model("base", tmp_path / "model", dtype="int8")
     settings = tmp_path / "model" / "tokenizer_config.json"
     tokens = tmp_path / "model" / "special_tokens_map.json"
-    for path in (settings, tokens):
+    for path in filter(Path.exists, (settings, tokens)):  # transformers 5 writes no special_tokens_map.json
         values = json.loads(path.read_text(encoding="utf-8"))
         values["eos_token"] = None
         path.write_text(json.dumps(values), encoding="utf-8")

@@ -19,6 +19,14 @@ SYSTEM = ["The house is very old.", "Children play in a garden.", "The river run
 CHINESE_REFERENCES = ["河流穿过城镇，孩子们在花园里玩耍。", "房子很旧。"]
 CHINESE_SYSTEM = ["河流穿过城市，孩子在花园里玩。", "房子是旧的。"]
 
+#: `python -m sacrebleu`, which cannot print its p-values where they are float32 (NumPy 2).
+SACREBLEU = """
+import json
+json.JSONEncoder.default = lambda self, value: float(value)
+from sacrebleu.sacrebleu import main
+main()
+"""
+
 
 def write(path: Path, lines: list[str]) -> Path:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -27,7 +35,7 @@ def write(path: Path, lines: list[str]) -> Path:
 
 def sacrebleu_command(tmp_path: Path, references: list[str], systems: list[list[str]], *options: str) -> list[dict]:
     files = [str(write(tmp_path / f"hypotheses{index}.txt", lines)) for index, lines in enumerate(systems)]
-    command = [sys.executable, "-m", "sacrebleu", str(write(tmp_path / "reference.txt", references)), "-i", *files,
+    command = [sys.executable, "-c", SACREBLEU, str(write(tmp_path / "reference.txt", references)), "-i", *files,
                "-m", "bleu", "chrf", "-w", "12", *options]  # fmt: skip
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return result if isinstance(result, list) else [result]

@@ -73,7 +73,7 @@ def edited(source: Path, target: Path, **changes: object) -> TextTokenizer:
     path = target / "tokenizer_config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    (target / "special_tokens_map.json").unlink()
+    (target / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 5 writes none
     return open_tokenizer(target)
 
 
@@ -101,7 +101,7 @@ def test_facts_to_check(folder: Path, tmp_path: Path) -> None:
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check("--tokenizer", folder / "bpe", "--mono", f"de={folder / 'de.txt'}") == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "PreTrainedTokenizerFast, 450 ids"
+    assert table[0] in ("PreTrainedTokenizerFast, 450 ids", "TokenizersBackend, 450 ids")  # transformers 4, 5
     row = [cell.strip() for cell in table[-1].strip("|").split("|")]
     assert row[:2] == ["de", "4"] and float(row[2]) > 1 and row[3:] == ["0.000%", "100.0%", "100.0%"]
 
@@ -126,6 +126,6 @@ def test_no_eos(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path.write_text(
         json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"})
     )
-    (tmp_path / "copy" / "special_tokens_map.json").unlink()
+    (tmp_path / "copy" / "special_tokens_map.json").unlink(missing_ok=True)
     assert check("--tokenizer", tmp_path / "copy") == 2
     assert "no end-of-sequence token; set eos_token" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def edit_config(source: Path, target: Path, **changes: object) -> Path:
     path = target / "tokenizer_config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    (target / "special_tokens_map.json").unlink()
+    (target / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 5 writes none
     return target
 
 
@@ -183,6 +183,9 @@ def test_special_tokens_in_text_are_text(tokenizers: dict[str, TextTokenizer], k
     assert tokenizer.inseparable_tokens == () and not tokenizer.holds_control_token(QUOTING)
 
 
+@pytest.mark.skipif(
+    issubclass(LlamaTokenizer, PreTrainedTokenizerFast), reason="transformers 5 has no slow Llama tokenizer"
+)
 def test_special_tokens_in_text_are_text_to_a_slow_tokenizer(tokenizers: dict[str, TextTokenizer]) -> None:
     slow = replace(
         tokenizers["sentencepiece"], hf=LlamaTokenizer.from_pretrained(tokenizers["sentencepiece"].directory)
