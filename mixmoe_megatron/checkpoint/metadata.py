@@ -147,13 +147,18 @@ def read_metadata(directory: str | Path) -> Metadata:
 
 
 def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with `stage` renamed to `phase`: their own, the parent's and those of the entries of data."""
+    """Return the fields with `stage` renamed to `phase`: their own, the parent's and those of the entries of data.
+
+    An option that did not exist is given the value that stands for what was done then.
+    """
 
     def renamed(value: Any) -> Any:
         if isinstance(value, list):
             return [renamed(entry) for entry in value]
         return {"phase" if k == "stage" else k: v for k, v in value.items()} if isinstance(value, dict) else value
 
+    if isinstance(fields["options"], dict):
+        fields["options"] = {"router_init_std": None, **fields["options"]}
     return renamed(fields) | {name: renamed(fields[name]) for name in ("parent", "data") if name in fields}
 
 

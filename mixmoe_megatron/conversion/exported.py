@@ -96,6 +96,7 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
             values["expert_init"] = "copy"
         elif values.get("expert_init", "copy") == "copy":
             values["expert_init"] = "slice"
+    values.setdefault("router_init_std", None)  # so were the routers of exports that do not tell
     options = MixMoEOptions.from_dict(values)
     widths = {config["intermediate_size"] // n for n in (1, options.num_experts_per_group)}
     if width not in widths:
