@@ -157,7 +157,7 @@ def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
             return [renamed(entry) for entry in value]
         return {"phase" if k == "stage" else k: v for k, v in value.items()} if isinstance(value, dict) else value
 
-    if isinstance(fields["options"], dict):
+    if isinstance(fields.get("options"), dict):
         fields["options"] = {"router_init_std": None, **fields["options"]}
     return renamed(fields) | {name: renamed(fields[name]) for name in ("parent", "data") if name in fields}
 

@@ -42,8 +42,9 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, with_pip=False)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", environment / "bin" / "python"]
-    install = [*pip, "install", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, stdout=subprocess.DEVNULL, cwd=environment)  # beside a clone it has it already
+    # pip takes what it finds beside itself, this clone, for installed there
+    install = [*pip, "install", "--ignore-installed", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL, cwd=environment)
     (site,) = environment.glob("lib/python*/site-packages")
     behind = [path for path in sys.path if path.endswith("site-packages")]
     (site / "behind.pth").write_text("\n".join(behind) + "\n", "utf-8")  # not their .pth files: they know the clone

@@ -93,7 +93,7 @@ class Check:
         run: tries its rows.
         on_cpu: some of its rows can be tried without a GPU (DEVICE=cpu).
         alone: it measures time or memory, so nothing may run beside it.
-        limit: seconds after which it is stopped and counts as failed.
+        limit: seconds after which it is stopped and counts as failed; three times as many on a CPU (slow bfloat16).
     """
 
     name: str

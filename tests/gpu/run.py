@@ -65,15 +65,15 @@ def run_check(name: str, args: argparse.Namespace, logs: Path) -> list[Row]:
     check, file, log = CHECKS[name], logs / f"{name}.json", logs / f"{name}.log"
     command = [sys.executable, "-m", "tests.gpu.run", name, "--inside", str(file)]
     command += ["--write-reference"] if args.write_reference else []
-    reason = ""
+    limit, reason = check.limit * (3 if DEVICE == "cpu" else 1), ""
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = process.wait(check.limit)
+            status = process.wait(limit)
             reason = f"the check's process ended with status {status}" if status else ""
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
-            reason = f"no end after {check.limit} s"
+            reason = f"no end after {limit} s"
     rows = [Row(**row) for row in json.loads(file.read_text("utf-8"))] if file.exists() else []
     if reason or not rows:
         tail = " | ".join(log.read_text("utf-8", errors="replace").splitlines()[-4:])

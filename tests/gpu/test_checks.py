@@ -19,7 +19,7 @@ def run_checks(device: str, *words: str | Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", ["layer", "train", "exchange"])
 def test_a_check_that_needs_no_gpu(check: str, tmp_path: Path) -> None:
     done = run_checks("cpu", check, "--report", tmp_path / "report.json")
