@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mixmoe_megatron.dtypes import choose_dtype
+
 ROOT = Path(__file__).resolve().parents[2]
+# Training takes one minute on a CPU with bfloat16 instructions, and seven without.
+SLOW_WITHOUT_BFLOAT16 = pytest.mark.slow if choose_dtype("auto", "cpu").dtype != "bfloat16" else ()
 
 
 def run_checks(device: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -20,7 +24,7 @@ def run_checks(device: str, *words: str | Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("check", ["layer", "train", "exchange"])
+@pytest.mark.parametrize("check", ["layer", pytest.param("train", marks=SLOW_WITHOUT_BFLOAT16), "exchange"])
 def test_a_check_that_needs_no_gpu(check: str, tmp_path: Path) -> None:
     done = run_checks("cpu", check, "--report", tmp_path / "report.json")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
