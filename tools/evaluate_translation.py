@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     from mixmoe_megatron.dtypes import choose
     from mixmoe_megatron.evaluation.comet_scores import choose_comet
     from mixmoe_megatron.evaluation.generation import GenerationOptions
-    from mixmoe_megatron.evaluation.runner import EvaluationPlan, evaluate
     from mixmoe_megatron.evaluation.segments import named_paths, read_monolingual
+    from mixmoe_megatron.study.runner import EvaluationPlan, evaluate
     from mixmoe_megatron.study.tables import format_tables
 
     mono = named_paths(args.mono, "--mono")

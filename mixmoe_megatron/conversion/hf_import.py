@@ -169,8 +169,8 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     if is_upcycled and model.options and model.options.expert_init == "important" and request.neurons is None:
         raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
     units = expand(TABLES["upcycle" if is_upcycled else "same"], model.sizes)
-    regrouped = RegroupedSource(source, request.neurons or {})
-    plan = plan_tensors(units, regrouped, model.sizes, target, _NOT_WEIGHTS)
+    cut_from = RegroupedSource(source, request.neurons) if request.neurons else source
+    plan = plan_tensors(units, cut_from, model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
         phase=model.phase,
         options=model.options.to_dict() if model.options else None,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mixmoe_megatron.checkpoint.stored import whole
 from mixmoe_megatron.conversion.exported import mixmoe_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, read_hf_model
+from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions, resolve_moe_layers
 from mixmoe_megatron.model.router_rows import folded_router
 from mixmoe_megatron.model.upcycling import important_neurons
@@ -75,7 +76,7 @@ def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> Measur
         files: text, one a line; the first lines of each are read (ffn_costs.ENOUGH_TOKENS).
 
     Raises:
-        MixMoEError: a file holds no text, or the model cannot be loaded or upcycled.
+        MixMoEError: a file holds no text or has another one's name, or the model cannot be loaded or upcycled.
     """
     asked = request.options
     assert asked is not None
@@ -105,12 +106,16 @@ class _StartMeter:
 
     def __init__(self, request: ImportRequest, files: Sequence[str | Path]) -> None:
         from mixmoe_megatron.dtypes import AUTO, choose
-        from mixmoe_megatron.evaluation.ffn_costs import enough_texts, measure_each
+        from mixmoe_megatron.evaluation.ffn_costs import ENOUGH_BYTES, enough_texts, measure_each
         from mixmoe_megatron.evaluation.models import load_model
         from mixmoe_megatron.evaluation.segments import read_monolingual
 
         self._request = request
-        lines = {Path(file).name: read_monolingual(file) for file in files}
+        lines: dict[str, list[str]] = {}
+        for file in files:
+            if (name := Path(file).name) in lines:
+                raise MixMoEError(f"--measure: two files are called {name}: give them different names.")
+            lines[name] = read_monolingual(file, max_bytes=ENOUGH_BYTES)
         dtype, device = choose(AUTO, AUTO)
         self._loaded = load_model("dense", request.hf_dir, dtype=dtype, device=device)
         self._texts = {name: enough_texts(self._loaded, found) for name, found in lines.items()}

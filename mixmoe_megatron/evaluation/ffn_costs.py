@@ -20,6 +20,8 @@ from mixmoe_megatron.evaluation.perplexity import Perplexity, measure_perplexity
 #: Tokens of each file that are enough: the order of the layers' costs is settled by then.
 ENOUGH_TOKENS = 1024
 MAX_WINDOW = 256  # tokens of a sequence
+#: Of a file, to find them in: a corpus of any size may be named.
+ENOUGH_BYTES = 64 * ENOUGH_TOKENS
 
 
 @dataclass(frozen=True)

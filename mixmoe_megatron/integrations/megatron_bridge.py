@@ -1,8 +1,9 @@
 """Mix-MoE for Megatron-Bridge: importing this module makes its `AutoBridge` know exported Mix-MoE models.
 
 Optional: nothing in this package imports it, and it needs `megatron-bridge`, which in turn needs Transformer Engine.
-Names, shapes and layouts come from `mappings`. Where a row is one that Megatron-Bridge knows (a plain tensor, QKV, gate
-and up projection), its own mapping carries it; what the expert groups share (routers, experts) `GroupMapping` does.
+Names, shapes and layouts come from `model/mapping.py`. Where a row is one that Megatron-Bridge knows (a plain tensor,
+QKV, gate and up projection), its own mapping carries it; what the expert groups share (routers, experts)
+`GroupMapping` does.
 
 Shape legend: n experts per group, m experts of a group on this rank, E experts of all groups.
 """

@@ -130,7 +130,7 @@ class ParameterReport:
 def parameter_report(models: Models, stage: int) -> ParameterReport:
     """Count trained and frozen parameters by part, on this rank and in the whole model.
 
-    Collective over the pipeline group when Megatron's model parallelism is initialised: every rank calls it.
+    Collective over Megatron's pipeline group: every rank calls it, after Megatron's model parallelism is initialised.
 
     Args:
         models: a model or this rank's list of model chunks, wrapped or not.

@@ -14,7 +14,7 @@ for name in (
     "megatron.core.dist_checkpointing.strategies.torch",
     "transformers.models.auto.tokenization_auto",
     "mixmoe_megatron.training.run",
-    "mixmoe_megatron.evaluation.runner",
+    "mixmoe_megatron.study.runner",
     "mixmoe_megatron.study.tables",
     "nltk.translate.meteor_score",
     "transformers.models.qwen2.modeling_qwen2",

@@ -17,8 +17,8 @@ from tests.repo.test_imports import OPTIONAL_MODULE
 
 #: the modules that score and draw: they import their extra's packages first, so that nobody waits for hours before
 WITH_EXTRAS = {
-    *(f"{PACKAGE}.evaluation.{name}" for name in ("comet_scores", "meteor", "runner", "scores")),
-    *(f"{PACKAGE}.study.{name}" for name in ("figures", "html_report", "report", "transfer")),
+    *(f"{PACKAGE}.evaluation.{name}" for name in ("comet_scores", "meteor", "scores")),
+    *(f"{PACKAGE}.study.{name}" for name in ("figures", "html_report", "report", "runner", "transfer")),
 }
 #: command lines that need an extra, and the package that is found missing; none of the files exists
 NEEDING = {

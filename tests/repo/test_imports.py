@@ -26,7 +26,11 @@ FORBIDDEN: list[tuple[str, list[str], list[str]]] = [
     ("mixmoe_megatron/model/**", ["megatron.training", "transformers"], []),
     ("mixmoe_megatron/checkpoint/**", ["megatron", "transformers", f"{PACKAGE}.conversion"], []),
     ("mixmoe_megatron/data/**", ["megatron", *MODEL_CODE], ["megatron.core.datasets"]),
-    ("mixmoe_megatron/evaluation/**", ["megatron", *MODEL_CODE], ["megatron.core.datasets", f"{PACKAGE}.hf"]),
+    (
+        "mixmoe_megatron/evaluation/**",
+        ["megatron", *MODEL_CODE, f"{PACKAGE}.study"],
+        ["megatron.core.datasets", f"{PACKAGE}.hf"],
+    ),
     ("mixmoe_megatron/study/**", ["megatron", *MODEL_CODE], []),
 ]
 

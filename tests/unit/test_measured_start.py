@@ -209,6 +209,12 @@ def test_few_lines_of_a_long_text_are_read(loaded: LoadedModel) -> None:
     assert len(chosen) == math.ceil(1024 / tokens)
 
 
+def test_a_corpus_is_not_read_to_its_end(base: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes((SENTENCES[1].replace("\n", " ") + "\n").encode() * 10_000 + b"\xff is no UTF-8\n")
+    assert measure_start(request_for(base, expert_init="copy"), [corpus]).request.measured["tokens"]["corpus.txt"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -217,6 +223,7 @@ def test_few_lines_of_a_long_text_are_read(loaded: LoadedModel) -> None:
         (["--dense", "--measure", "FILE"], "nothing is upcycled: leave it out"),
         (["--measure", "FILE", "--num-experts-per-group", "7"], "ffn_hidden_size=64 is not divisible"),
         (["--measure", "missing.txt"], "missing.txt"),
+        (["--measure", "FILE", "FILE"], "two files are called"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(

@@ -13,10 +13,10 @@ from types import ModuleType
 import pytest
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation import runner
 from mixmoe_megatron.evaluation.generation import GenerationOptions
-from mixmoe_megatron.evaluation.runner import EvaluationPlan, evaluate
 from mixmoe_megatron.evaluation.segments import Direction
+from mixmoe_megatron.study import runner
+from mixmoe_megatron.study.runner import EvaluationPlan, evaluate
 from tests.helpers.tiny_hf import SENTENCES, save_tiny_dense, tiny_mixmoe, tiny_tokenizer
 
 DIRECTION = Direction("de", "en", ["Das Haus ist alt.", "Der Fluss fließt."], ["The house is old.", "The river runs."])
