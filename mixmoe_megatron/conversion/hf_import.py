@@ -23,7 +23,7 @@ from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
-from mixmoe_megatron.conversion.regrouped import RegroupedSource
+from mixmoe_megatron.conversion.regrouped import RegroupedFFN, RegroupedSource
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
@@ -51,7 +51,7 @@ class ImportRequest:
         force: replace an output directory that has content.
         created_by: the command line, for the metadata.
         config: what config.json says, where it has been read already.
-        neurons: by layer, the order of the neurons of its FFN in which it is cut; [F] integers, some may occur twice.
+        ffns: by layer, an FFN as it is to be cut, where that is not as it stands.
         measured: what an upcycled start costs, for the metadata.
     """
 
@@ -65,7 +65,7 @@ class ImportRequest:
     force: bool = False
     created_by: str = "hf_to_mixmoe.py"
     config: dict[str, Any] | None = None
-    neurons: Mapping[int, np.ndarray[Any, Any]] | None = None
+    ffns: Mapping[int, RegroupedFFN] | None = None
     measured: dict[str, Any] | None = None
 
 
@@ -166,10 +166,10 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     source = HashedSource(_hf_weights(request.hf_dir, config))
     target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
     is_upcycled = model.phase.groups and not is_mixmoe
-    if is_upcycled and model.options and model.options.expert_init == "important" and request.neurons is None:
+    if is_upcycled and model.options and model.options.expert_init == "important" and request.ffns is None:
         raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
     units = expand(TABLES["upcycle" if is_upcycled else "same"], model.sizes)
-    cut_from = RegroupedSource(source, request.neurons) if request.neurons else source
+    cut_from = RegroupedSource(source, request.ffns) if request.ffns else source
     plan = plan_tensors(units, cut_from, model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
         phase=model.phase,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mixmoe_megatron.checkpoint.stored import whole
 from mixmoe_megatron.conversion.exported import mixmoe_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import, read_hf_model
+from mixmoe_megatron.conversion.regrouped import RegroupedFFN
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions, resolve_moe_layers
 from mixmoe_megatron.model.router_rows import folded_router
@@ -73,10 +74,12 @@ def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> Measur
 
     Args:
         request: to upcycle a dense model.
-        files: text, one a line; the first lines of each are read (ffn_costs.ENOUGH_TOKENS).
+        files: text, one a line; of the first lines of each some are measured, and the start is fitted to others
+            (ffn_costs.split_text).
 
     Raises:
-        MixMoEError: a file holds no text or has another one's name, or the model cannot be loaded or upcycled.
+        MixMoEError: a file holds no text or has another one's name, there is no line to fit to, or the model cannot
+            be loaded or upcycled.
     """
     asked = request.options
     assert asked is not None
@@ -106,7 +109,7 @@ class _StartMeter:
 
     def __init__(self, request: ImportRequest, files: Sequence[str | Path]) -> None:
         from mixmoe_megatron.dtypes import AUTO, choose
-        from mixmoe_megatron.evaluation.ffn_costs import ENOUGH_BYTES, enough_texts, measure_each
+        from mixmoe_megatron.evaluation.ffn_costs import ENOUGH_BYTES, measure_each, split_text
         from mixmoe_megatron.evaluation.models import load_model
         from mixmoe_megatron.evaluation.segments import read_monolingual
 
@@ -118,31 +121,50 @@ class _StartMeter:
             lines[name] = read_monolingual(file, max_bytes=ENOUGH_BYTES)
         dtype, device = choose(AUTO, AUTO)
         self._loaded = load_model("dense", request.hf_dir, dtype=dtype, device=device)
-        self._texts = {name: enough_texts(self._loaded, found) for name, found in lines.items()}
+        split = {name: split_text(self._loaded, found) for name, found in lines.items()}
+        self._texts = {name: measured for name, (measured, _) in split.items()}
+        self._fitted = {name: fitted for name, (_, fitted) in split.items()}
         self._dense = measure_each(self._loaded, self._texts)
         self.tokens = {name: found.tokens for name, found in self._dense.items()}
         self.dense = StartRow("dense", [], {name: found.perplexity for name, found in self._dense.items()}, 1.0)
 
     @cached_property
     def costs(self) -> FFNCosts:
-        """What each FFN and each neuron is worth: measured once, when it is asked for."""
+        """What each FFN is worth: measured once, when it is asked for."""
         from mixmoe_megatron.evaluation.ffn_costs import measure_ffn_costs
 
-        return measure_ffn_costs(self._loaded, self._texts)
+        return measure_ffn_costs(self._loaded, self._texts, self._dense)
+
+    @cached_property
+    def importance(self) -> list[Any]:
+        """What each neuron of each layer is worth: measured once, when it is asked for."""
+        from mixmoe_megatron.evaluation.ffn_costs import measure_importance
+
+        if empty := [name for name, lines in self._fitted.items() if not lines]:
+            raise MixMoEError(
+                f"--measure {empty[0]}: one line is not enough, since what is chosen on some lines is measured on "
+                "others: give a hundred, or --expert-init slice or copy."
+            )
+        return measure_importance(self._loaded, self._fitted)
 
     def settle(self, options: MixMoEOptions) -> ImportRequest:
-        """Return the request with these options, measured layers and neurons put in."""
+        """Return the request with these options, measured layers and FFNs put in."""
         num_layers = len(self._loaded.model.model.layers)
         if options.moe_layer_placement == "measured":
             count = len(resolve_moe_layers(replace(options, moe_layer_placement="last"), num_layers))
             layers = ",".join(map(str, self.costs.cheapest_layers(count)))
             options = replace(options, moe_layer_placement=layers)
-        neurons = None
-        if options.expert_init == "important":
-            moe_layers = resolve_moe_layers(options, num_layers)
-            n = options.num_experts_per_group
-            neurons = {layer: important_neurons(self.costs.importance[layer], n) for layer in moe_layers}
-        return replace(self._request, options=options, neurons=neurons)
+        is_fitted = options.expert_init == "important"
+        ffns = self._fit(resolve_moe_layers(options, num_layers), options.num_experts_per_group) if is_fitted else None
+        return replace(self._request, options=options, ffns=ffns)
+
+    def _fit(self, layers: Sequence[int], num_experts: int) -> dict[int, RegroupedFFN]:
+        """Deal the neurons of some layers out to experts, and fit the down projections to what is left out."""
+        from mixmoe_megatron.evaluation.ffn_costs import fit_down_projections
+
+        neurons = {layer: important_neurons(self.importance[layer], num_experts) for layer in layers}
+        down = fit_down_projections(self._loaded, self._fitted, neurons, num_experts)
+        return {layer: RegroupedFFN(neurons[layer], down[layer]) for layer in layers}
 
     def row(self, asked: MixMoEOptions, settled: ImportRequest) -> StartRow:
         """Measure the start of a settled request."""
