@@ -18,7 +18,17 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE
 from mixmoe_megatron.conversion import measured_start
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
 from mixmoe_megatron.conversion.measured_start import _upcycled, measure_start
-from mixmoe_megatron.evaluation.ffn_costs import enough_texts, measure_ffn_costs
+from mixmoe_megatron.evaluation.ffn_costs import (
+    FITTED_TOKENS,
+    MEASURED_TOKENS,
+    RIDGE,
+    FFNCosts,
+    fit_down_projections,
+    measure_each,
+    measure_ffn_costs,
+    measure_importance,
+    split_text,
+)
 from mixmoe_megatron.evaluation.models import LoadedModel, load_model
 from mixmoe_megatron.model.options import MixMoEOptions, router_weight_std
 from mixmoe_megatron.model.router_rows import folded_router
@@ -60,16 +70,34 @@ def logits_of(loaded: LoadedModel) -> torch.Tensor:
         return loaded.model(ids).logits
 
 
+def costs_of(loaded: LoadedModel) -> FFNCosts:
+    return measure_ffn_costs(loaded, TEXTS, measure_each(loaded, TEXTS))
+
+
+def activations(loaded: LoadedModel, layer: int, lines: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer's neurons give, and the FFN with them: [T, F] and [T, H] float64, a line at a time."""
+    mlp, seen = loaded.model.model.layers[layer].mlp, []
+    hook = mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    for ids in loaded.tokenizer.encode(lines, add_special_tokens=False):
+        with torch.inference_mode():
+            loaded.model(torch.tensor([[loaded.start_id, *ids]]))
+    hook.remove()
+    h = torch.cat(seen)
+    with torch.inference_mode():
+        activation = functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h)
+        return activation.double(), mlp(h).double()
+
+
 def test_costs_are_perplexities_without_an_ffn(loaded: LoadedModel) -> None:
-    costs = measure_ffn_costs(loaded, TEXTS)
+    costs = costs_of(loaded)
     layers = loaded.model.model.layers
-    assert len(costs.without) == len(layers) == len(costs.importance)
+    assert len(costs.without) == len(layers)
     down = layers[2].mlp.down_proj.weight
     kept = down.detach().clone()
     with torch.no_grad():
         down.zero_()
     try:
-        silent = measure_ffn_costs(loaded, TEXTS).dense
+        silent = measure_each(loaded, TEXTS)
     finally:
         with torch.no_grad():
             down.copy_(kept)
@@ -82,20 +110,29 @@ def test_costs_are_perplexities_without_an_ffn(loaded: LoadedModel) -> None:
 
 
 def test_importance_is_mean_activation_times_the_length_of_the_column(loaded: LoadedModel) -> None:
-    mlp, shares = loaded.model.model.layers[1].mlp, []
-    for lines in TEXTS.values():
-        seen: list[torch.Tensor] = []
-        hook = mlp.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0][0]))
-        for ids in loaded.tokenizer.encode(lines, add_special_tokens=False):
-            with torch.inference_mode():
-                loaded.model(torch.tensor([[loaded.start_id, *ids]]))
-        hook.remove()
-        h = torch.cat(seen)
-        activation = functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h)
-        value = activation.abs().mean(dim=0) * mlp.down_proj.weight.norm(dim=0)
-        shares.append((value / value.sum()).detach())
-    found = measure_ffn_costs(loaded, TEXTS).importance[1]
-    assert torch.from_numpy(found).float() == pytest.approx(sum(shares) / 2, rel=1e-4)
+    length = loaded.model.model.layers[1].mlp.down_proj.weight.detach().norm(dim=0)
+    values = [activations(loaded, 1, lines)[0].abs().mean(dim=0) * length for lines in TEXTS.values()]
+    found = measure_importance(loaded, TEXTS)[1]
+    assert torch.from_numpy(found) == pytest.approx(sum(value / value.sum() for value in values) / 2, rel=1e-4)
+
+
+def test_down_projections_are_the_least_squares_of_what_is_left_out(loaded: LoadedModel) -> None:
+    neurons = {layer: important_neurons(measure_importance(loaded, TEXTS)[layer], 4) for layer in (1, 3)}
+    found = fit_down_projections(loaded, TEXTS, neurons, 4)
+    for layer, order in neurons.items():
+        down = loaded.model.model.layers[layer].mlp.down_proj.weight.detach().double()
+        seen = [activations(loaded, layer, lines) for lines in TEXTS.values()]
+        a, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        for expert, chosen in enumerate(order.reshape(4, -1)):
+            a_e, w = a[:, chosen], down[:, chosen]
+            # the same minimum as one plain least-squares problem: rows that hold each column to what it was
+            held = torch.diag((RIDGE * a_e.square().sum(dim=0)).sqrt())
+            rest = torch.cat([y - a_e @ w.T, torch.zeros(len(chosen), len(w))])
+            change = torch.linalg.lstsq(torch.cat([a_e, held]), rest, driver="gelsd").solution.T
+            columns = torch.from_numpy(found[layer][:, expert * len(chosen) : (expert + 1) * len(chosen)]).double()
+            torch.testing.assert_close(columns, w + change, rtol=1e-3, atol=1e-4)
+            better, worse = ((y - a_e @ columns.T).square().sum(), (y - a_e @ w.T).square().sum())
+            assert better < 0.9 * worse
 
 
 def test_experts_share_the_most_important_neurons_and_are_dealt_the_next() -> None:
@@ -174,15 +211,17 @@ def test_the_start_that_is_shown_is_the_one_that_is_written(
     assert measured["tokens"].keys() == TEXTS.keys()
     reader = TorchDistReader(iteration_directory(tmp_path / "out"))
     loaded = load_model("base", base)
+    fitted = {name: split_text(loaded, lines)[1] for name, lines in TEXTS.items()}
     for layer in layers:
         experts = f"decoder.layers.{layer}.mlp.experts.lm_experts.experts."
         mlp = loaded.model.model.layers[layer].mlp
-        neurons = important_neurons(measure_ffn_costs(loaded, TEXTS).importance[layer], 4).reshape(4, -1)
-        for expert, chosen in enumerate(torch.from_numpy(neurons)):
+        order = important_neurons(measure_importance(loaded, fitted)[layer], 4)
+        down = fit_down_projections(loaded, fitted, {layer: order}, 4)[layer]
+        for expert, chosen in enumerate(torch.from_numpy(order.reshape(4, -1))):
             first = read_tensor(reader, experts + "linear_fc1.weight")[expert]
             assert torch.equal(first, torch.cat([mlp.gate_proj.weight[chosen], mlp.up_proj.weight[chosen]]))
             second = read_tensor(reader, experts + "linear_fc2.weight")[expert]
-            assert torch.equal(second, mlp.down_proj.weight[:, chosen])
+            assert torch.equal(second, torch.from_numpy(down[:, expert * len(chosen) : (expert + 1) * len(chosen)]))
 
 
 def test_a_start_that_costs_much_is_told_with_what_costs_less(
@@ -191,7 +230,7 @@ def test_a_start_that_costs_much_is_told_with_what_costs_less(
     monkeypatch.setattr(measured_start, "WARN_ABOVE", 0.0)
     found = measure_start(request_for(base, expert_init="slice", expert_scale=300.0), files)
     assert found.request.options == MixMoEOptions(expert_init="slice", expert_scale=300.0)
-    assert found.request.neurons is None
+    assert found.request.ffns is None
     starts = found.request.measured["starts"]
     assert [row["start"].split()[1:2] for row in starts] == [[], ["slice"], ["important"], ["copy"]]
     assert found.warning.startswith("this start multiplies the perplexity by")
@@ -203,10 +242,14 @@ def test_a_start_that_costs_much_is_told_with_what_costs_less(
     assert quiet.request.measured["starts"][1]["factor"] == pytest.approx(1, abs=1e-3)
 
 
-def test_few_lines_of_a_long_text_are_read(loaded: LoadedModel) -> None:
-    chosen = enough_texts(loaded, [SENTENCES[1]] * 10_000)
-    tokens = len(loaded.tokenizer.encode([SENTENCES[1]], add_special_tokens=False)[0])
-    assert len(chosen) == math.ceil(1024 / tokens)
+def test_few_lines_of_a_long_text_are_read_and_none_is_both_measured_and_fitted(loaded: LoadedModel) -> None:
+    lines = [f"{number} {SENTENCES[1]}" for number in range(10_000)]
+    for found, tokens in zip(split_text(loaded, lines), (MEASURED_TOKENS, FITTED_TOKENS), strict=True):
+        counts = [len(ids) for ids in loaded.tokenizer.encode(found, add_special_tokens=False)]
+        assert sum(counts[:-1]) < tokens <= sum(counts)
+    measured, fitted = split_text(loaded, lines)
+    assert not set(measured) & set(fitted)
+    assert split_text(loaded, lines[:5]) == ([lines[0], lines[4]], lines[1:4])
 
 
 def test_a_corpus_is_not_read_to_its_end(base: Path, tmp_path: Path) -> None:
@@ -224,12 +267,15 @@ def test_a_corpus_is_not_read_to_its_end(base: Path, tmp_path: Path) -> None:
         (["--measure", "FILE", "--num-experts-per-group", "7"], "ffn_hidden_size=64 is not divisible"),
         (["--measure", "missing.txt"], "missing.txt"),
         (["--measure", "FILE", "FILE"], "two files are called"),
+        (["--measure", "ONE LINE"], "one line is not enough"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
     base: Path, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
-    words = [files[0] if word == "FILE" else word for word in words]
+    (tmp_path / "one.txt").write_text(SENTENCES[1].replace("\n", " "))
+    given = {"FILE": files[0], "ONE LINE": str(tmp_path / "one.txt")}
+    words = [given.get(word, word) for word in words]
     assert hf_to_mixmoe.main(["--hf-dir", str(base), "--output-dir", str(tmp_path / "out"), *words]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
