@@ -133,7 +133,7 @@ class _StartMeter:
         """What each FFN is worth: measured once, when it is asked for."""
         from mixmoe_megatron.evaluation.ffn_costs import measure_ffn_costs
 
-        return measure_ffn_costs(self._loaded, self._texts, self._dense)
+        return measure_ffn_costs(self._loaded, self._texts)
 
     @cached_property
     def importance(self) -> list[Any]:

@@ -90,24 +90,50 @@ def measure_each(loaded: LoadedModel, texts: Texts) -> dict[str, Perplexity]:
     }
 
 
-def measure_ffn_costs(loaded: LoadedModel, texts: Texts, dense: dict[str, Perplexity]) -> FFNCosts:
+def measure_ffn_costs(loaded: LoadedModel, texts: Texts) -> FFNCosts:
     """Measure a dense model of the Llama or Qwen2 family without each of its FFNs.
+
+    What the layers below one give is kept, [tokens, H] in the model's dtype for each layer, and not computed again.
 
     Args:
         loaded: the model.
         texts: lines of text by name; all of them are read for each layer (see `split_text`).
-        dense: the model's own perplexity on each, `measure_each`.
     """
-    layers = loaded.model.model.layers
+    decoder = loaded.model.model
+    layers = decoder.layers
+    inputs: list[list[torch.Tensor]] = [[] for _ in layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0]))
+        for layer, kept in zip(layers, inputs, strict=True)
+    ]
+    try:
+        dense = measure_each(loaded, texts)
+    finally:
+        for hook in hooks:
+            hook.remove()
     without = []
     for number, layer in enumerate(layers):
         named = replace(loaded, name=f"{loaded.name} without FFN {number} of {len(layers)}")
         hook = layer.mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+        decoder.layers = torch.nn.ModuleList([_Kept(inputs[number], layer), *layers[number:]])
         try:
             without.append(measure_each(named, texts))
         finally:
             hook.remove()
+            decoder.layers = layers
     return FFNCosts(dense, without)
+
+
+class _Kept(torch.nn.Module):
+    """In the place of a model's lower layers: gives what they gave, batch after batch."""
+
+    def __init__(self, outputs: list[torch.Tensor], layer: torch.nn.Module) -> None:
+        super().__init__()
+        self._outputs = iter(outputs)
+        self.attention_type = getattr(layer, "attention_type", None)  # Qwen2 asks each layer for the mask it wants
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return next(self._outputs)
 
 
 def measure_importance(loaded: LoadedModel, texts: Texts) -> list[Array]:

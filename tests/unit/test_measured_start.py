@@ -22,7 +22,6 @@ from mixmoe_megatron.evaluation.ffn_costs import (
     FITTED_TOKENS,
     MEASURED_TOKENS,
     RIDGE,
-    FFNCosts,
     fit_down_projections,
     measure_each,
     measure_ffn_costs,
@@ -70,10 +69,6 @@ def logits_of(loaded: LoadedModel) -> torch.Tensor:
         return loaded.model(ids).logits
 
 
-def costs_of(loaded: LoadedModel) -> FFNCosts:
-    return measure_ffn_costs(loaded, TEXTS, measure_each(loaded, TEXTS))
-
-
 def activations(loaded: LoadedModel, layer: int, lines: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """What a layer's neurons give, and the FFN with them: [T, F] and [T, H] float64, a line at a time."""
     mlp, seen = loaded.model.model.layers[layer].mlp, []
@@ -89,7 +84,7 @@ def activations(loaded: LoadedModel, layer: int, lines: list[str]) -> tuple[torc
 
 
 def test_costs_are_perplexities_without_an_ffn(loaded: LoadedModel) -> None:
-    costs = costs_of(loaded)
+    costs = measure_ffn_costs(loaded, TEXTS)
     layers = loaded.model.model.layers
     assert len(costs.without) == len(layers)
     down = layers[2].mlp.down_proj.weight
