@@ -28,7 +28,7 @@ MAX_WINDOW = 256  # tokens of a sequence
 #: Of a file, to find them in: a corpus of any size may be named.
 ENOUGH_BYTES = 128 * 1024
 #: Of the least squares: how much a neuron's column is held to what it was, as a share of the neuron's own energy.
-RIDGE = 0.1
+RIDGE = 0.3
 
 
 @dataclass(frozen=True)
