@@ -77,7 +77,8 @@ class MixMoEOptions:
     expert_init: str = _option(
         "slice",
         "slice cuts the dense FFN into n experts of width F / n; important does so after sorting its neurons by what "
-        "they do on the text of --measure; copy gives each expert all of it",
+        "they do on the text of --measure, and fits each expert's down projection to the whole FFN there; copy gives "
+        "each expert all of it",
         EXPERT_INITS,
     )
     mt_router_init: str = _option(
