@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol interference real transfer pictures test test-all test-distributed
+.PHONY: help setup hooks quickstart protocol interference study real transfer pictures test test-all test-distributed
 .PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -28,6 +28,11 @@ protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 direc
 
 interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
 	@bash examples/interference/run.sh
+
+study: setup  ## the paper's tables, each system trained SEEDS times; TABLE, SEEDS, MINUTES, PAIRS, BASE, SIZE, OUT, DRY=1
+	@PYTHONPATH=. .venv/bin/python tools/study.py --table $(or $(TABLE),VII) --seeds $(or $(SEEDS),3) \
+	  --minutes $(or $(MINUTES),12) --pairs $(or $(PAIRS),de-en) --size $(or $(SIZE),toy) \
+	  --base "$(BASE)" --output-dir "$(or $(OUT),runs/study)" --workers $(or $(WORKERS),1) $(if $(DRY),--dry-run)
 
 real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT
 	@bash examples/real/run.sh
