@@ -32,7 +32,7 @@ interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, 
 study: setup  ## the paper's tables, each system trained SEEDS times; TABLE, SEEDS, MINUTES, PAIRS, BASE, SIZE, OUT, DRY=1
 	@PYTHONPATH=. .venv/bin/python tools/study.py --table $(or $(TABLE),VII) --seeds $(or $(SEEDS),3) \
 	  --minutes $(or $(MINUTES),12) --pairs $(or $(PAIRS),de-en) --size $(or $(SIZE),toy) \
-	  --base "$(BASE)" --output-dir "$(or $(OUT),runs/study)" --workers $(or $(WORKERS),1) $(if $(DRY),--dry-run)
+	  --base "$(BASE)" --output-dir "$(or $(OUT),runs/study)" --workers $(WORKERS) $(if $(DRY),--dry-run)
 
 real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT
 	@bash examples/real/run.sh
