@@ -29,10 +29,8 @@ protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 direc
 interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
 	@bash examples/interference/run.sh
 
-study: setup  ## the paper's tables, each system trained SEEDS times; TABLE, SEEDS, MINUTES, PAIRS, BASE, SIZE, OUT, DRY=1
-	@PYTHONPATH=. .venv/bin/python tools/study.py --table $(or $(TABLE),VII) --seeds $(or $(SEEDS),3) \
-	  --minutes $(or $(MINUTES),12) --pairs $(or $(PAIRS),de-en) --size $(or $(SIZE),toy) \
-	  --base "$(BASE)" --output-dir "$(or $(OUT),runs/study)" --workers $(WORKERS) $(if $(DRY),--dry-run)
+study: setup  ## the paper's tables with a verdict; TABLE, SEEDS, MINUTES, PAIRS, SIZE, BASE, WORKERS, DRY and OUT
+	@bash examples/study/run.sh
 
 real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT
 	@bash examples/real/run.sh

@@ -18,7 +18,7 @@ from mixmoe_megatron.study.grid import Grid, absent_systems
 from mixmoe_megatron.study.html_report import render_html
 from mixmoe_megatron.study.jobs import with_parents
 from mixmoe_megatron.study.statistics import Contrast, Estimate
-from mixmoe_megatron.study.study_results import RETENTION, TRANSLATION, TableResults, read_table
+from mixmoe_megatron.study.study_results import RETENTION, TRANSLATION, TableResults, read_results
 from mixmoe_megatron.study.tables import csv_text, p_value_text, signed, table
 
 HOW_TO_READ = (
@@ -140,7 +140,7 @@ def write_study(grid: Grid, names: list[str], output_dir: Path, root: Path) -> l
     Returns:
         The sentences of all claims.
     """
-    tables = {name: read_table(grid, name, root) for name in names}
+    tables = {name: read_results(grid, name, root) for name in names}
     sections, rows = ["# The study", _settings_section(grid)], list[list[object]]()
     for name, results in tables.items():
         sections.append(_table_section(grid, name, results, output_dir / f"table_{name}.png"))

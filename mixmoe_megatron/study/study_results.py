@@ -104,7 +104,7 @@ def read_scores(folders: list[Path], base: dict[str, Any]) -> SystemScores:
     return SystemScores(corpus, translation, retention, float(np.mean(loads)) if loads else None)
 
 
-def read_table(grid: Grid, table: str, root: Path) -> TableResults:
+def read_results(grid: Grid, table: str, root: Path) -> TableResults:
     """Return a table's figures; its jobs have run.
 
     Args:

@@ -36,7 +36,7 @@ def names(jobs: dict[str, Job]) -> set[str]:
 
 def test_table_iii_needs_of_what_vii_ran_nothing_again(content: dict[str, Any]) -> None:
     seven, three = jobs_of(content, "VII"), jobs_of(content, "III")
-    new = {job.name for key, job in three.items() if key not in seven}
+    new = {job.name for key, job in three.items() if key not in seven and "moe_" not in job.name}
     assert new == {f"{word} stage1, seed {seed}" for word in ("export", "evaluate") for seed in (1, 2)}
 
 
@@ -95,7 +95,7 @@ def test_wrong_settings(content: dict[str, Any], changes: dict[str, Any], senten
 
 
 def test_wrong_grids_and_tables(content: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(MixMoEError, match="There is no table 'IX': choose all, or some of III"):
+    with pytest.raises(MixMoEError, match="There is no table 'IX': choose all, or some of II, III"):
         Grid(content, SETTINGS).systems_of("IX")
     file = tmp_path / "grid.yaml"
     with pytest.raises(MixMoEError, match="Cannot read the grid"):
