@@ -14,6 +14,7 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.study.grid import EVALUATED, Grid, StudySettings, absent_systems, read_grid
 from mixmoe_megatron.study.jobs import Job, with_parents
 from mixmoe_megatron.study.study_page import write_study
+from tests.helpers.browser import BROWSER, Page
 
 SETTINGS = StudySettings("toy", 1, 2, ("de-en",), "", "examples/data", "float32")
 GRID = Path("examples/study/study.yaml")
@@ -160,3 +161,19 @@ def test_ten_seeds_of_one_sign_are_a_verdict(content: dict[str, Any], tmp_path: 
     told = {text.partition(": ")[2].partition(" (")[0] for text in write_study(grid, ["VII"], tmp_path, root)}
     assert "mixmoe better than base in translation: holds" in told
     assert "mixmoe better than sft in retention: fails" in told
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_a_browser_shows_the_page_on_a_phone(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    pretend_evaluations(grid, "VII", root)
+    write_study(grid, ["VII"], tmp_path, root)
+    address = (tmp_path / "study.html").as_uri()
+    with Page(address, tmp_path / "profile", width=375) as page:
+        widths, pictures = page.evaluate(
+            "[[innerWidth, document.documentElement.scrollWidth], [...document.images].map(i => i.naturalWidth)]"
+        )
+        requests, complaints = page.requests, page.complaints
+        page.screenshot(tmp_path / "page.png")
+    assert [url for url in requests if not url.startswith("data:")] == [address] and complaints == []
+    assert widths == [375, 375] and len(pictures) == 1 and pictures[0] > 500
