@@ -47,7 +47,7 @@ def claim_sentence(first: str, second: str, endpoint: str, contrast: Contrast) -
         endpoint: `TRANSLATION` or `RETENTION`.
         contrast: What was found.
     """
-    estimate, unit = contrast.estimate, " chrF++" if endpoint == TRANSLATION else " points of bits per byte kept"
+    estimate, unit = contrast.estimate, " chrF++" if endpoint == TRANSLATION else " percentage points of bits per byte"
     figures = f"{signed(estimate.mean, 2)}{unit}, {signed(estimate.low, 2)} to {signed(estimate.high, 2)}"
     found = f"{contrast.verdict} ({figures}; {p_value_text(contrast.adjusted)} after Holm)"
     return f"{first} better than {second} in {endpoint}: {found}."
