@@ -336,7 +336,7 @@ def test_first_weights_are_those_of_a_conversion(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [8, 15])
 def test_of_the_transforms_only_the_dct_keeps_every_direction(size: int) -> None:
-    """What examples/study/README.md says of Table V: the real FFT keeps the half of h that is even, the DCT all of it."""
+    """What examples/study/README.md says of Table V: the real FFT keeps the even half of h, the DCT all of it."""
     identity = torch.eye(size)
     reversal = identity[[-index % size for index in range(size)]]
     fft, dct = (spectral_features(identity, transform).T for transform in ("fft", "dct"))
