@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol interference real transfer pictures test test-all test-distributed
+.PHONY: help setup hooks quickstart protocol interference study real transfer pictures test test-all test-distributed
 .PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -28,6 +28,9 @@ protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 direc
 
 interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
 	@bash examples/interference/run.sh
+
+study: setup  ## the paper's tables with a verdict; TABLE, SEEDS, MINUTES, PAIRS, SIZE, BASE, WORKERS, DRY and OUT
+	@bash examples/study/run.sh
 
 real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT
 	@bash examples/real/run.sh

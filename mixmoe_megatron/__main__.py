@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "tools/pretrain_mixmoe.py",
     "evaluate": "tools/evaluate_translation.py",
     "report": "tools/write_report.py",
+    "study": "tools/study.py",
     "transfer-matrix": "tools/transfer_matrix.py",
     "routing": "tools/inspect_routing.py",
     "plan": "tools/plan_cluster.py",

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from mixmoe_megatron.study.retention_curve import retention_curves, tokens_seen
+from mixmoe_megatron.study.statistics import Estimate
 from mixmoe_megatron.study.tables import values_of
 from mixmoe_megatron.study.training_log import Curves
 
@@ -149,6 +150,27 @@ def draw_scores(evaluation: dict[str, Any], path: Path) -> None:
         _grouped_bars(axes, *panel)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    _save(figure, path)
+
+
+def draw_plane(points: Mapping[str, tuple[Estimate, Estimate]], path: Path) -> None:
+    """Draw systems by what they keep and what they translate, each with its 95 % intervals: up and left is better.
+
+    Args:
+        points: System to the change of bits a byte in percent and to its chrF++.
+        path: The PNG file.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (system, (across, up)) in enumerate(points.items()):
+        arms = [[[value.mean - value.low], [value.high - value.mean]] for value in (across, up)]
+        axes.errorbar(across.mean, up.mean, xerr=np.abs(arms[0]), yerr=np.abs(arms[1]), fmt="o", capsize=3,
+                      color=PALETTE[index % len(PALETTE)], label=f" {system}")  # fmt: skip
+    axes.axvline(0.0, color="0.4", linestyle=":", linewidth=1.2)
+    axes.set_xlabel("change of bits per byte of monolingual text, % (lower: more is kept)")
+    axes.set_ylabel("chrF++, mean of sentences (higher is better)")
+    axes.legend(frameon=False)
+    _tidy(axes)
     _save(figure, path)
 
 

@@ -18,13 +18,17 @@ from tests.repo.test_imports import OPTIONAL_MODULE
 #: the modules that score and draw: they import their extra's packages first, so that nobody waits for hours before
 WITH_EXTRAS = {
     *(f"{PACKAGE}.evaluation.{name}" for name in ("comet_scores", "meteor", "scores")),
-    *(f"{PACKAGE}.study.{name}" for name in ("figures", "html_report", "report", "runner", "transfer")),
+    *(
+        f"{PACKAGE}.study.{name}"
+        for name in ("figures", "html_report", "report", "runner", "study_page", "study_results", "transfer")
+    ),
 }
 #: command lines that need an extra, and the package that is found missing; none of the files exists
 NEEDING = {
     "evaluate": ("--system a=b --output-dir c", "sacrebleu"),
     "report": ("--evaluation a --output-dir b", "matplotlib"),
     "routing": ("--model a --mono de=b --output-dir c", "matplotlib"),
+    "study": ("--output-dir a", "matplotlib"),
     "transfer-matrix": ("--evaluation a --output-dir b", "matplotlib"),
 }
 # Runs in a process of its own. The packages look uninstalled, to import and to importlib.util.find_spec.

@@ -332,3 +332,13 @@ def test_first_weights_are_those_of_a_conversion(dtype: torch.dtype) -> None:
         router.lm.weight.zero_()
     router.set_layer_number(1)
     assert not router.lm.weight.any()  # weights that were loaded stay
+
+
+@pytest.mark.parametrize("size", [8, 15])
+def test_of_the_transforms_only_the_dct_keeps_every_direction(size: int) -> None:
+    """What examples/study/README.md says of Table V: the real FFT keeps the even half of h, the DCT all of it."""
+    identity = torch.eye(size)
+    reversal = identity[[-index % size for index in range(size)]]
+    fft, dct = (spectral_features(identity, transform).T for transform in ("fft", "dct"))
+    torch.testing.assert_close(dct.T @ dct, identity, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fft.T @ fft, (identity + reversal) / 2, atol=1e-5, rtol=0)

@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Train, evaluate and compare the systems of the paper's tables, each several times; say which of its claims hold.
+
+Example:
+    mixmoe study --table VII --seeds 1 --minutes 1 --output-dir runs/study
+    mixmoe study --table all --seeds 10 --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixmoe_megatron.cli import make_main
+
+if TYPE_CHECKING:
+    from mixmoe_megatron.study.grid import Grid
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--grid", type=Path, default=Path("examples/study/study.yaml"), help="sizes, systems, tables")
+    parser.add_argument("--table", nargs="+", default=["VII"], metavar="NAME", help="tables of the grid, or all")
+    parser.add_argument("--size", default="toy", help="of the grid (default: toy)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each system (default: 3)")
+    parser.add_argument("--minutes", type=int, default=12, help="steps and segments grow with it (default: 12)")
+    parser.add_argument("--pairs", nargs="+", default=["de-en"], metavar="XX-en", help="default: de-en")
+    parser.add_argument("--base", default="", metavar="DIR", help="dense Hugging Face model; default: the size's")
+    parser.add_argument("--data", default="examples/data", metavar="DIR", help="text, named as in examples/data")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the fast one here")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at a time (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print jobs, hours, disk and parameters; run nothing")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/study"), help="the same command goes on there")
+    return parser
+
+
+def describe_plan(grid: Grid, tables: list[str], root: Path, workers: int) -> str:
+    """Return what --dry-run prints."""
+    from mixmoe_megatron.study.grid import absent_systems
+    from mixmoe_megatron.study.jobs import with_parents
+
+    jobs = with_parents(job for name in tables for row in grid.evaluations(name).values() for job in row)
+    waiting = [job for job in jobs if not job.is_done(root)]
+    absent = [f"{name} needs the method {method}" for name, method in absent_systems(grid.content).items()]
+    return "\n".join(
+        [
+            *(f"{job.key}  {job.name}: {job.typed(root)}" for job in jobs),
+            f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done; about "
+            f"{sum(job.cost for job in waiting) / 3600 / workers:.1f} hours and "
+            f"{sum(job.disk for job in waiting) / 1e9:.1f} GB more; a base of {grid.parameters / 1e6:.1f} million "
+            "parameters.",
+            *(f"Left out: {'; '.join(absent)}." for _ in absent[:1]),
+        ]
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is missing, then write and print what can be said."""
+    from mixmoe_megatron.dtypes import choose
+    from mixmoe_megatron.errors import MixMoEError
+    from mixmoe_megatron.study.grid import Grid, StudySettings, read_grid
+    from mixmoe_megatron.study.jobs import run_jobs
+    from mixmoe_megatron.study.study_page import write_study
+
+    if args.workers < 1:
+        raise MixMoEError("--workers must be a whole number from 1.")
+    dtype, _ = choose(args.dtype, "auto")
+    settings = StudySettings(args.size, args.minutes, args.seeds, tuple(args.pairs), args.base, args.data, dtype)
+    grid = Grid(read_grid(args.grid), settings)
+    tables = list(grid.content["tables"]) if args.table == ["all"] else args.table
+    root = args.output_dir.resolve() / "jobs"
+    wanted = [job for name in tables for row in grid.evaluations(name).values() for job in row]
+    if args.dry_run:
+        print(describe_plan(grid, tables, root, args.workers))
+        return
+    try:
+        run_jobs(wanted, root, args.workers, lambda job: print(f"$ {job.typed(root)}", flush=True))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command goes on from here") from None
+    for sentence in write_study(grid, tables, args.output_dir, root):
+        print(sentence)
+    print(f"Page: {args.output_dir / 'study.html'}")
+
+
+main = make_main(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())
