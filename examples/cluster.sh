@@ -28,11 +28,12 @@ make() {
 }
 
 launch() { # one launcher on each node
-  local slurm=() master="${MASTER:-localhost}"
+  local slurm=() nodes master="${MASTER:-localhost}"
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     # A step does not inherit its job's CPUs: without the number each launcher and its eight ranks would share one.
     slurm=(srun --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}")
-    master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    master=${nodes%%$'\n'*}
   fi
   run "${slurm[@]}" "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$PER_NODE" \
     --rdzv-backend=c10d --rdzv-endpoint="$master:29500" --rdzv-id="${SLURM_JOB_ID:-$NAME}" "$@"

@@ -82,6 +82,8 @@ def commands(world: Path, out: Path) -> dict[str, list[str | Path]]:
                  "H100", "--global-batch-size", "8", "--seq-length", "64", "--num-experts-per-group", "4"],
         "generation": ["tools/benchmark_generation.py", "--hf-dir", world / "base", "--batch-size", "1", "--turns", "1",
                        "--prompt-length", "2", "--new-tokens", "2", "--output", out / "génération.json"],
+        "study": ["tools/study.py", "--grid", ROOT / "examples/study/study.yaml", "--base", world / "base",
+                  "--data", ROOT / "examples/data", "--dry-run", "--output-dir", out / "stüdy"],
         "startup": ["tools/benchmark_startup.py", "--commands", "plan", "routing", "--turns", "1"],
         "conversion": ["tools/benchmark_conversion.py", "--directory", world / "text.txt", "--repeats", "1"],
     }  # fmt: skip
