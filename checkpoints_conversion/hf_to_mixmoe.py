@@ -2,7 +2,8 @@
 """Make a Megatron checkpoint from a Hugging Face directory.
 
   mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR            upcycle a dense model: LM experts are slices of FFNs
-  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --dense    keep it dense
+  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --dense    keep it dense, for full fine-tuning
+  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --method llama_pro    put new blocks between its blocks
   mixmoe hf-to-megatron --hf-dir EXPORT --output-dir DIR          take back a model that `mixmoe to-hf` exported
 
 Reads safetensors only. DIR appears when it is complete. Under torchrun the processes share the work; the result is the
@@ -18,10 +19,12 @@ from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
-from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS, measure_start
+from mixmoe_megatron.conversion.import_arguments import method_from_arguments, options_from_arguments
+from mixmoe_megatron.conversion.measured_start import measure_start
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions, add_option_arguments
+from mixmoe_megatron.methods.registry import METHODS
+from mixmoe_megatron.model.options import add_option_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-dir", required=True, help="directory with config.json and safetensors weights")
     parser.add_argument("--output-dir", required=True, help="checkpoint directory to make")
-    parser.add_argument("--dense", action="store_true", help="keep a dense model dense")
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        help="; ".join(f"{method.name}: {method.meaning}" for method in METHODS.values()) + " (default mixmoe)",
+    )
+    parser.add_argument("--dense", action="store_true", help="keep a dense model dense: --method full")
+    parser.add_argument("--new-blocks", type=int, metavar="P", help="llama_pro: P copies (default: a quarter as many)")
     parser.add_argument("--seed", type=int, default=1234, help="of the router weights (default 1234)")
     parser.add_argument(
         "--dtype",
@@ -55,27 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def options_from_arguments(args: argparse.Namespace, is_mixmoe: bool) -> MixMoEOptions | None:
-    """Return the options to upcycle with, or None when nothing is upcycled.
-
-    Raises:
-        MixMoEError: option flags together with --dense or with a Mix-MoE model, or a bad value.
-    """
-    given = {name: value for name, value in vars(args).items() if name in OPTION_NAMES and name != "preset"}
-    if (args.dense or is_mixmoe) and (given or args.preset):
-        what = "--dense makes no experts" if args.dense else "the model is a Mix-MoE model already"
-        flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["preset"] if args.preset else [])])
-        raise MixMoEError(f"{what}: leave out {flags}.")
-    if args.measure and (args.dense or is_mixmoe):
-        raise MixMoEError("--measure tells what upcycling costs, but nothing is upcycled: leave it out.")
-    if args.dense and is_mixmoe:
-        raise MixMoEError("--dense does not go with a Mix-MoE model.")
-    if args.dense or is_mixmoe:
-        return None
-    measured = MEASURED_OPTIONS if args.measure and args.preset is None else {}
-    return MixMoEOptions.from_preset(args.preset or "recommended", **{**measured, **given})
-
-
 def run(args: argparse.Namespace) -> None:
     """Write the Megatron checkpoint, or say what would be written.
 
@@ -84,11 +72,13 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.make_vocab_size_divisible_by is not None and args.make_vocab_size_divisible_by < 1:
         raise MixMoEError("--make-vocab-size-divisible-by must be positive.")
-    config = read_hf_config(args.hf_dir)
+    config, method = read_hf_config(args.hf_dir), method_from_arguments(args)
     request = ImportRequest(
         hf_dir=args.hf_dir,
         output_dir=args.output_dir,
-        options=options_from_arguments(args, config.get("model_type") == "mixmoe"),
+        options=options_from_arguments(args, method, config.get("model_type") == "mixmoe"),
+        method=method.name,
+        new_blocks=args.new_blocks,
         seed=args.seed,
         dtype=args.dtype,
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,

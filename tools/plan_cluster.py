@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""List the parallel layouts with which a stage fits a cluster: memory, traffic and expected time of each, best first.
+"""List the parallel layouts with which a phase fits a cluster: memory, traffic and expected time of each, best first.
 
 Example:
     mixmoe plan --hf-config BASE --stage 2 --gpus 64 --gpu-type A100-40G --global-batch-size 32 \
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.registry import method_of, phase_of_stage, trained_phases
 from mixmoe_megatron.model.options import add_option_arguments
 
 GPU_TYPES = ("A100-40G", "A100-80G", "H100")
@@ -27,7 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--hf-config", type=Path, required=True, help="Hugging Face directory or its config.json")
-    parser.add_argument("--stage", type=int, required=True, choices=(0, 1, 2), help="0 trains all of the dense model")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--phase", choices=list(trained_phases()), help="what is trained, as `mixmoe train` calls it")
+    which.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 trains all of the dense model")
+    parser.add_argument("--new-blocks", type=int, metavar="P", help="llama_pro: P copies (default: a quarter as many)")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu-type", required=True, choices=GPU_TYPES)
     parser.add_argument("--global-batch-size", type=int, required=True, help="sequences of a step")
@@ -45,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Make the plan and print it."""
+    from mixmoe_megatron.conversion.deeper import with_new_blocks
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
     from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.cluster_plan import plan_layouts
@@ -60,7 +65,14 @@ def run(args: argparse.Namespace) -> None:
     path = args.hf_config
     config = read_hf_config(path.parent if path.name == "config.json" else path)
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    model = Model(megatron_args_from_hf(config), MixMoEOptions.from_dict(given), args.stage)
+    phase = phase_of_stage(args.stage) if args.phase is None else trained_phases()[args.phase]
+    layers: tuple[int, ...] = ()
+    if phase.has_new_layers:
+        config, layers = with_new_blocks(config, args.new_blocks)
+    elif args.new_blocks is not None:
+        raise MixMoEError("--new-blocks goes with a phase that trains layers of its own, such as llama_pro.")
+    options = MixMoEOptions.from_dict({**method_of(phase).options, **given})
+    model = Model(megatron_args_from_hf(config), options, phase, layers)
     batch = Batch(
         args.micro_batch_size,
         args.global_batch_size,

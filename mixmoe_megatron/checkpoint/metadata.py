@@ -38,7 +38,7 @@ class Metadata:
 
     Attributes:
         phase: what the checkpoint is, written by its name beside its method's.
-        options: MixMoEOptions as a dict; None for a dense checkpoint.
+        options: MixMoEOptions as a dict, {"new_layers": [...]} where the phase has new layers; else None.
         megatron_args: Megatron argument name -> value, the dense architecture (see conversion/hf_config.py).
         hf_config: the base model's config.json.
         parent: {"path", "phase", "weights_xxh128"} of what this was made from; None if it was made from nothing.
@@ -71,9 +71,20 @@ class Metadata:
             raise MixMoEError(f"{METADATA_FILE}: parent lacks phase.")
         if not all(isinstance(entry, dict) for entry in self.data):
             raise MixMoEError(f"{METADATA_FILE}: data must be a list of objects.")
-        if (self.options is None) != (not self.phase.groups):
-            must = "must have" if self.phase.groups else "must not have"
+        if (self.options is not None) != (bool(self.phase.groups) or self.phase.has_new_layers):
+            must = "must not have" if self.options is not None else "must have"
             raise MixMoEError(f"{METADATA_FILE} of phase {self.phase.name!r} {must} options.")
+        if self.phase.has_new_layers:
+            layers, last = (self.options or {}).get("new_layers"), self.megatron_args.get("num_layers", 0)
+            if not isinstance(layers, list) or not layers or not set(layers) <= set(range(last)):
+                raise MixMoEError(
+                    f"{METADATA_FILE}: options.new_layers must list layers of the {last} there are, not {layers!r}."
+                )
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        """The 0-based numbers of the layers that the base has not."""
+        return tuple(self.options["new_layers"]) if self.phase.has_new_layers and self.options else ()
 
     def to_json(self) -> str:
         """Return the file's contents; package versions are filled in when empty.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.checkpoint.tensors import TensorSource
+from mixmoe_megatron.conversion.deeper import DeeperSource, deeper_config, new_layers
 from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_tensors
@@ -26,7 +27,9 @@ from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.conversion.regrouped import RegroupedFFN, RegroupedSource
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.llama_pro import copied_blocks
+from mixmoe_megatron.methods.registry import METHODS, phase_of_stage
 from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import ModelDescription
@@ -44,6 +47,8 @@ class ImportRequest:
         hf_dir: directory with config.json and safetensors weights.
         output_dir: the checkpoint to make.
         options: upcycle a dense model with these; None keeps a dense model dense.
+        method: name of the method whose start a dense model becomes; None: Mix-MoE with options, else full fine-tuning.
+        new_blocks: how many blocks a deeper start gets; None: as the method has it.
         seed: of the router weights drawn when upcycling.
         dtype: `keep`, `fp32` or `bf16`; routers are never cast.
         make_vocab_size_divisible_by: pads the vocabulary with zero rows; None: see hf_config.vocab_multiple.
@@ -58,6 +63,8 @@ class ImportRequest:
     hf_dir: str
     output_dir: str
     options: MixMoEOptions | None = None
+    method: str | None = None
+    new_blocks: int | None = None
     seed: int = 1234
     dtype: str = "keep"
     make_vocab_size_divisible_by: int | None = None
@@ -67,6 +74,11 @@ class ImportRequest:
     config: dict[str, Any] | None = None
     ffns: Mapping[int, RegroupedFFN] | None = None
     measured: dict[str, Any] | None = None
+
+    @property
+    def start(self) -> Phase:
+        """The phase that a dense model becomes."""
+        return METHODS[self.method or ("full" if self.options is None else "mixmoe")].phases[0]
 
 
 class _TiedSource(SafetensorsReader):
@@ -147,7 +159,7 @@ def prepare_import(request: ImportRequest) -> PreparedCheckpoint:
     ids = count_ids(request.hf_dir)
     if ids is not None:
         check_number_of_ids(f"The tokenizer in {request.hf_dir}", ids, prepared.model.sizes.vocab_size)
-    if not prepared.model.sizes.moe_layers:
+    if prepared.model.sizes.is_stacked:
         check_stacks(prepared.plan)
     return prepared
 
@@ -160,39 +172,86 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     """
     config = read_hf_config(request.hf_dir) if request.config is None else request.config
     side_files(request.hf_dir)  # a bad link is told before hours of work
-    is_mixmoe = config.get("model_type") == "mixmoe"
-    model, data = (_exported_model if is_mixmoe else _dense_model)(request, config)
+    reading = _reading(request, config)
+    model = reading.model
     model.checkpoint_args()  # refuses options that do not fit
     source = HashedSource(_hf_weights(request.hf_dir, config))
     target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
-    is_upcycled = model.phase.groups and not is_mixmoe
-    if is_upcycled and model.options and model.options.expert_init == "important" and request.ffns is None:
-        raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
-    units = expand(TABLES["upcycle" if is_upcycled else "same"], model.sizes)
-    cut_from = RegroupedSource(source, request.ffns) if request.ffns else source
-    plan = plan_tensors(units, cut_from, model.sizes, target, _NOT_WEIGHTS)
+    units = expand(TABLES[reading.table], model.sizes)
+    plan = plan_tensors(units, reading.rearranged(source), model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
         phase=model.phase,
-        options=model.options.to_dict() if model.options else None,
+        options=model.recorded_options(),
         megatron_args=model.megatron_args,
         hf_config=model.hf_config,
         created_by=request.created_by,
-        data=data,
+        data=reading.data,
         measured=request.measured,
     )
-    parent_phase = "dense" if model.phase.name == "upcycled" else model.phase.name
     parent = Path(request.hf_dir)
-    return PreparedCheckpoint(request.output_dir, request.force, model, metadata, plan, source, parent, parent_phase)
+    return PreparedCheckpoint(
+        request.output_dir, request.force, model, metadata, plan, source, parent, reading.parent_phase
+    )
 
 
-def _dense_model(request: ImportRequest, config: dict[str, Any]) -> tuple[ModelDescription, list[dict[str, Any]]]:
-    """Return the model to make of a dense one, and that it was trained on nothing here."""
-    phase = PHASES["dense" if request.options is None else "upcycled"]
-    return ModelDescription(config, _megatron_args(request, config), request.options, phase), []
+@dataclass(frozen=True)
+class _Reading:
+    """How a Hugging Face directory is read.
+
+    Attributes:
+        model: what it becomes.
+        parent_phase: name of the phase of what lies there.
+        table: of `mapping.TABLES`.
+        data: what it was trained on.
+        rearranged: the source that the table's rows read, given that of the files.
+    """
+
+    model: ModelDescription
+    parent_phase: str
+    table: str = "same"
+    data: list[dict[str, Any]] = field(default_factory=list)
+    rearranged: Callable[[TensorSource], TensorSource] = lambda source: source
 
 
-def _exported_model(request: ImportRequest, config: dict[str, Any]) -> tuple[ModelDescription, list[dict[str, Any]]]:
-    """Return the model that an export holds, and what it was trained on."""
+def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
+    if config.get("model_type") == "mixmoe":
+        return _exported_mixmoe(request, config)
+    args, start = _megatron_args(request, config), request.start
+    if request.new_blocks is not None and not start.has_new_layers:
+        raise MixMoEError("--new-blocks goes with a method that adds layers to the base, such as llama_pro.")
+    if start.has_new_layers:
+        return _deeper(request, config)
+    if not start.groups:
+        return _Reading(ModelDescription(config, args, None, start), "dense")
+    assert request.options is not None, "experts have options"
+    if request.options.expert_init == "important" and request.ffns is None:
+        raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
+    ffns = request.ffns or {}
+    regrouped = (lambda source: RegroupedSource(source, ffns)) if ffns else (lambda source: source)
+    model = ModelDescription(config, args, request.options, start)
+    return _Reading(model, "dense", "upcycle", rearranged=regrouped)
+
+
+def _deeper(request: ImportRequest, config: dict[str, Any]) -> _Reading:
+    """A dense model with new layers: exported with them, or a base that gets them."""
+    start, args = request.start, _megatron_args(request, config)
+    metadata = read_metadata(request.hf_dir) if (Path(request.hf_dir) / METADATA_FILE).is_file() else None
+    if metadata is not None and metadata.phase.has_new_layers and request.new_blocks is None:
+        if metadata.megatron_args.get("num_layers") != args["num_layers"]:
+            raise MixMoEError(
+                f"{METADATA_FILE} says {metadata.megatron_args.get('num_layers')} layers, but config.json "
+                f"{args['num_layers']}."
+            )
+        model = ModelDescription(config, args, None, metadata.phase, new_layers=metadata.new_layers)
+        return _Reading(model, metadata.phase.name, data=metadata.data)
+    layers = args["num_layers"]
+    copied = copied_blocks(layers, request.new_blocks)
+    config = deeper_config(config, copied)
+    model = ModelDescription(config, _megatron_args(request, config), None, start, new_layers=new_layers(copied))
+    return _Reading(model, "dense", rearranged=lambda source: DeeperSource(source, copied, layers))
+
+
+def _exported_mixmoe(request: ImportRequest, config: dict[str, Any]) -> _Reading:
     megatron_args = _megatron_args(request, config)
     if request.options is not None:
         raise MixMoEError(
@@ -204,7 +263,9 @@ def _exported_model(request: ImportRequest, config: dict[str, Any]) -> tuple[Mod
     if shipped and shipped.hf_config.get("_name_or_path"):
         base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
     phase = shipped.phase if shipped else phase_of_stage(config["stage"])
-    return ModelDescription(base_config, megatron_args, options, phase), shipped.data if shipped else []
+    parent = "dense" if phase.name == "upcycled" else phase.name
+    model = ModelDescription(base_config, megatron_args, options, phase)
+    return _Reading(model, parent, data=shipped.data if shipped else [])
 
 
 def _megatron_args(request: ImportRequest, config: dict[str, Any]) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) ->
         dtype: of the parameters.
         fields: TransformerConfig fields to add or override.
     """
-    options = MixMoEOptions.from_dict(metadata.options or {})
+    options = MixMoEOptions.from_dict((metadata.options or {}) if metadata.phase.groups else {})
     settings: dict[str, Any] = {
+        "new_layers": metadata.new_layers,
         **transformer_fields(metadata.megatron_args),
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,

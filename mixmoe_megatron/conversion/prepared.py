@@ -34,7 +34,9 @@ def describe_model(metadata: Metadata, embedding_rows: int) -> ModelDescription:
     """
     check_architecture(metadata)
     options = MixMoEOptions.from_dict(metadata.options or {}) if metadata.phase.groups else None
-    return ModelDescription(metadata.hf_config, metadata.megatron_args, options, metadata.phase, embedding_rows)
+    return ModelDescription(
+        metadata.hf_config, metadata.megatron_args, options, metadata.phase, embedding_rows, metadata.new_layers
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def write_checkpoint(prepared: PreparedCheckpoint, ranks: Ranks = ALONE) -> None
         progress(total // ranks.size, "to Megatron", ranks.rank) as advance,
     ):
         versions = beside.submit(package_versions)
-        stacked = 0 if sizes.moe_layers else sizes.num_layers
+        stacked = sizes.num_layers if sizes.is_stacked else 0
         args, empty = prepared.model.checkpoint_args(), extra_state_keys(sizes)
         iteration = write_torch_dist(directory, plan, args, stacked, empty, advance, ranks)
         digest = prepared.source.weights_digest(ranks)

@@ -32,8 +32,9 @@ from mixmoe_megatron.checkpoint.bits import from_torch, to_torch
 from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.conversion.parity import transformer_fields
+from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.config import MixMoETransformerConfig, check_transformer_config
-from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.model.mapping import GATE_UP, QKV, ROUTER, SAME, TABLES, VOCAB, Row, Sizes
 from mixmoe_megatron.model.router_rows import folded_router
@@ -167,7 +168,7 @@ class MixMoEBridge(MegatronModelBridge):
             "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
         }
         provider = MixMoEProvider.build(options, config["stage"], **fields)
-        provider.register_pre_wrap_hook(partial(freeze_for_stage, stage=config["stage"]))
+        provider.register_pre_wrap_hook(partial(freeze_for_phase, phase=STAGES[config["stage"]]))
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:

@@ -22,10 +22,17 @@ from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import check_megatron_version, this_machine
 from mixmoe_megatron.megatron_patches.install import install
+from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.config import check_transformer_config
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.training.arguments import apply_options, has_checkpoint, model_arguments, source_checkpoint
+from mixmoe_megatron.training.arguments import (
+    apply_options,
+    has_checkpoint,
+    model_arguments,
+    set_phase,
+    source_checkpoint,
+)
 from mixmoe_megatron.training.going_on import keep_saved_rates, saved_run
 from mixmoe_megatron.training.run import add_hooks
 from mixmoe_megatron.training.startup import prepare_save_directory
@@ -82,9 +89,10 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
         )
     if args.finetune:
         raise MixMoEError("--finetune would start from --load: give that checkpoint as --pretrained-checkpoint.")
-    source, metadata = source_checkpoint(args.load, parent, stage)
+    source, metadata = source_checkpoint(args.load, parent, STAGES[stage])
     # What `arguments.add_mixmoe_args` would have parsed.
-    vars(args).update(mixmoe_stage=stage, init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None)
+    set_phase(args, STAGES[stage])
+    vars(args).update(init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None)
     args.vocab_size = metadata.megatron_args["vocab_size"] if args.vocab_size is None else args.vocab_size
     apply_options(args, metadata)
     ids = count_ids(args.tokenizer_model) if args.tokenizer_model else None
@@ -98,7 +106,7 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     add_hooks(model_config, args)
     args.pretrained_checkpoint = None  # a hook loads it; Megatron knows neither MT := LM nor other stages' keys
     if args.rank == 0:
-        prepare_save_directory(args.save, source, metadata, stage)
+        prepare_save_directory(args.save, source, metadata, STAGES[stage])
     if args.use_checkpoint_opt_param_scheduler:
         keep_saved_rates(args, saved_run(args))
     install(args, saving=False)

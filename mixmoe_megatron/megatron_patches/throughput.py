@@ -14,6 +14,7 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers, training
 
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.metrics import install_metrics_tracker
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions
@@ -30,7 +31,8 @@ class Throughput:
 
     def __init__(self, args: MegatronArgs):
         options = MixMoEOptions(**{name: getattr(args, name) for name in OPTION_NAMES}) if args.mixmoe_stage else None
-        self.sizes = model_sizes(vars(args), options, args.mixmoe_stage, args.padded_vocab_size)
+        self.sizes = model_sizes(vars(args), options, args.mixmoe_stage, args.padded_vocab_size, args.new_layers)
+        self.phase = PHASES[args.phase]
         self.topk = options.topk_per_group if options else 1
         self.world_size = args.world_size
         self.peak = None
@@ -56,7 +58,7 @@ class Throughput:
         """
         tokens = total_real_tokens_in_batch or float(batch_size * args.seq_length)
         squares = seqlen_squared_sum_in_batch or tokens * args.seq_length
-        flops = step_flops(self.sizes, self.topk, tokens, squares / tokens).total
+        flops = step_flops(self.sizes, self.phase, self.topk, tokens, squares / tokens).total
         self._step = (tokens, flops)  # Megatron counts a step once more when it logs
         return flops
 

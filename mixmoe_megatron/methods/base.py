@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 #: The parts of a GPTModel, in order: the first pattern found in a parameter's name decides.
 PARTS: dict[str, str] = {
@@ -20,6 +22,9 @@ PARTS: dict[str, str] = {
 }
 #: In the place of parts: the phase trains the whole model.
 ALL_PARAMETERS = "all parameters"
+#: In the place of parts: the phase trains whole layers that its start put between those of the base.
+NEW_LAYERS = "new layers"
+_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(\d+)\.")
 
 
 def part_of(name: str) -> str:
@@ -34,8 +39,8 @@ class Phase:
     Attributes:
         name: what checkpoints record, and what the commands call it ("stage1"); no two phases of any method share one.
         groups: names of the expert groups that the model has, in their logical order; none in a dense model.
-        trains: the parts of the model that training changes, names of `PARTS`, or `ALL_PARAMETERS`; none in a phase
-            that only a conversion makes.
+        trains: the parts of the model that training changes, names of `PARTS`, `NEW_LAYERS` or `ALL_PARAMETERS`; none
+            in a phase that only a conversion makes.
         starts_from: names of the phases whose checkpoints it may start from.
         data: kinds of token files that it is meant for, "monolingual" and "parallel".
         made_by: what to run to get a checkpoint of it, the end of a sentence.
@@ -53,9 +58,22 @@ class Phase:
         """The stage's number as the model knows it (`mixmoe_stage`): how many expert groups there are."""
         return len(self.groups)
 
-    def is_trained(self, parameter: str) -> bool:
-        """Whether a parameter trains, by its name in a GPTModel."""
-        return ALL_PARAMETERS in self.trains or part_of(parameter) in self.trains
+    @property
+    def has_new_layers(self) -> bool:
+        """Whether its models have layers that the base has not."""
+        return NEW_LAYERS in self.trains
+
+    def is_trained(self, parameter: str, new_layers: Collection[int] = ()) -> bool:
+        """Whether a parameter trains.
+
+        Args:
+            parameter: its name in a GPTModel, layers numbered from 0 through the whole model.
+            new_layers: numbers of the layers that the base has not.
+        """
+        if ALL_PARAMETERS in self.trains or part_of(parameter) in self.trains:
+            return True
+        layer = _LAYER.search(parameter)
+        return self.has_new_layers and layer is not None and int(layer[1]) in new_layers
 
 
 @dataclass(frozen=True)
@@ -65,9 +83,11 @@ class Method:
     Attributes:
         name: what checkpoints record.
         meaning: one line for people.
-        phases: in the order in which they follow each other.
+        phases: in the order in which they follow each other. The first is what a conversion makes of a dense model.
+        options: values of Mix-MoE options that are its defaults, in place of the preset's.
     """
 
     name: str
     meaning: str
     phases: tuple[Phase, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -5,10 +5,28 @@ from __future__ import annotations
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Method, Phase
 from mixmoe_megatron.methods.full import DENSE, FULL
+from mixmoe_megatron.methods.llama_pro import LLAMA_PRO
 from mixmoe_megatron.methods.mixmoe import MIXMOE, STAGE1, STAGE2
 
-METHODS: dict[str, Method] = {method.name: method for method in (FULL, MIXMOE)}
-PHASES: dict[str, Phase] = {phase.name: phase for method in METHODS.values() for phase in method.phases}
+METHODS: dict[str, Method] = {}
+PHASES: dict[str, Phase] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known: commands, metadata, freezing and counts of work read it from here.
+
+    Raises:
+        ValueError: it, or one of its phases, has the name of another.
+    """
+    phases = {phase.name: phase for phase in method.phases}
+    if method.name in METHODS or PHASES.keys() & phases.keys():
+        raise ValueError(f"the method {method.name!r}, or a phase of that name, is registered already.")
+    METHODS[method.name] = method
+    PHASES.update(phases)
+
+
+for _method in (FULL, MIXMOE, LLAMA_PRO):
+    register(_method)
 #: The number of --mixmoe-stage -> the phase that it trains.
 STAGES: dict[int, Phase] = {0: DENSE, 1: STAGE1, 2: STAGE2}
 
@@ -16,6 +34,11 @@ STAGES: dict[int, Phase] = {0: DENSE, 1: STAGE1, 2: STAGE2}
 def method_of(phase: Phase) -> Method:
     """Return the method that a phase belongs to."""
     return next(method for method in METHODS.values() if phase in method.phases)
+
+
+def trained_phases() -> dict[str, Phase]:
+    """Return the phases that training makes, by name: what --phase may be."""
+    return {name: phase for name, phase in PHASES.items() if phase.trains}
 
 
 def phase_of_stage(stage: int) -> Phase:

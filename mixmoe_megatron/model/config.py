@@ -29,6 +29,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
     Args:
         mixmoe_stage: 0 (dense), 1 (LM group) or 2 (LM and MT groups).
         experts_backend: "auto", "te" (Transformer Engine), "torch" (torch's grouped GEMM) or "sequential".
+        new_layers: 0-based numbers of the layers that the base has not (LLaMA-Pro).
         seed: of the routers' first weights; Megatron's --seed.
 
     Raises:
@@ -37,11 +38,14 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
 
     mixmoe_stage: int = 1
     experts_backend: str = "auto"
+    new_layers: tuple[int, ...] = ()
     seed: int = 1234
 
     def __post_init__(self) -> None:
         MixMoEOptions.validate(self)
         phase_of_stage(self.mixmoe_stage)  # refuses an unknown one
+        if self.new_layers:  # trained and frozen layers cannot share the optimizer's stacked tensors
+            self.hetereogenous_dist_checkpoint = True
         if self.mixmoe_stage == 0:
             if self.num_moe_experts is not None:
                 raise MixMoEError("mixmoe_stage=0 is the dense model: num_moe_experts must be left out.")

@@ -1,23 +1,27 @@
-"""Floating-point operations of one training step, dense (stage 0) or Mix-MoE (stages 1 and 2). Pure arithmetic.
+"""Floating-point operations of one training step, in any phase of any method. Pure arithmetic.
 
 Counted are the matrix products: projections, attention, FFNs, experts, routers and the output layer; a multiplication
 and an addition are two operations. Not counted: norms, activations, softmax, embedding lookups, the loss, the fold of
 the router weights, the optimizer, and whatever activation recomputation computes twice.
 
-What is frozen saves work (`frozen_prefix.py`): no gradient goes below the first MoE layer, and only trained experts and
-routers get a weight gradient. Two small products of the frozen LM group are counted although nothing needs them,
-because the groups share one tensor of probabilities and one router product.
+What is frozen saves work (`frozen_prefix.py`): no gradient goes below the first trained weight, and only trained
+weights get a gradient. Two small products of the frozen LM group are counted although nothing needs them, because the
+groups share one tensor of probabilities and one router product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
+from mixmoe_megatron.methods.mixmoe import GROUPS
+
 if TYPE_CHECKING:
+    from mixmoe_megatron.methods.base import Phase
     from mixmoe_megatron.model.mapping import Sizes
 
+_EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
 # NVIDIA's data sheets: dense bfloat16 or float16, 10^12 operations a second. The first name found in a device's counts.
 _PEAK_TFLOPS = (("A100", 312.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0))
 
@@ -51,58 +55,82 @@ class StepFlops:
         return self.forward + self.backward_inputs + self.backward_weights
 
 
-def _product(forward: float, inputs: int, weights: int) -> StepFlops:
+def _product(forward: float, inputs: int | bool, weights: bool) -> StepFlops:
     """Return the operations of a matrix product, or of several of one kind.
 
     Args:
         forward: operations of the forward pass.
         inputs: how many times as many the gradients of its inputs cost (attention has two inputs), 0: not computed.
-        weights: how many times as many the gradient of its weight costs: 1 when it trains, else 0.
+        weights: whether its weight trains; its gradient costs as many again.
     """
     return StepFlops(forward, forward * inputs, forward * weights)
 
 
 def step_flops(
-    sizes: Sizes, topk_per_group: int, tokens: float, seq_length: float, layers: range | None = None
+    sizes: Sizes, phase: Phase, topk_per_group: int, tokens: float, seq_length: float, layers: range | None = None
 ) -> StepFlops:
     """Count the operations of one training step.
 
     Args:
-        sizes: the model's sizes (`sizes.model_sizes`); num_groups 0, 1 or 2 is the stage.
+        sizes: the model's sizes (`sizes.model_sizes`).
+        phase: that is trained, which tells what is frozen.
         topk_per_group: k, experts chosen per token and group.
         tokens: tokens of the step, all data-parallel ranks together.
         seq_length: tokens that attend to each other, causally. For sequences of lengths l: sum(l^2) / sum(l).
         layers: only these layers (a pipeline stage); the output layer goes with the last one. None: the whole model.
     """
     layers = range(sizes.num_layers) if layers is None else layers
-    products = [astuple(product) for product in _products(sizes, topk_per_group, seq_length, layers)]
+    products = [astuple(product) for product in _products(sizes, phase, topk_per_group, seq_length, layers)]
     return StepFlops(*(tokens * sum(column) for column in zip(*products, strict=True)))
 
 
-def _products(sizes: Sizes, topk_per_group: int, seq_length: float, layers: range) -> Iterator[StepFlops]:
+def _products(sizes: Sizes, phase: Phase, topk_per_group: int, seq_length: float, layers: range) -> Iterator[StepFlops]:
     """Yield the products of these layers, operations for one token."""
-    dense = sizes.num_groups == 0
+
+    def trains(name: str) -> bool:
+        return phase.is_trained(name, sizes.new_layers)
+
     hidden, query = sizes.hidden_size, sizes.num_attention_heads * sizes.kv_channels
     key_value = 2 * sizes.num_query_groups * sizes.kv_channels
-    first = -1 if dense else sizes.moe_layers[0]
-    for layer in layers:
-        above = int(layer > first)
-        yield _product(2 * hidden * (query + key_value) + 2 * query * hidden, above, int(dense))
-        yield _product(2 * query * (seq_length + 1), 2 * above, 0)  # q k^T and its product with v; half is masked
+    below = trains("embedding.word_embeddings.weight")  # whether something below trains, so that gradients must pass
+    for layer in range(layers.stop):
+        at = f"decoder.layers.{layer}."
+        products = []
+        below |= trains(at + "self_attention.linear_qkv.layer_norm_weight")
+        qkv, proj = (trains(f"{at}self_attention.{name}.weight") for name in ("linear_qkv", "linear_proj"))
+        products.append(_product(2 * hidden * (query + key_value), below, qkv))
+        below |= qkv
+        products.append(_product(2 * query * (seq_length + 1), 2 * below, False))  # two products; half is masked
+        products.append(_product(2 * query * hidden, below, proj))
+        below |= proj | trains(
+            at + ("pre_mlp_layernorm.weight" if layer in sizes.moe_layers else "mlp.linear_fc1.layer_norm_weight")
+        )
         if layer in sizes.moe_layers:
-            yield from _moe_layer(sizes, topk_per_group, above)
+            products += _moe_layer(sizes, topk_per_group, below, at, trains)
+            below |= any(product.backward_weights for product in products)
         else:
-            yield _product(6 * hidden * sizes.ffn_hidden_size, above, int(dense))
+            fc1, fc2 = (trains(f"{at}mlp.{name}.weight") for name in ("linear_fc1", "linear_fc2"))
+            products.append(_product(4 * hidden * sizes.ffn_hidden_size, below, fc1))
+            products.append(_product(2 * hidden * sizes.ffn_hidden_size, below | fc1, fc2))
+            below |= fc1 | fc2
+        if layer in layers:
+            yield from products
     if layers.stop == sizes.num_layers:
-        yield _product(2 * hidden * sizes.padded_vocab_size, 1, int(dense))
+        below |= trains("decoder.final_layernorm.weight")
+        output = "embedding.word_embeddings.weight" if sizes.tied else "output_layer.weight"
+        yield _product(2 * hidden * sizes.padded_vocab_size, below, trains(output))
 
 
-def _moe_layer(sizes: Sizes, topk_per_group: int, above: int) -> Iterator[StepFlops]:
-    """Yield the products of a Mix-MoE layer; `above`: 1 if a trained layer lies below it, else 0."""
-    hidden, groups = sizes.hidden_size, sizes.num_groups
-    yield _product(2 * hidden * sizes.num_experts_per_group * groups, above, 1)
-    for group in range(groups):
-        trained = int(group == groups - 1)
+def _moe_layer(
+    sizes: Sizes, topk_per_group: int, below: bool, at: str, trains: Callable[[str], bool]
+) -> Iterator[StepFlops]:
+    """Yield the products of a Mix-MoE layer; `below`: whether something below it trains; `at`: its name."""
+    hidden, groups = sizes.hidden_size, GROUPS[: sizes.num_groups]
+    routers = [trains(f"{at}mlp.router.{group}.weight") for group in groups]
+    # all groups share one product, and its gradient is computed whole
+    yield _product(2 * hidden * sizes.num_experts_per_group * len(groups), below, any(routers))
+    for group in groups:
+        fc1, fc2 = (trains(f"{at}mlp.experts.{group}_experts.experts.{name}.weight") for name in _EXPERT_LINEARS)
         rows = topk_per_group * hidden * sizes.moe_ffn_hidden_size
-        yield _product(4 * rows, above, trained)  # gate and up
-        yield _product(2 * rows, 1, trained)  # down
+        yield _product(4 * rows, below, fc1)  # gate and up
+        yield _product(2 * rows, True, fc2)  # down

@@ -12,67 +12,60 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_attr_wrapped_model
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.base import PARTS, part_of
-from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.methods.base import PARTS, Phase, part_of
 from mixmoe_megatron.model.frozen_prefix import run_frozen_layers_ahead
 
 Models = torch.nn.Module | list[torch.nn.Module]
+_LAYER = re.compile(r"(\bdecoder\.layers\.)(\d+)\.")
 
 
-def is_trained(name: str, stage: int) -> bool:
-    """Whether a parameter trains in the phase of a stage, by its name in a GPTModel.
-
-    Raises:
-        MixMoEError: the stage is not 0, 1 or 2.
-    """
-    return phase_of_stage(stage).is_trained(name)
-
-
-def freeze_for_stage(models: Models, stage: int) -> Models:
-    """Make a model ready to train a stage: freeze the other parameters, and run the frozen layers below ahead.
+def freeze_for_phase(models: Models, phase: Phase) -> Models:
+    """Make a model ready to train a phase: freeze the other parameters, and run the frozen layers below ahead.
 
     The two steps are `freeze_parameters` and `frozen_prefix.run_frozen_layers_ahead`; call this, or both, before the
     DDP wrapper (as a pre-wrap hook): frozen parameters then get no gradient buffer and no optimizer state.
 
     Args:
         models: a GPTModel built from this package's specs, or this rank's list of model chunks.
-        stage: 0, 1 or 2.
+        phase: to train.
 
     Returns:
         `models`.
 
     Raises:
-        MixMoEError: the stage is unknown, the model has no part that it trains, or it was not built from this
-            package's layer specs.
+        MixMoEError: the model has no part that the phase trains, or was not built from this package's layer specs.
     """
-    freeze_parameters(models, stage)
-    run_frozen_layers_ahead(_chunks(models), stage)
+    freeze_parameters(models, phase)
+    run_frozen_layers_ahead(_chunks(models), phase)
     return models
 
 
-def freeze_parameters(models: Models, stage: int) -> None:
-    """Let exactly the parameters that the stage trains require a gradient.
+def freeze_parameters(models: Models, phase: Phase) -> None:
+    """Let exactly the parameters that a phase trains require a gradient.
 
     Source: Mix-MoE (arXiv:2605.24681) Table I.
 
     Args:
         models: a GPTModel, or this rank's list of model chunks.
-        stage: 0, 1 or 2.
+        phase: to train.
 
     Raises:
-        MixMoEError: the stage is unknown, or the model has no part that it trains.
+        MixMoEError: the model has no part that it trains.
     """
-    modules = [module for chunk in _chunks(models) for module in chunk.modules()]
-    trains = 0
+    trains, is_moe = 0, False
     for chunk in _chunks(models):
+        decoder = get_attr_wrapped_model(chunk, "decoder")
+        numbers = {str(place): layer.layer_number - 1 for place, layer in enumerate(decoder.layers)}
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(is_trained(name, stage))
+            name = _LAYER.sub(lambda found, numbers=numbers: f"{found[1]}{numbers[found[2]]}.", name)  # type: ignore[misc]
+            parameter.requires_grad_(phase.is_trained(name, getattr(decoder.config, "new_layers", ())))
             trains += parameter.requires_grad
+        is_moe |= any(isinstance(module, MoELayer) for module in chunk.modules())
     alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
-    if not trains and (alone or any(isinstance(module, MoELayer) for module in modules)):
+    if not trains and (alone or is_moe):
         raise MixMoEError(
-            f"the model has nothing that stage {stage} trains ({' and '.join(phase_of_stage(stage).trains)}): "
-            "was it built for another stage?"
+            f"the model has nothing that the phase {phase.name} trains ({' and '.join(phase.trains)}): "
+            "was it built for another phase?"
         )
 
 
@@ -104,11 +97,11 @@ class ParameterReport:
     """What trains and what is frozen.
 
     Attributes:
-        stage: 0, 1 or 2.
+        phase: name of the phase that trains.
         parts: one entry per part and trained/frozen, in the model's order.
     """
 
-    stage: int
+    phase: str
     parts: list[PartReport]
 
     def count(self, trained: bool) -> int:
@@ -117,24 +110,24 @@ class ParameterReport:
 
     def table(self) -> str:
         """Return the report as text, a line per part and a last line of totals."""
-        lines = [f"{'part':<14}{'stage ' + str(self.stage):<10}{'tensors here':>13}{'here':>16}{'whole model':>16}"]
+        lines = [f"{'part':<14}{self.phase:<13}{'tensors here':>13}{'here':>16}{'whole model':>16}"]
         for part in self.parts:
             state = "trained" if part.trained else "frozen"
-            lines.append(f"{part.name:<14}{state:<10}{part.tensors:>13}{part.local:>16,}{part.total:>16,}")
+            lines.append(f"{part.name:<14}{state:<13}{part.tensors:>13}{part.local:>16,}{part.total:>16,}")
         trained, frozen = self.count(True), self.count(False)
         share = 100.0 * trained / max(1, trained + frozen)
         lines.append(f"trained {trained:,} of {trained + frozen:,} parameters ({share:.1f} %)")
         return "\n".join(lines)
 
 
-def parameter_report(models: Models, stage: int) -> ParameterReport:
+def parameter_report(models: Models, phase: Phase) -> ParameterReport:
     """Count trained and frozen parameters by part, on this rank and in the whole model.
 
     Collective over Megatron's pipeline group: every rank calls it, after Megatron's model parallelism is initialised.
 
     Args:
         models: a model or this rank's list of model chunks, wrapped or not.
-        stage: 0, 1 or 2; it stands in the report.
+        phase: that trains; its name stands in the report.
 
     Returns:
         The counts of each part that has parameters anywhere in the model, trained and frozen ones apart.
@@ -149,7 +142,7 @@ def parameter_report(models: Models, stage: int) -> ParameterReport:
     torch.distributed.all_reduce(totals, group=parallel_state.get_pipeline_model_parallel_group())
     for part, total in zip(parts.values(), totals.tolist(), strict=True):
         part.total = total
-    return ParameterReport(stage, [part for part in parts.values() if part.total])
+    return ParameterReport(phase.name, [part for part in parts.values() if part.total])
 
 
 def _named_parameters(models: Models) -> Iterator[tuple[str, torch.nn.Parameter]]:

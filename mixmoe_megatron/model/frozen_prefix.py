@@ -1,22 +1,24 @@
-"""Run the frozen layers below the first MoE layer ahead of the block, without an autograd graph.
+"""Run the frozen layers below the first trained one ahead of the block, without an autograd graph.
 
-In stages 1 and 2 the embedding, every layer below the first MoE layer and that layer's own attention are frozen and
-nothing trained lies below them: they need no graph, no stored activations and no recomputation. And a trap waits there.
+In Mix-MoE's stages the embedding, every layer below the first MoE layer and that layer's own attention are frozen and
+nothing trained lies below them: they need no graph, no stored activations and no recomputation. So it is with the
+layers below the first new one of LLaMA-Pro, which trains its attention too. And a trap waits there.
 Under full activation recomputation Megatron wraps layers in checkpoints; a checkpoint whose input does not require grad
 (frozen embedding) gives an output that does not either, the loss then has no graph, and Megatron's `backward_step`
 skips the backward pass without a word: the model never trains.
 
 Both are answered by one pair of hooks on the decoder block and a layer class with three modes:
 
-- before the block runs, its hook runs the layers below the first MoE layer under `no_grad`, once, outside any
+- before the block runs, its hook runs the layers below the first trained one under `no_grad`, once, outside any
   checkpoint; inside the block these layers pass their input through (so layer indices, names and recomputation chunks
   stay Megatron's, for `uniform` and `block` alike);
 - under full recomputation the hook makes the block's input require grad, so that every checkpoint is recorded;
-- the first MoE layer runs its attention under `no_grad` and starts the graph at its MoE layer.
+- the first trained layer, where its attention is frozen, runs that under `no_grad` and starts the graph at its FFN or
+  MoE layer.
 
 Each pipeline stage (and virtual stage) decides by its own layers' global numbers. A later stage that holds layers below
-the first MoE layer owes the stage before it a gradient: it is zero, and the hook after the block sends zeros without
-computing anything. Layers above the first MoE layer are untouched: gradients must pass through them.
+the first trained one owes the stage before it a gradient: it is zero, and the hook after the block sends zeros without
+computing anything. Layers above the first trained one are untouched: gradients must pass through them.
 
 With fp8 or fp4 or CPU offloading, whose contexts belong to the block, no layer is run ahead; there the hook only makes
 the input require grad.
@@ -25,7 +27,9 @@ the input require grad.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +39,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import WrappedTensor, get_attr_wrapped_model, make_viewless_tensor
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.base import Phase
 
+#: within an MoE layer: module, and what follows a group's name in it
+_MOE = (("experts", "_experts"), ("router", ""))
 _LAYER_ARGUMENTS = tuple(
     name for name in inspect.signature(TransformerLayer._forward_attention).parameters if name != "self"
 )
@@ -46,7 +53,8 @@ class MixMoETransformerLayer(TransformerLayer):
 
     Attributes:
         mode: "normal": as Megatron's. "ahead": all frozen, nothing trained below; `run_ahead` did its work, `forward`
-            passes the input through. "first": the first MoE layer; its attention runs under no_grad.
+            passes the input through. "first": the first trained layer, trained above its attention alone, which runs
+            under no_grad.
     """
 
     mode = "normal"
@@ -70,30 +78,74 @@ class MixMoETransformerLayer(TransformerLayer):
             return super()._forward_attention(hidden_states.detach(), *args, **kwargs)
 
 
-def run_frozen_layers_ahead(chunks: list[torch.nn.Module], stage: int) -> None:
-    """Run what is frozen below the first MoE layer ahead of each chunk's block; in stage 0 all runs as Megatron has it.
+@dataclass(frozen=True)
+class GraphStart:
+    """Where the autograd graph of a phase begins: all that lies before it in the decoder is frozen.
 
-    Call it where the model is built, beside `freezing.freeze_parameters`.
+    Attributes:
+        layer: 0-based global number of the first layer that has something to train.
+        has_attention: whether its attention, or the norm before that, trains; else its FFN or MoE layer is the first.
+    """
+
+    layer: int
+    has_attention: bool = False
+
+
+def graph_start(
+    phase: Phase, num_layers: int, moe_layers: Collection[int], new_layers: Collection[int]
+) -> GraphStart | None:
+    """Return where the graph of a phase begins; None where the embedding trains, so that nothing lies before.
+
+    Args:
+        phase: that is trained.
+        num_layers: of the whole model.
+        moe_layers: 0-based numbers of the MoE layers.
+        new_layers: of the layers that the base has not.
+    """
+    if phase.is_trained("embedding.word_embeddings.weight"):
+        return None
+    attention = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj")
+    dense = ("mlp.linear_fc1", "mlp.linear_fc2", "pre_mlp_layernorm")
+    moe = (*(f"mlp.{kind}.{group}{tail}" for group in phase.groups for kind, tail in _MOE), "pre_mlp_layernorm")
+    for layer in range(num_layers):
+        parts = attention, moe if layer in moe_layers else dense
+        trained = [
+            any(phase.is_trained(f"decoder.layers.{layer}.{name}.weight", new_layers) for name in names)
+            for names in parts
+        ]
+        if any(trained):
+            return GraphStart(layer, has_attention=trained[0])
+    return GraphStart(num_layers)
+
+
+def run_frozen_layers_ahead(chunks: list[torch.nn.Module], phase: Phase) -> None:
+    """Run what is frozen below the first trained layer ahead of each chunk's block.
+
+    Where the embedding trains all runs as Megatron has it. Call it where the model is built, beside
+    `freezing.freeze_parameters`.
 
     Args:
         chunks: this rank's GPTModels, built from this package's specs, wrapped or not.
-        stage: 0, 1 or 2.
+        phase: to train; each model has something that it trains, on some pipeline stage.
 
     Raises:
         MixMoEError: a model was not built from this package's layer specs.
     """
     for chunk in chunks:
         decoder = get_attr_wrapped_model(chunk, "decoder")
-        # Counted over the whole model: the first MoE layer may lie on another pipeline stage.
-        set_frozen_prefix(decoder, decoder.config.moe_layer_freq.index(1) if stage else None)
+        # Counted over the whole model: the first trained layer may lie on another pipeline stage.
+        frequency = decoder.config.moe_layer_freq if phase.groups else []
+        moe_layers = {layer for layer, is_moe in enumerate(frequency) if is_moe}
+        new_layers = getattr(decoder.config, "new_layers", ())
+        set_frozen_prefix(decoder, graph_start(phase, decoder.config.num_layers, moe_layers, new_layers))
 
 
-def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None) -> None:
+def set_frozen_prefix(decoder: TransformerBlock, start: GraphStart | None) -> None:
     """Set the layers' modes and put the hooks on the decoder block; a second call replaces the first.
 
     Args:
         decoder: a GPTModel's block (one pipeline or virtual stage).
-        first_trained_layer: 0-based global index of the first MoE layer; None: all is trained, take the hooks off.
+        start: where the graph begins; None: all is trained, take the hooks off.
 
     Raises:
         MixMoEError: the block was not built from this package's layer specs.
@@ -103,15 +155,16 @@ def set_frozen_prefix(decoder: TransformerBlock, first_trained_layer: int | None
     decoder._mixmoe_hooks = []
     config = decoder.config
     has_contexts = config.fp8 or config.fp4 or config.cpu_offloading  # these belong to the block
-    boundary = -1 if first_trained_layer is None or has_contexts else first_trained_layer
+    boundary = -1 if start is None or has_contexts else start.layer
     for layer in decoder.layers:
         if not isinstance(layer, MixMoETransformerLayer):
             raise MixMoEError(
                 "the model's layers do not come from mixmoe_megatron.model.layer_specs: build it from there."
             )
         index = layer.layer_number - 1
-        layer.mode = "normal" if index > boundary else "first" if index == boundary else "ahead"
-    if first_trained_layer is not None:
+        is_first = start is not None and index == boundary and not start.has_attention
+        layer.mode = "ahead" if index < boundary else "first" if is_first else "normal"
+    if start is not None:
         decoder._mixmoe_hooks = [
             decoder.register_forward_pre_hook(_before_block, with_kwargs=True),
             decoder.register_forward_hook(_after_block),

@@ -38,6 +38,7 @@ class Sizes:
         moe_layers: 0-based numbers of the Mix-MoE layers; empty for a dense model.
         num_groups: 1 in stage 1 (LM), 2 in stage 2 (LM and MT).
         router_bias: the routers have a bias.
+        new_layers: 0-based numbers of layers that the base has not; they are dense.
         spectral: the Megatron routers keep a second weight W_f (not for transform `none`).
         expert_init: `slice` or `copy`, for upcycling only.
         init_std: of router weights, for upcycling only.
@@ -54,6 +55,7 @@ class Sizes:
     tied: bool
     qkv_bias: bool
     moe_layers: tuple[int, ...] = ()
+    new_layers: tuple[int, ...] = ()
     num_groups: int = 0
     num_experts_per_group: int = 0
     moe_ffn_hidden_size: int = 0
@@ -73,6 +75,11 @@ class Sizes:
             "n": n, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
         }  # fmt: skip
         return tuple(values[symbol] for symbol in symbols.split())
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether a checkpoint keeps like tensors of all layers in one, as Megatron does where all layers are alike."""
+        return not (self.moe_layers or self.new_layers)
 
     def layers(self, scope: Scope) -> list[int]:
         """Return the 0-based numbers of the layers in a scope: of all, of the dense or of the Mix-MoE ones."""
@@ -321,9 +328,9 @@ def extra_state_keys(sizes: Sizes) -> list[str]:
             for i, group, expert in itertools.product(sizes.moe_layers, groups, range(n)):
                 name = module.replace("{i}", str(i)).replace("{g}", group)
                 keys.append(f"{name}._extra_state/shard_{expert}_{n}")
-        elif sizes.moe_layers:
+        elif not sizes.is_stacked:
             keys += [f"{module.replace('{i}', str(i))}._extra_state/shard_0_1" for i in sizes.layers(scope)]
-        else:  # a dense model's layers are stacked
+        else:
             name, count = module.replace("{i}.", ""), sizes.num_layers
             keys += [f"{name}._extra_state/shard_{i}_{count}" for i in sizes.layers(scope)]
     return keys

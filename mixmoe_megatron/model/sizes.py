@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,11 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 def model_sizes(
-    megatron_args: dict[str, Any], options: MixMoEOptions | None, stage: int, padded_vocab: int | None = None
+    megatron_args: dict[str, Any],
+    options: MixMoEOptions | None,
+    stage: int,
+    padded_vocab: int | None = None,
+    new_layers: Sequence[int] = (),
 ) -> Sizes:
     """Return the sizes of a model.
 
@@ -27,6 +32,7 @@ def model_sizes(
         options: the Mix-MoE options; not used in stage 0.
         stage: 0 (dense), 1 or 2, see `methods.Phase.stage`.
         padded_vocab: rows of the embedding in a checkpoint; default: as Megatron pads without tensor parallelism.
+        new_layers: 0-based numbers of the layers that the base has not.
 
     Raises:
         MixMoEError: the options do not fit the architecture.
@@ -58,6 +64,7 @@ def model_sizes(
         padded_vocab_size=padded_vocab or padded_vocab_size(args["vocab_size"], args["make_vocab_size_divisible_by"]),
         tied=not args["untie_embeddings_and_output_weights"],
         qkv_bias=args["add_qkv_bias"],
+        new_layers=tuple(new_layers),
         **moe,
     )
 
@@ -72,6 +79,7 @@ class ModelDescription:
         options: the Mix-MoE options; None for a dense model.
         phase: what it has been trained to be, which tells its expert groups.
         embedding_rows: of a checkpoint, padding included; None: as Megatron pads without tensor parallelism.
+        new_layers: 0-based numbers of the layers that the base has not.
     """
 
     hf_config: dict[str, Any]
@@ -79,6 +87,7 @@ class ModelDescription:
     options: MixMoEOptions | None
     phase: Phase
     embedding_rows: int | None = None
+    new_layers: tuple[int, ...] = ()
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -87,7 +96,13 @@ class ModelDescription:
         Raises:
             MixMoEError: the options do not fit the architecture.
         """
-        return model_sizes(self.megatron_args, self.options, self.phase.stage, self.embedding_rows)
+        return model_sizes(self.megatron_args, self.options, self.phase.stage, self.embedding_rows, self.new_layers)
+
+    def recorded_options(self) -> dict[str, Any] | None:
+        """Return what metadata record beside the architecture: the Mix-MoE options, or which layers are new."""
+        if self.options is not None:
+            return self.options.to_dict()
+        return {"new_layers": list(self.new_layers)} if self.phase.has_new_layers else None
 
     def checkpoint_args(self) -> dict[str, Any]:
         """Return the arguments that Megatron keeps in a checkpoint of this model.

@@ -1,9 +1,9 @@
 """An estimate of the activations that a rank keeps for the backward pass.
 
 Counted is what the modules of a layer save, with flash attention and a SwiGLU that saves its input, and tokens spread
-evenly over the experts. A frozen linear layer keeps no input. Layers below the first MoE layer keep nothing (they build
-no graph, see `frozen_prefix.py`), nor does the attention of the first MoE layer. Not counted: what a kernel needs for
-a moment, fragmentation.
+evenly over the experts. A frozen linear layer keeps no input. Layers below the first trained one keep nothing (they
+build no graph, see `frozen_prefix.py`), nor does the frozen attention of a first MoE layer. Not counted: what a kernel
+needs for a moment, fragmentation.
 
 Shape legend: t tokens of a micro-batch on a context-parallel rank, s = t / TP (sequence parallel), r = rows of all
 groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per element B bytes (2 in bfloat16).
@@ -39,11 +39,11 @@ def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank
     sizes, size = model.sizes(layout.tp), batch.bytes_per_element
     tokens = batch.micro_batch_size * batch.seq_length // layout.cp
     hidden = tokens // layout.tp * sizes.hidden_size * size
-    first = sizes.moe_layers[0] if model.stage else -1
+    lowest = model.lowest_layer
     kept = [
         _layer_bytes(sizes, model, layout, layer, tokens, size)
         for layer in layout.layers(sizes.num_layers, pp_rank)
-        if layer >= first
+        if layer >= lowest
     ]
     in_flight = min(layout.micro_batches(batch), layout.pp - pp_rank)
     total = in_flight * sum(kept)
@@ -51,20 +51,25 @@ def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank
         total = in_flight * len(kept) * hidden + max(kept, default=0)
     if pp_rank == layout.pp - 1:
         logits = tokens * sizes.padded_vocab_size // layout.tp
-        total += hidden * (1 + (model.stage == 0)) + logits * (size + _LOGIT_COPIES_BYTES)
+        total += hidden * (1 + model.is_trained("output_layer.weight")) + logits * (size + _LOGIT_COPIES_BYTES)
     return total
 
 
 def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int, tokens: int, size: int) -> int:
     """Bytes of one layer above the frozen prefix for one micro-batch."""
-    trained, sequence = int(model.stage == 0), tokens // layout.tp * sizes.hidden_size
+    trained = model.is_trained(f"decoder.layers.{layer}.self_attention.linear_qkv.weight")
+    sequence = tokens // layout.tp * sizes.hidden_size
     query, key = sizes.num_attention_heads * sizes.kv_channels, sizes.num_query_groups * sizes.kv_channels
     attention = sequence * (1 + trained) + 3 * tokens * (query + key) // layout.tp
     if layer not in sizes.moe_layers:
         ffn = sequence * (1 + trained) + tokens * sizes.ffn_hidden_size * (2 + trained) // layout.tp
         return size * (attention + ffn)
-    is_first = layer == sizes.moe_layers[0]
+    is_first = layer == model.lowest_layer
     rows = tokens // layout.tp * model.options.topk_per_group * layout.etp  # of one group
     inner = sizes.moe_ffn_hidden_size // layout.etp
-    experts = rows * (sizes.num_groups * (sizes.hidden_size + 2 * inner) + inner)
+    learning = sum(
+        model.is_trained(f"decoder.layers.{layer}.mlp.experts.{group}_experts.experts.linear_fc2.weight")
+        for group in model.phase.groups
+    )
+    experts = rows * (sizes.num_groups * (sizes.hidden_size + 2 * inner) + learning * inner)
     return size * (attention * (not is_first) + sequence * (2 - is_first) + experts)

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, replace
 
 from mixmoe_megatron.model.flops import peak_flops, step_flops
-from mixmoe_megatron.model.freezing import is_trained
 from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import rank_parameters
 
@@ -124,12 +123,14 @@ def _stage(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster,
     """Costs of one micro-batch, forward and backward, on a pipeline stage; without data parallelism."""
     sizes, k = model.sizes(layout.tp), model.options.topk_per_group
     layers = layout.layers(sizes.num_layers, pp_rank)
-    first = sizes.moe_layers[0] if model.stage else 0
+    lowest = model.lowest_layer
     tokens = batch.micro_batch_size * batch.seq_length
-    flops = step_flops(sizes, k, tokens, batch.seq_length, layers).total
+    flops = step_flops(sizes, model.phase, k, tokens, batch.seq_length, layers).total
     if batch.recompute == "full":
-        again = range(max(first, layers.start), max(first, layers.stop))
-        flops += step_flops(replace(sizes, padded_vocab_size=0), k, tokens, batch.seq_length, again).forward
+        again = range(max(lowest, layers.start), max(lowest, layers.stop))
+        flops += step_flops(
+            replace(sizes, padded_vocab_size=0), model.phase, k, tokens, batch.seq_length, again
+        ).forward
     traffic = _traffic(model, layout, batch, layers)
     spans = {
         "TP": layout.tp, "CP": layout.tp * layout.cp, "EP": layout.etp * layout.ep, "ETP": layout.etp,
@@ -149,19 +150,20 @@ def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) 
 
     A tensor-parallel sublayer gathers its input and scatters its output, backward the same and, where a weight trains,
     gathers the input again. A Mix-MoE layer dispatches the rows of all its groups in one all-to-all and combines them
-    in another. Below the first MoE layer there is no backward pass.
+    in another. Below the first trained layer there is no backward pass.
     """
     sizes, size = model.sizes(layout.tp), batch.bytes_per_element
     tokens = batch.micro_batch_size * batch.seq_length // layout.cp
     hidden = tokens * sizes.hidden_size * size
     rows = hidden // layout.tp * model.options.topk_per_group * sizes.num_groups
     key_value = 2 * tokens * sizes.num_query_groups * sizes.kv_channels * size // layout.tp
-    first, trained = (sizes.moe_layers[0], 0) if model.stage else (-1, 1)
+    lowest = model.lowest_layer
     is_first, is_last = layers.start == 0, layers.stop == sizes.num_layers
-    exchanges, dispatches, rings = is_first + is_last * (2 + trained), 0, 0
+    exchanges, dispatches, rings = is_first + is_last * (2 + model.is_trained("output_layer.weight")), 0, 0
     for layer in layers:
-        again = int(batch.recompute == "full" and layer >= first)
-        backward = int(layer > first)
+        again = int(batch.recompute == "full" and layer >= lowest)
+        backward = int(layer > lowest)
+        trained = model.is_trained(f"decoder.layers.{layer}.self_attention.linear_qkv.weight")
         sublayers = 1 if layer in sizes.moe_layers else 2
         exchanges += sublayers * (2 + 2 * again + (2 + trained) * backward)
         rings += 1 + again + 2 * backward
@@ -185,7 +187,7 @@ def _data_parallel(
     in_stage = layout.world_size // layout.pp
     grad_bytes = 4 if batch.grads_in_fp32 else batch.bytes_per_element
     for parameter in rank_parameters(model.sizes(layout.tp), layout, pp_rank):
-        if is_trained(parameter.name, model.stage):
+        if model.is_trained(parameter.name):
             stride = layout.etp * layout.ep if parameter.is_expert else layout.tp
             ranks, in_node = in_stage // stride, max(1, cluster.gpus_per_node // stride)
             part = math.prod(parameter.shape) * (grad_bytes + batch.bytes_per_element) * (ranks - 1) / ranks

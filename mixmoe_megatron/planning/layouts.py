@@ -12,6 +12,8 @@ from itertools import product
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.model.frozen_prefix import graph_start
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes, padded_vocab_size
@@ -23,13 +25,26 @@ class Model:
 
     Attributes:
         megatron_args: of the dense architecture (`conversion.hf_config.megatron_args_from_hf`).
-        options: the Mix-MoE options; not used in stage 0.
-        stage: 0 (dense), 1 or 2.
+        options: the Mix-MoE options; not used in a phase without experts.
+        phase: that is trained.
+        new_layers: 0-based numbers of the layers that the base has not.
     """
 
     megatron_args: dict[str, Any]
     options: MixMoEOptions
-    stage: int
+    phase: Phase
+    new_layers: tuple[int, ...] = ()
+
+    def is_trained(self, parameter: str) -> bool:
+        """Whether a parameter trains, by its name in a GPTModel."""
+        return self.phase.is_trained(parameter, self.new_layers)
+
+    @property
+    def lowest_layer(self) -> int:
+        """The layer whose attention gets no gradient while what follows it does; -1: gradients pass through all."""
+        sizes = self.sizes()
+        start = graph_start(self.phase, sizes.num_layers, sizes.moe_layers, self.new_layers)
+        return -1 if start is None else start.layer - start.has_attention
 
     def sizes(self, tensor_parallel: int = 1) -> Sizes:
         """Return the sizes, the vocabulary padded as Megatron pads it under this tensor-parallel size.
@@ -39,7 +54,7 @@ class Model:
         """
         args = self.megatron_args
         vocab = padded_vocab_size(args["vocab_size"], args["make_vocab_size_divisible_by"] * tensor_parallel)
-        return model_sizes(args, self.options, self.stage, vocab)
+        return model_sizes(args, self.options, self.phase.stage, vocab, self.new_layers)
 
 
 @dataclass(frozen=True)
@@ -132,9 +147,9 @@ def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterat
     tensor = [tp for tp in _divisors(gpus) if tp <= gpus_per_node and _splits_tensors(sizes, tp)]
     pipeline = [pp for pp in _divisors(gpus) if sizes.num_layers % pp == 0]
     context = [cp for cp in _divisors(gpus) if cp == 1 or batch.seq_length % (2 * cp) == 0]
-    expert = [ep for ep in _divisors(gpus) if model.stage and sizes.num_experts_per_group % ep == 0] or [1]
+    expert = [ep for ep in _divisors(gpus) if model.phase.groups and sizes.num_experts_per_group % ep == 0] or [1]
     for tp, pp, cp, ep in product(tensor, pipeline, context, expert):
-        for etp in sorted({1, tp} if model.stage else {1}):
+        for etp in sorted({1, tp} if model.phase.groups else {1}):
             if gpus % (tp * pp * cp) or (gpus // pp) % (ep * etp) or sizes.moe_ffn_hidden_size % etp:
                 continue
             if batch.seq_length % (tp * cp):

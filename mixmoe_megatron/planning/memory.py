@@ -21,7 +21,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 
 from mixmoe_megatron.methods.mixmoe import GROUPS
-from mixmoe_megatron.model.freezing import is_trained
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 
@@ -128,7 +127,7 @@ def stage_memory(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: in
     dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
     frozen, trained = 0, []
     for local in rank_parameters(model.sizes(layout.tp), layout, pp_rank):
-        if not is_trained(local.name, model.stage):
+        if not model.is_trained(local.name):
             frozen += math.prod(local.shape)
             continue
         parameter = torch.nn.Parameter(torch.empty(local.shape, dtype=dtype, device="meta"))

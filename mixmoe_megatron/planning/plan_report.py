@@ -70,7 +70,7 @@ def _table(batch: Batch, plan: list[Candidate]) -> list[str]:
 
 def _training_command(model: Model, batch: Batch, candidate: Candidate) -> str:
     """Return the training command and its flags, paths and schedule left to the user in capitals."""
-    words = [f"tools/pretrain_mixmoe.py --mixmoe-stage {model.stage} --init-from PARENT --data-path DATA"]
+    words = [f"tools/pretrain_mixmoe.py --phase {model.phase.name} --init-from PARENT --data-path DATA"]
     words += ["--load RUN --save RUN", *candidate.layout.flags(), "--use-distributed-optimizer"]
     words += [f"--seq-length {batch.seq_length} --micro-batch-size {batch.micro_batch_size}"]
     words += [f"--global-batch-size {batch.global_batch_size}"]
@@ -99,7 +99,7 @@ def command_lines(model: Model, batch: Batch, cluster: Cluster, candidate: Candi
     nodes = math.ceil(cluster.gpus / local)
     training = _training_command(model, batch, candidate)
     meeting = f"--nnodes={nodes} --nproc-per-node={local} --rdzv-backend=c10d --rdzv-endpoint="
-    first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)'
     alone = f"--standalone --nproc-per-node={local}"
     return {
         "torchrun": f"torchrun {f'{meeting}FIRST_NODE:29500' if nodes > 1 else alone} {training}",
@@ -111,7 +111,7 @@ def command_lines(model: Model, batch: Batch, cluster: Cluster, candidate: Candi
 def plan_to_dict(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate]) -> dict[str, Any]:
     """Return the plan as JSON-able values: bytes, seconds, bytes a second, operations a second."""
     return {
-        "stage": model.stage,
+        "phase": model.phase.name,
         "gpu": cluster.gpu.name,
         "gpus": cluster.gpus,
         "usable_memory_bytes": usable_memory(cluster),

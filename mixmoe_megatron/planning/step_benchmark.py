@@ -23,6 +23,8 @@ import torch
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.megatron_patches.install import prepare_megatron
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
@@ -106,13 +108,14 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
     for index, system in enumerate(systems):
         wall, cpu = (median(row[index][kind] for row in times) for kind in (0, 1))
         rows[system.name] = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peaks[index]}
-        rows[system.name] |= {"built_bytes": built[index], "flops": _flops(system.stage, task)}
+        rows[system.name] |= {"built_bytes": built[index], "flops": _flops(phase_of_stage(system.stage), task)}
     return rows
 
 
-def _flops(stage: int, task: Task) -> float:
-    sizes = model_sizes(megatron_args_from_hf(read_hf_config(task.hf_dir)), MixMoEOptions(), stage)
-    return step_flops(sizes, MixMoEOptions().topk_per_group, task.batch_size * task.seq_length, task.seq_length).total
+def _flops(phase: Phase, task: Task) -> float:
+    sizes = model_sizes(megatron_args_from_hf(read_hf_config(task.hf_dir)), MixMoEOptions(), phase.stage)
+    tokens = task.batch_size * task.seq_length
+    return step_flops(sizes, phase, MixMoEOptions().topk_per_group, tokens, task.seq_length).total
 
 
 def _context() -> Any:
@@ -182,7 +185,7 @@ def _make_step(system: System, task: Task) -> Callable[[], Any]:
     config = read_hf_config(task.hf_dir)
     batch = random_batch(config["vocab_size"], task.batch_size, task.seq_length)
     if system.engine:
-        return engine_step(config, batch, system.stage, task.flags, system.frozen_prefix)
+        return engine_step(config, batch, phase_of_stage(system.stage), task.flags, system.frozen_prefix)
     return _plain_step(task.hf_dir, batch, system.fused)
 
 

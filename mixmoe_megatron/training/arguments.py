@@ -21,7 +21,8 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_me
 from mixmoe_megatron.conversion.hf_config import check_architecture
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.machine import this_machine
-from mixmoe_megatron.methods.registry import STAGES
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import PHASES, STAGES, trained_phases
 from mixmoe_megatron.model.config import EXPERTS_BACKENDS, check_expert_parallel
 from mixmoe_megatron.model.options import PAPER_AUX_LOSS_COEFF, MixMoEOptions, mixmoe_megatron_args
 from mixmoe_megatron.model.sizes import padded_vocab_size
@@ -64,24 +65,20 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for action in parser._actions:  # a lone % in Megatron's own texts breaks --help
         action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
     group = parser.add_argument_group("Mix-MoE")
-    group.add_argument(
-        "--mixmoe-stage",
-        type=int,
-        choices=sorted(STAGES),
-        required=True,
-        help="; ".join(f"{n}: {' and '.join(p.trains)} on {' or '.join(p.data)} text" for n, p in STAGES.items()),
-    )
+    _add_phase(group)
     group.add_argument(
         "--init-from",
         "--hf-load",
         metavar="DIR",
-        help="Checkpoint to start from: upcycled for stage 1, stage 1 for stage 2, dense for stage 0; or such a "
-        "Hugging Face directory, a dense one for stage 1 too. Not used once --load holds a checkpoint of this run.",
+        help="Checkpoint to start from: upcycled for stage 1, stage 1 for stage 2, dense for stage 0, as the method's "
+        "conversion makes it for others; or such a Hugging Face directory, a dense one for all but stage 2. Not used "
+        "once --load holds a checkpoint of this run.",
     )
     group.add_argument(
         "--upcycle-options",
         metavar="X",
-        help="Stage 1 from a dense Hugging Face directory: a preset's name or a JSON object of options (options.py).",
+        help="A phase with experts from a dense Hugging Face directory: a preset's name or a JSON object of options "
+        "(options.py).",
     )
     group.add_argument("--hf-save", metavar="DIR", help="Also write each saved iteration as DIR/iter_N, Hugging Face.")
     group.add_argument(
@@ -116,6 +113,21 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_phase(group: argparse._ArgumentGroup) -> None:
+    phases = trained_phases().values()
+    group.add_argument(
+        "--phase",
+        choices=[phase.name for phase in phases],
+        help="; ".join(f"{p.name}: {' and '.join(p.trains)} on {' or '.join(p.data)} text" for p in phases),
+    )
+    group.add_argument(
+        "--mixmoe-stage",
+        type=int,
+        choices=sorted(STAGES),
+        help="Short for --phase: " + ", ".join(f"{number} {phase.name}" for number, phase in STAGES.items()) + ".",
+    )
+
+
 def _refuse(message: str) -> NoReturn:
     raise MixMoEError(f"{message} (--help lists the flags).")
 
@@ -138,8 +150,28 @@ def parse_arguments(words: list[str]) -> tuple[MegatronArgs, Metadata]:
         args = parse_args(add_mixmoe_args)
     finally:
         sys.argv[1:] = own_words
+    set_phase(args, _phase(args.phase, args.mixmoe_stage))
     apply_options(args, metadata)
     return args, metadata
+
+
+def set_phase(args: MegatronArgs, phase: Phase) -> None:
+    """Put the phase on Megatron's namespace: its name, and its stage's number, from where the model's config takes it.
+
+    Args:
+        args: the parsed namespace.
+        phase: to train.
+    """
+    args.phase, args.mixmoe_stage = phase.name, phase.stage
+
+
+def phase_of_run(args: MegatronArgs) -> Phase:
+    """Return the phase that a run trains.
+
+    Args:
+        args: Megatron's namespace, see `set_phase`.
+    """
+    return PHASES[args.phase]
 
 
 def complete_arguments(words: list[str]) -> tuple[list[str], Metadata]:
@@ -170,13 +202,12 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     Raises:
         MixMoEError: no checkpoint is named, it is of the wrong stage, or a number is not one.
     """
-    early = _flags_that_name_the_model(words)
-    stage = early.mixmoe_stage
-    directory, metadata = source_checkpoint(early.load, early.init_from, stage, early.upcycle_options)
+    early, phase = _flags_that_name_the_model(words)
+    directory, metadata = source_checkpoint(early.load, early.init_from, phase, early.upcycle_options)
     model = dict(metadata.megatron_args)
-    if stage > 0:
+    if phase.groups:
         options = MixMoEOptions.from_dict(metadata.options or {})
-        model |= mixmoe_megatron_args(options, stage, model["num_layers"], model["ffn_hidden_size"])
+        model |= mixmoe_megatron_args(options, phase.stage, model["num_layers"], model["ffn_hidden_size"])
     if not isinstance(model["rotary_base"], int):
         del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
     multiple = early.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]
@@ -188,40 +219,54 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     return _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model}), metadata
 
 
-def _flags_that_name_the_model(words: list[str]) -> argparse.Namespace:
+def _flags_that_name_the_model(words: list[str]) -> tuple[argparse.Namespace, Phase]:
     """Parse the few flags that must be known before Megatron's parser can be given a complete command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse  # type: ignore[method-assign]
     for flag in ("--load", "--upcycle-options"):
         parser.add_argument(flag)
     parser.add_argument("--init-from", "--hf-load")
+    parser.add_argument("--phase")
     parser.add_argument("--mixmoe-stage", type=int)
     parser.add_argument("--make-vocab-size-divisible-by", type=int)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     flags, _ = parser.parse_known_args(words)
-    if flags.mixmoe_stage not in STAGES:
-        got = "it is missing" if flags.mixmoe_stage is None else f"got {flags.mixmoe_stage}"
-        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, STAGES))}; {got}.")
-    return flags
+    return flags, _phase(flags.phase, flags.mixmoe_stage)
+
+
+def _phase(name: str | None, stage: int | None) -> Phase:
+    """Return the phase that --phase or --mixmoe-stage names."""
+    phases = trained_phases()
+    if name is None and stage is None:
+        raise MixMoEError(
+            f"give --phase, one of {', '.join(phases)}, or --mixmoe-stage, one of {', '.join(map(str, STAGES))}."
+        )
+    if stage is not None and stage not in STAGES:
+        raise MixMoEError(f"--mixmoe-stage must be one of {', '.join(map(str, STAGES))}; got {stage}.")
+    if name is not None and name not in phases:
+        raise MixMoEError(f"--phase must be one of {', '.join(phases)}; got {name}.")
+    if name is not None and stage is not None and STAGES[stage].name != name:
+        raise MixMoEError(f"--mixmoe-stage {stage} is the phase {STAGES[stage].name}, not --phase {name}: give one.")
+    return phases[name] if name is not None else STAGES[stage]  # type: ignore[index]
 
 
 def source_checkpoint(
-    load: str | None, init_from: str | None, stage: int, upcycle_options: str | None = None
+    load: str | None, init_from: str | None, phase: Phase, upcycle_options: str | None = None
 ) -> tuple[Path, Metadata]:
-    """Return the directory whose metadata describes the model, and that: a run of this stage, else its parent.
+    """Return the directory whose metadata describes the model, and that: a run of this phase, else its parent.
 
     Args:
-        load: where a run of this stage may lie.
+        load: where a run of this phase may lie.
         init_from: the parent, a checkpoint or a Hugging Face directory.
-        stage: 0, 1 or 2.
+        phase: to train.
         upcycle_options: see `hf_directories.open_hf_start`.
 
     Raises:
-        MixMoEError: there is neither, or it is of the wrong stage.
+        MixMoEError: there is neither, or it is of the wrong phase.
     """
     if load is not None and has_checkpoint(load):
         metadata = read_metadata(load)
-        require_phase(metadata, STAGES[stage].name, f"--load {load} must be a run of --mixmoe-stage {stage}.")
+        require_phase(metadata, phase.name, f"--load {load} must be a run of --phase {phase.name}.")
         check_architecture(metadata)
         return Path(load), metadata
     if init_from is None:
@@ -230,10 +275,10 @@ def source_checkpoint(
             + (f" (--load {load} holds no checkpoint yet)." if load else ", or --load DIR, the run to go on with.")
         )
     if is_hf_directory(init_from):
-        metadata = open_hf_start(init_from, stage, upcycle_options).metadata
+        metadata = open_hf_start(init_from, phase, upcycle_options).metadata
     else:
         metadata = read_metadata(init_from)
-    require_phase(metadata, STAGES[stage].starts_from)
+    require_phase(metadata, phase.starts_from)
     check_architecture(metadata)
     return Path(init_from), metadata
 
@@ -281,7 +326,8 @@ def apply_options(args: MegatronArgs, metadata: Metadata) -> None:
     if not isinstance(base, int) and args.rotary_base == _MEGATRON_ROTARY_BASE:
         args.rotary_base = base
     _check_architecture_flags(args, metadata)
-    if metadata.options is not None:
+    args.new_layers = metadata.new_layers
+    if metadata.phase.groups and metadata.options is not None:
         for field in dataclasses.fields(MixMoEOptions):
             setattr(args, field.name, metadata.options[field.name])
         check_expert_parallel(args.num_experts_per_group, args.expert_model_parallel_size)

@@ -18,7 +18,8 @@ from megatron.training.arguments import validate_args
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
 from mixmoe_megatron.megatron_patches.install import install
-from mixmoe_megatron.methods.registry import PHASES, STAGES
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.training.arguments import parse_arguments
@@ -44,7 +45,7 @@ def random_batch(vocab_size: int, batch_size: int, seq_length: int) -> dict[str,
 def engine_step(
     hf_config: dict[str, Any],
     batch: dict[str, torch.Tensor],
-    stage: int,
+    phase: Phase,
     flags: str = "",
     frozen_prefix: bool = True,
 ) -> Callable[[], None]:
@@ -56,7 +57,7 @@ def engine_step(
     Args:
         hf_config: config.json of the dense base.
         batch: what `step.get_batch` reads of a data iterator; tensors [B, S].
-        stage: 0 (dense), 1 or 2.
+        phase: to train.
         flags: more flags of the training command.
         frozen_prefix: False: build a graph from the embedding upwards, as trainers of frozen models usually do.
 
@@ -64,11 +65,11 @@ def engine_step(
         MixMoEError: the config is not of a supported dense model.
     """
     stand_alone_environment()
-    args = _arguments(hf_config, batch["tokens"].shape, stage, flags)
+    args = _arguments(hf_config, batch["tokens"].shape, phase, flags)
     _start_megatron(args)
     install(args, saving=False)
     container = build_config(args)
-    container.model.pre_wrap_hooks[:] = [partial(freeze_and_report, stage=stage, dry_run=False)]  # no parent to load
+    container.model.pre_wrap_hooks[:] = [partial(freeze_and_report, phase=phase, dry_run=False)]  # no parent to load
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         None, cfg_container=container, pg_collection=groups
@@ -102,13 +103,13 @@ def _build_graph_from_the_bottom(model: Any) -> None:
     model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
-def _arguments(hf_config: dict[str, Any], shape: torch.Size, stage: int, flags: str) -> MegatronArgs:
+def _arguments(hf_config: dict[str, Any], shape: torch.Size, phase: Phase, flags: str) -> MegatronArgs:
     """Megatron's validated arguments, completed from the metadata of a parent that holds nothing else."""
-    parent_phase = PHASES[STAGES[stage].starts_from[0]]
+    parent_phase = PHASES[phase.starts_from[0]]
     options = MixMoEOptions().to_dict() if parent_phase.groups else None
     with tempfile.TemporaryDirectory() as parent:
         write_metadata(parent, Metadata(parent_phase, options, megatron_args_from_hf(hf_config), hf_config))
-        line = f"--mixmoe-stage {stage} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
+        line = f"--phase {phase.name} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
         line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000 {flags}"
         args, _ = parse_arguments(line.split())
     validate_args(args, {})

@@ -26,6 +26,8 @@ from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, 
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.base import Method, Phase
+from mixmoe_megatron.methods.registry import method_of
 from mixmoe_megatron.model.options import MixMoEOptions
 
 
@@ -35,31 +37,33 @@ def is_hf_directory(directory: str | Path) -> bool:
     return is_hf and not (Path(directory) / TRACKER_FILE).is_file()
 
 
-def open_hf_start(directory: str | Path, stage: int, upcycle_options: str | None) -> PreparedCheckpoint:
+def open_hf_start(directory: str | Path, phase: Phase, upcycle_options: str | None) -> PreparedCheckpoint:
     """Read what a run would start from: configuration and headers of the weights, once in a process.
 
     Args:
-        directory: dense for stage 0 (kept dense) and stage 1 (upcycled), an exported stage 1 for stage 2.
-        stage: to train.
+        directory: dense, of which the start of the phase's method is made; or an export of what the phase starts from.
+        phase: to train.
         upcycle_options: a preset's name or a JSON object of Mix-MoE options, `preset` among them; None: recommended.
 
     Raises:
         MixMoEError: anything wrong with the directory or the options.
     """
-    return _open_hf_start(str(directory), stage, upcycle_options)
+    return _open_hf_start(str(directory), phase, upcycle_options)
 
 
 @functools.lru_cache(maxsize=1)  # asked for its configuration, its tensors and their hash, in three places
-def _open_hf_start(directory: str, stage: int, upcycle_options: str | None) -> PreparedCheckpoint:
-    config, options = read_hf_config(directory), None
-    if stage and config.get("model_type") != "mixmoe":
-        options = _parse_options(upcycle_options)
+def _open_hf_start(directory: str, phase: Phase, upcycle_options: str | None) -> PreparedCheckpoint:
+    config, options, method = read_hf_config(directory), None, method_of(phase)
+    if method.phases[0].groups and config.get("model_type") != "mixmoe":
+        options = _parse_options(upcycle_options, method)
     elif upcycle_options:
-        raise MixMoEError("--upcycle-options only go with a dense model in stage 1: here nothing is upcycled.")
-    return read_hf_model(ImportRequest(directory, output_dir="", options=options, config=config))
+        raise MixMoEError(
+            "--upcycle-options only go with a dense model and a phase with experts: here nothing is upcycled."
+        )
+    return read_hf_model(ImportRequest(directory, output_dir="", options=options, method=method.name, config=config))
 
 
-def _parse_options(text: str | None) -> MixMoEOptions:
+def _parse_options(text: str | None, method: Method) -> MixMoEOptions:
     values: dict[str, Any] = {}
     if text and text.lstrip().startswith("{"):
         try:
@@ -68,7 +72,7 @@ def _parse_options(text: str | None) -> MixMoEOptions:
             raise MixMoEError(f"--upcycle-options is not a JSON object ({error}).") from None
     elif text:
         values = {"preset": text}
-    return MixMoEOptions.from_preset(values.pop("preset", "recommended"), **values)
+    return MixMoEOptions.from_preset(values.pop("preset", "recommended"), **{**method.options, **values})
 
 
 class HfLoadStrategy:

@@ -12,6 +12,7 @@ class MegatronArgs(Protocol):
     """
 
     # of `arguments.add_mixmoe_args`
+    phase: str
     mixmoe_stage: int
     init_from: str | None
     upcycle_options: str | None
@@ -23,6 +24,7 @@ class MegatronArgs(Protocol):
     eval_mono_interval: int | None
     dry_run: bool
     # set here
+    new_layers: tuple[int, ...]
     dataloader_type: str | None
     eval_iters: int
     lr: float | None

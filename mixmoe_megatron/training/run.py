@@ -16,7 +16,6 @@ from megatron.training.global_vars import set_global_variables
 from mixmoe_megatron.checkpoint.metadata import Metadata
 from mixmoe_megatron.megatron_patches.install import install
 from mixmoe_megatron.megatron_patches.saving import where_to_go_on
-from mixmoe_megatron.methods.registry import STAGES
 from mixmoe_megatron.model.config import MixMoETransformerConfig
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.training import arguments, datasets, going_on, refusals, startup
@@ -54,7 +53,7 @@ def _check(args: MegatronArgs) -> Any:
         datasets.configure_data(args)
     config = checked_config(args)
     refusals.check_loggers(args)
-    startup.check_save_directory(args.save, args.mixmoe_stage)
+    startup.check_save_directory(args.save, arguments.phase_of_run(args))
     with refusals.one_sentence():
         set_global_variables(args, build_tokenizer=False)
     return config
@@ -70,20 +69,20 @@ def _is_work_left(args: MegatronArgs, metadata: Metadata) -> bool:
         return False
     going_on.check_schedule(args, saved)
     if saved is not None and args.rank == 0:
-        datasets.tell_of_another_order(metadata.data, STAGES[args.mixmoe_stage].name)
+        datasets.tell_of_another_order(metadata.data, args.phase)
     return True
 
 
 def _train(args: MegatronArgs, config: Any, metadata: Metadata) -> None:
     """Hand over to Megatron, and tell how training ended if it did not end well."""
     source = arguments.source_directory(args)
-    data = [] if args.dry_run else datasets.training_data(args, STAGES[args.mixmoe_stage].name)
+    data = [] if args.dry_run else datasets.training_data(args, args.phase)
 
     def provide_datasets(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         """Build the data, which is the last that may be refused; only then is anything written."""
         splits = datasets.datasets_provider(num_samples, vp_stage)
         if args.rank == 0:
-            startup.prepare_save_directory(args.save, source, metadata, args.mixmoe_stage, data)
+            startup.prepare_save_directory(args.save, source, metadata, arguments.phase_of_run(args), data)
         return splits
 
     provide_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it
@@ -148,12 +147,12 @@ def add_hooks(model_config: Any, args: MegatronArgs) -> None:
         model_config: a GPTModelConfig with a MixMoETransformerConfig.
         args: Megatron's validated namespace, options applied.
     """
-    stage = args.mixmoe_stage
-    model_config.transformer.finalize_model_grads_func = startup.guard_first_gradient(stage)
+    phase = arguments.phase_of_run(args)
+    model_config.transformer.finalize_model_grads_func = startup.guard_first_gradient(phase)
     model_config.rope_scaling_factor = args.rope_scaling_factor
     model_config.rotary_base = args.rotary_base
     hooks = model_config.pre_wrap_hooks
     if not arguments.has_checkpoint(args.load):
-        hooks.append(partial(startup.load_parent, directory=arguments.source_directory(args), stage=stage))
+        hooks.append(partial(startup.load_parent, directory=arguments.source_directory(args), phase=phase))
     hooks.append(partial(startup.leave_out_padding_rows, vocab_size=args.vocab_size))
-    hooks.append(partial(startup.freeze_and_report, stage=stage, dry_run=args.dry_run))
+    hooks.append(partial(startup.freeze_and_report, phase=phase, dry_run=args.dry_run))

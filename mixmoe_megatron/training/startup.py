@@ -27,7 +27,8 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_me
 from mixmoe_megatron.checkpoint.torch_dist_writer import CONTENT_METADATA
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.registry import STAGES
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.mixmoe import STAGE2
 from mixmoe_megatron.model.freezing import freeze_parameters, parameter_report
 from mixmoe_megatron.model.frozen_prefix import run_frozen_layers_ahead
 from mixmoe_megatron.model.moe_layer import MixMoELayer
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 ModelChunks = list[Any]
 
 
-def load_parent(chunks: ModelChunks, directory: Path, stage: int) -> ModelChunks:
+def load_parent(chunks: ModelChunks, directory: Path, phase: Phase) -> ModelChunks:
     """Fill a fresh model from its parent, under whatever parallel layout this run has.
 
     Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`). What several
@@ -47,7 +48,7 @@ def load_parent(chunks: ModelChunks, directory: Path, stage: int) -> ModelChunks
     Args:
         chunks: this rank's parts of the model, not wrapped yet.
         directory: the parent, see `methods`; or a Hugging Face directory, see `hf_directories`.
-        stage: the stage to train.
+        phase: to train.
 
     Returns:
         `chunks`.
@@ -57,13 +58,13 @@ def load_parent(chunks: ModelChunks, directory: Path, stage: int) -> ModelChunks
     """
     from_hf = is_hf_directory(directory)
     path = directory if from_hf else iteration_directory(directory)
-    plan = open_hf_start(directory, stage, get_args().upcycle_options).plan if from_hf else []
+    plan = open_hf_start(directory, phase, get_args().upcycle_options).plan if from_hf else []
     # a Hugging Face directory cannot be asked: it is read as our own writer would have written it
     stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
     replicas = mpu.get_data_parallel_group(with_context_parallel=True)
     for chunk in chunks:
         state = chunk.sharded_state_dict(metadata=stored_as)
-        if stage == 2:
+        if phase == STAGE2:
             state = {key: value for key, value in state.items() if not _is_mt(key)}
         if from_hf:
             loaded = load_from_hf(state, plan, replicas)
@@ -73,7 +74,7 @@ def load_parent(chunks: ModelChunks, directory: Path, stage: int) -> ModelChunks
         absent = chunk.load_state_dict(loaded, strict=False).missing_keys
         if missing := [key for key in absent if not (_is_mt(key) or key.endswith("_extra_state"))]:
             raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
-        if stage == 2:
+        if phase == STAGE2:
             for module in chunk.modules():
                 if isinstance(module, MixMoELayer):
                     module.initialize_mt_from_lm()
@@ -113,37 +114,37 @@ def _lower_logits(rows: int, layer: torch.nn.Module, inputs: Any, output: Any) -
     logits[..., rows:] = torch.finfo(logits.dtype).min
 
 
-def freeze_and_report(chunks: ModelChunks, stage: int, *, dry_run: bool) -> ModelChunks:
-    """Freeze what the stage does not train (Table I), run what is frozen below ahead, and log what trains.
+def freeze_and_report(chunks: ModelChunks, phase: Phase, *, dry_run: bool) -> ModelChunks:
+    """Freeze what the phase does not train (Table I), run what is frozen below ahead, and log what trains.
 
     Args:
         chunks: this rank's parts of the model, not wrapped yet.
-        stage: 0, 1 or 2.
+        phase: to train.
         dry_run: stop the process after the report, with status 0.
 
     Returns:
         `chunks`.
     """
-    freeze_parameters(chunks, stage)
-    run_frozen_layers_ahead(chunks, stage)
+    freeze_parameters(chunks, phase)
+    run_frozen_layers_ahead(chunks, phase)
     dtype = str(get_args().params_dtype).removeprefix("torch.")
     _log(training_note(dtype, choose_dtype(AUTO, choose_device())))
-    _log(f"stage {stage}: parameters\n{parameter_report(chunks, stage).table()}")
-    if stage and get_args().spectral_transform != "none":
+    _log(f"{phase.name}: parameters\n{parameter_report(chunks, phase).table()}")
+    if phase.groups and get_args().spectral_transform != "none":
         _log(f"routers: {get_args().spectral_transform} folded into their weights; no activation is transformed")
     if dry_run:
         raise SystemExit(0)
     return chunks
 
 
-def guard_first_gradient(stage: int) -> Callable[..., Any]:
+def guard_first_gradient(phase: Phase) -> Callable[..., Any]:
     """Megatron's `finalize_model_grads`, which on its first call also demands a gradient that is not zero.
 
     A frozen base with activation recompute can lose its whole backward pass without a word; training would go on and
     change nothing.
 
     Args:
-        stage: for the message.
+        phase: for the message.
 
     Returns:
         A replacement for `config.finalize_model_grads_func`.
@@ -158,13 +159,13 @@ def guard_first_gradient(stage: int) -> Callable[..., Any]:
         result = finalize_model_grads(model, *args, **kwargs)
         if not checked:
             checked = True
-            _demand_gradient(model, stage)
+            _demand_gradient(model, phase)
         return result
 
     return finalize
 
 
-def _demand_gradient(model: ModelChunks, stage: int) -> None:
+def _demand_gradient(model: ModelChunks, phase: Phase) -> None:
     args = get_args()
     largest = torch.zeros(1, device=torch.cuda.current_device())
     trained = [parameter for chunk in model for parameter in chunk.parameters() if parameter.requires_grad]
@@ -173,26 +174,26 @@ def _demand_gradient(model: ModelChunks, stage: int) -> None:
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     if largest.item() == 0.0:
         raise MixMoEError(
-            f"the gradient of the first step is zero on every rank (stage {stage}, {len(trained)} trainable tensors "
+            f"the gradient of the first step is zero on every rank ({phase.name}, {len(trained)} trainable tensors "
             f"here, recompute {args.recompute_granularity or 'off'}): nothing would be trained. Check that the batch "
             "has tokens that count in the loss (--loss-on), or run without activation recompute."
         )
 
 
-def check_save_directory(save: str | None, stage: int) -> None:
+def check_save_directory(save: str | None, phase: Phase) -> None:
     """Check that checkpoints of this run may be written to a directory; writes nothing.
 
     Args:
         save: --save, None when nothing is saved.
-        stage: the stage that this run trains.
+        phase: that this run trains.
 
     Raises:
-        MixMoEError: `save` holds a checkpoint of another stage, or cannot be written to.
+        MixMoEError: `save` holds a checkpoint of another phase, or cannot be written to.
     """
     if save is None:
         return
     directory = Path(save)
-    if (directory / METADATA_FILE).is_file() and (found := read_metadata(directory).phase) != STAGES[stage]:
+    if (directory / METADATA_FILE).is_file() and (found := read_metadata(directory).phase) != phase:
         raise MixMoEError(f"--save {save} holds a checkpoint of stage {found.name!r}: choose another directory.")
     existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
@@ -200,7 +201,7 @@ def check_save_directory(save: str | None, stage: int) -> None:
 
 
 def prepare_save_directory(
-    save: str | None, source: Path, metadata: Metadata, stage: int, data: Sequence[dict[str, Any]] = ()
+    save: str | None, source: Path, metadata: Metadata, phase: Phase, data: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write `mixmoe_metadata.json` and the tokenizer next to the checkpoints of this run (rank 0 only).
 
@@ -208,7 +209,7 @@ def prepare_save_directory(
         save: --save, None when nothing is saved.
         source: the checkpoint or Hugging Face directory that the run starts from, or goes on from.
         metadata: of `source`.
-        stage: the stage that this run trains.
+        phase: that this run trains.
         data: the token files of this run (datasets.training_data).
 
     Raises:
@@ -216,7 +217,7 @@ def prepare_save_directory(
     """
     if save is None:
         return
-    check_save_directory(save, stage)
+    check_save_directory(save, phase)
     directory = Path(save)
     if (directory / METADATA_FILE).is_file():
         return
@@ -227,16 +228,16 @@ def prepare_save_directory(
         copy_side_files(source if is_hf_directory(source) else source / "tokenizer", temporary)
         temporary.rename(directory / "tokenizer")
     parent = metadata.parent
-    if metadata.phase != STAGES[stage] or stage == 0:
-        from_hf = is_hf_directory(source)
-        if from_hf:
-            digest = open_hf_start(source, stage, get_args().upcycle_options).source.weights_digest()
+    if metadata.phase != phase or phase.name in phase.starts_from:
+        if is_hf_directory(source):
+            start = open_hf_start(source, phase, get_args().upcycle_options)
+            digest, parent_phase = start.source.weights_digest(), start.parent_phase
         else:
             digest = weights_xxh128(TorchDistReader(iteration_directory(source)))
-        phase = "dense" if from_hf and metadata.phase.name == "upcycled" else metadata.phase.name  # upcycled at load
-        parent = {"path": str(source), "phase": phase, "weights_xxh128": digest}
+            parent_phase = metadata.phase.name
+        parent = {"path": str(source), "phase": parent_phase, "weights_xxh128": digest}
     child = Metadata(
-        phase=STAGES[stage],
+        phase=phase,
         options=metadata.options,
         megatron_args=metadata.megatron_args,
         hf_config=metadata.hf_config,

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mixmoe_megatron.hf import register_auto_classes
-from mixmoe_megatron.model.freezing import is_trained
+from mixmoe_megatron.methods.registry import phase_of_stage
 from tests.distributed.conftest import COMMON
 from tests.distributed.test_hf_training import contents
 from tests.distributed.test_n_equals_one import (
@@ -181,7 +181,7 @@ def assert_state(parent: Path, child: Path, stage: int) -> None:
     main_param = "param" if distributed else "fp32_param"  # as Megatron's optimizers call it
     for name, tensor in checkpoint_tensors(child).items():
         assert tensor.dtype is torch.bfloat16, name
-        if is_trained(name, stage):
+        if phase_of_stage(stage).is_trained(name):
             main = saved[f"optimizer.state.{main_param}.{name}"]
             assert main.dtype is torch.float32 and torch.equal(main.bfloat16(), tensor), name
             trained += not torch.equal(main, tensor.float())

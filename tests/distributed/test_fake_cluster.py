@@ -24,8 +24,7 @@ import pytest
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.methods.registry import PHASES
-from mixmoe_megatron.model.freezing import is_trained
+from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import rank_parameters, stage_memory
@@ -175,7 +174,7 @@ def check_cluster(
     flags = training_flags(example, stage, more)
     layout = layout_of(flags, gpus)
     ranks = set(range(gpus)) if every_rank else first_replica(layout) | {gpus // 2, gpus - 1}
-    model = Model(megatron_args_from_hf(BASES[example["name"]]), MixMoEOptions(), stage)
+    model = Model(megatron_args_from_hf(BASES[example["name"]]), MixMoEOptions(), phase_of_stage(stage))
     batch = Batch(flags.micro_batch_size, flags.global_batch_size, flags.seq_length)
     reports = built(example, stage, layout, ranks, more, logs)
     assert [report["rank"] for report in reports] == sorted(ranks)
@@ -199,7 +198,7 @@ def check_rank(report: dict[str, Any], model: Model, layout: ParallelLayout, bat
     parameters = [(name, tuple(shape), trained) for name, (shape, trained) in report["parameters"].items()]
     first = layout.layers(sizes.num_layers, pp_rank).start
     planned = [
-        (local_name(local.name, first), local.shape, is_trained(local.name, model.stage))
+        (local_name(local.name, first), local.shape, model.is_trained(local.name))
         for local in rank_parameters(sizes, layout, pp_rank)
     ]
     assert parameters == planned
@@ -210,7 +209,7 @@ def check_rank(report: dict[str, Any], model: Model, layout: ParallelLayout, bat
     # Experts lie on the ranks of their expert-parallel number, once for each expert data parallel rank.
     per_rank = sizes.num_experts_per_group // layout.ep
     start = place // layout.etp % layout.ep * per_rank
-    groups = ("lm", "mt")[: model.stage]
+    groups = model.phase.groups
     layers = [layer for layer in layout.layers(sizes.num_layers, pp_rank) if layer in sizes.moe_layers]
     wanted = {(layer, group, start + number) for layer in layers for group in groups for number in range(per_rank)}
     held = set()
@@ -246,7 +245,7 @@ def check_whole_model(reports: list[dict[str, Any]], model: Model, dense_paramet
     sizes = model.sizes()
     layers, routers = len(sizes.moe_layers), sizes.num_experts_per_group * (2 * sizes.hidden_size + 1)
     experts = 3 * sizes.hidden_size * sizes.ffn_hidden_size
-    expected = dense_parameters + layers * (model.stage * routers + (model.stage - 1) * experts)
+    expected = dense_parameters + layers * (model.phase.stage * routers + (model.phase.stage - 1) * experts)
     assert sum(totals.values()) == expected
 
 

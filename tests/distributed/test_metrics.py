@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixmoe_megatron.checkpoint.metadata import read_metadata
+from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
@@ -99,7 +100,9 @@ def test_stage_1_and_what_tensorboard_gets(world: Path, tmp_path: Path) -> None:
     assert not any(name.startswith("mt_") for name in log)
     metadata = read_metadata(world / "upcycled")
     sizes = model_sizes(metadata.megatron_args, MixMoEOptions.from_dict(metadata.options or {}), 1)
-    assert flops_per_token(log, 1) == pytest.approx([step_flops(sizes, 1, 1.0, 32).total] * 3, rel=1e-5)
+    assert flops_per_token(log, 1) == pytest.approx(
+        [step_flops(sizes, phase_of_stage(1), 1, 1.0, 32).total] * 3, rel=1e-5
+    )
     shares = [dict(tensorboard[f"moe_lm_load_layer_3_expert_{expert}"]) for expert in range(4)]
     for step, largest in log["lm_load_max"]:
         assert sum(share[step] for share in shares) == pytest.approx(1.0, abs=1e-6)

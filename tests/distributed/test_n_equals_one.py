@@ -6,6 +6,7 @@ Four micro-batches a step in one process; with data parallelism the ranks share 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
-from mixmoe_megatron.model.freezing import is_trained
+from mixmoe_megatron.methods.registry import phase_of_stage
 from tests.distributed.conftest import COMMON, STEPS, Log
 from tests.helpers.training import checkpoint_tensors, train
 
@@ -95,7 +96,7 @@ def test_n_processes_equal_one(
     assert losses == pytest.approx(one_process[stage][0], abs=1e-5, rel=0)
     assert norms == pytest.approx(one_process[stage][1], rel=2e-3)
     assert_frozen_tensors_kept(world / parent, run, stage)
-    assert_optimizer_state_of_trained_tensors_only(run, stage)
+    assert_optimizer_state_of_trained_tensors_only(run, phase_of_stage(stage).is_trained)
     expected = checkpoint_tensors(world / f"stage{stage}")
     for name, tensor in checkpoint_tensors(run).items():
         difference = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-3)
@@ -105,7 +106,7 @@ def test_n_processes_equal_one(
 @pytest.mark.parametrize("stage", [1, 2])
 def test_one_process_keeps_frozen_tensors_too(world: Path, one_process: dict[int, Log], stage: int) -> None:
     assert_frozen_tensors_kept(world / ("upcycled", "stage1")[stage - 1], world / f"stage{stage}", stage)
-    assert_optimizer_state_of_trained_tensors_only(world / f"stage{stage}", stage)
+    assert_optimizer_state_of_trained_tensors_only(world / f"stage{stage}", phase_of_stage(stage).is_trained)
 
 
 def assert_frozen_tensors_kept(parent: Path, child: Path, stage: int) -> None:
@@ -113,17 +114,17 @@ def assert_frozen_tensors_kept(parent: Path, child: Path, stage: int) -> None:
     before, after = checkpoint_tensors(parent), checkpoint_tensors(child)
     assert before.keys() <= after.keys()
     for name, tensor in after.items():
-        if is_trained(name, stage):
+        if phase_of_stage(stage).is_trained(name):
             origin = before[name.replace(".mt.", ".lm.").replace(".mt_experts.", ".lm_experts.")]
             assert not torch.equal(tensor, origin), f"{name} did not train"
         else:
             assert torch.equal(tensor, before[name]), f"{name} is frozen in stage {stage} but changed"
 
 
-def assert_optimizer_state_of_trained_tensors_only(directory: Path, stage: int) -> None:
+def assert_optimizer_state_of_trained_tensors_only(directory: Path, is_trained: Callable[[str], bool]) -> None:
     """Check that each trained tensor has all that Adam keeps in a checkpoint, and no frozen tensor any of it."""
     keys = FileSystemReader(iteration_directory(directory)).read_metadata().state_dict_metadata
-    trained = {name for name in checkpoint_tensors(directory) if is_trained(name, stage)}
+    trained = {name for name in checkpoint_tensors(directory) if is_trained(name)}
     kept: dict[str, set[str]] = {}
     for key in keys:
         if key.startswith("optimizer.state."):

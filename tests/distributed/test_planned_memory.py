@@ -9,6 +9,7 @@ import pytest
 
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import stage_memory
@@ -44,7 +45,11 @@ def assert_planned(
 ) -> None:
     """Train one step in so many processes and compare every rank's bytes with the plan."""
     metadata = read_metadata(world / parent)
-    model = Model(megatron_args_from_hf(metadata.hf_config), MixMoEOptions.from_dict(metadata.options or {}), stage)
+    model = Model(
+        megatron_args_from_hf(metadata.hf_config),
+        MixMoEOptions.from_dict(metadata.options or {}),
+        phase_of_stage(stage),
+    )
     batch = Batch(2, 8, 32, dtype=dtype, grads_in_fp32=not flag)
     flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", *layout.flags()]
     flags += ["--micro-batch-size", "2", *(["--bf16"] if dtype == "bf16" else []), *flag.split()]

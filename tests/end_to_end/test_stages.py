@@ -15,7 +15,8 @@ from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.parity import build_megatron_model, load_weights, single_process
 from mixmoe_megatron.data.tokenizers import open_tokenizer
 from mixmoe_megatron.methods.mixmoe import STAGE2
-from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase
 from tests.end_to_end.conftest import Run
 from tests.helpers.training import TINY_RUN, run_command, train
 
@@ -39,8 +40,8 @@ def test_stage_2_starts_with_the_logits_of_stage_1(stage1_run: Run) -> None:
         stage2 = build_megatron_model(dataclasses.replace(metadata, phase=STAGE2))
         for parameter in stage2.parameters():
             parameter.fill_(float("nan"))  # the hook must fill every one
-        assert load_parent([stage2], stage1_run.directory, 2) == [stage2]
-        freeze_for_stage(stage2, 2)
+        assert load_parent([stage2], stage1_run.directory, phase_of_stage(2)) == [stage2]
+        freeze_for_phase(stage2, phase_of_stage(2))
         end, start = (model(tokens, positions, None) for model in (stage1, stage2))
     assert end.std() > 0.1
     torch.testing.assert_close(start, end, rtol=0, atol=1e-6)

@@ -11,7 +11,7 @@ import torch
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.integrations.stock_megatron import stock_flags
 from mixmoe_megatron.machine import Machine
-from mixmoe_megatron.model.freezing import is_trained
+from mixmoe_megatron.methods.registry import phase_of_stage
 from tests.end_to_end.conftest import Run
 from tests.helpers.conversion import run_conversion
 from tests.helpers.forked import Job, run_job
@@ -62,7 +62,7 @@ def test_stage1_gives_the_losses_of_our_own_command(stage1_run: Run, stock_stage
 def test_stage1_moves_the_lm_group_alone(tiny_world: Path, stock_stage1: tuple[Path, str]) -> None:
     before = checkpoint_tensors(tiny_world / "upcycled")
     moved = changed(before, checkpoint_tensors(stock_stage1[0]))
-    assert moved == {name for name in before if is_trained(name, 1)}
+    assert moved == {name for name in before if phase_of_stage(1).is_trained(name)}
 
 
 def test_stage2_starts_from_stage1_and_moves_the_mt_group_alone(
@@ -78,7 +78,9 @@ def test_stage2_starts_from_stage1_and_moves_the_mt_group_alone(
     twins = {name: twin for name, twin in twins.items() if name != twin}
     assert twins and all(torch.equal(start[name], start[twin]) for name, twin in twins.items()), "MT := LM"
     job = run_stock(2, stock_stage1[0], tiny_world / "pairs", tmp_path / "stage2")
-    assert changed(start, checkpoint_tensors(tmp_path / "stage2")) == {name for name in start if is_trained(name, 2)}
+    assert changed(start, checkpoint_tensors(tmp_path / "stage2")) == {
+        name for name in start if phase_of_stage(2).is_trained(name)
+    }
     assert "lm_load_balancing_loss" in job.stdout(0) and "mt_load_balancing_loss" in job.stdout(0)
 
 

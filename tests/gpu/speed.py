@@ -52,6 +52,7 @@ def run_syncs(rows: Rows) -> None:
 
     from mixmoe_megatron.conversion.hf_config import read_hf_config
     from mixmoe_megatron.megatron_patches.install import prepare_megatron
+    from mixmoe_megatron.methods.registry import phase_of_stage
 
     if DEVICE == "cpu":
         raise NotRun("a CPU waits for nothing")
@@ -62,7 +63,9 @@ def run_syncs(rows: Rows) -> None:
     config = read_hf_config(str(ROOT / "examples/quickstart/base"))
     for stage in (0, 1, 2):
         with rows.row(f"stage {stage}: the host waits for the GPU") as facts:
-            step = engine_step(config, random_batch(config["vocab_size"], 4, 128), stage, "--bf16 --log-interval 1000")
+            step = engine_step(
+                config, random_batch(config["vocab_size"], 4, 128), phase_of_stage(stage), "--bf16 --log-interval 1000"
+            )
             for _ in range(3):
                 step()
             torch.cuda.synchronize()
@@ -76,6 +79,7 @@ def run_syncs(rows: Rows) -> None:
 def run_step(rows: Rows) -> None:
     """Check 8: a training step of both stages beside full fine-tuning, at Llama-3.2-1B's width, 8 layers, bfloat16."""
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+    from mixmoe_megatron.methods.registry import phase_of_stage
     from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.activations import activation_bytes
     from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
@@ -100,7 +104,7 @@ def run_step(rows: Rows) -> None:
             assert facts["ratio"] < STEP_RATIO
     for system in ENGINE[:3]:
         with rows.row(f"{system.name}: peak memory as planned") as facts:
-            model = Model(megatron_args_from_hf(config), MixMoEOptions(), system.stage)
+            model = Model(megatron_args_from_hf(config), MixMoEOptions(), phase_of_stage(system.stage))
             batch = Batch(BATCH, BATCH, LENGTH, overlap=False)
             planned = stage_memory(model, ParallelLayout(), batch, 0)[0].total + activation_bytes(
                 model, ParallelLayout(), batch, 0

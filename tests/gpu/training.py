@@ -105,11 +105,11 @@ def check_frozen(before: dict[str, Any], after: dict[str, Any], stage: int) -> d
     """Hold every frozen tensor to its bits and every trained one to having moved."""
     import torch
 
-    from mixmoe_megatron.model.freezing import is_trained
+    from mixmoe_megatron.methods.registry import phase_of_stage
 
     counts = {"frozen": 0, "trained": 0}
     for name, tensor in after.items():
-        trained = is_trained("module." + name, stage)
+        trained = phase_of_stage(stage).is_trained("module." + name)
         counts["trained" if trained else "frozen"] += 1
         if name in before:
             assert torch.equal(before[name], tensor) != trained, f"{name} {'did not move' if trained else 'moved'}"

@@ -61,7 +61,8 @@ def build_rank(args: Any, container: Any, rank: int) -> tuple[list[Any], Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import initialize, training
 
-    from mixmoe_megatron.model.freezing import freeze_for_stage
+    from mixmoe_megatron.methods.registry import phase_of_stage
+    from mixmoe_megatron.model.freezing import freeze_for_phase
 
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -72,7 +73,7 @@ def build_rank(args: Any, container: Any, rank: int) -> tuple[list[Any], Any]:
     transformer = container.model.transformer
     transformer.use_cpu_initialization = transformer.perform_initialization = False
     transformer.init_model_with_meta_device = True
-    container.model.pre_wrap_hooks[:] = [lambda chunks: freeze_for_stage(chunks, args.mixmoe_stage)]
+    container.model.pre_wrap_hooks[:] = [lambda chunks: freeze_for_phase(chunks, phase_of_stage(args.mixmoe_stage))]
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, optimizer, _ = training.setup_model_and_optimizer(None, cfg_container=container, pg_collection=groups)
     return model, optimizer

@@ -84,9 +84,12 @@ def _prepare(*words: str | Path) -> None:
         run_job(list(map(str, words)), 1, Path(logs))
 
 
-def train_words(stage: int, parent: Path, data: Path, save: Path | None, steps: int, extra: str = "") -> list[str]:
-    """The command line of a tiny training run; `extra` comes last and wins."""
-    words = ["tools/pretrain_mixmoe.py", "--mixmoe-stage", str(stage), "--init-from", str(parent)]
+def train_words(
+    stage: int | str, parent: Path, data: Path, save: Path | None, steps: int, extra: str = ""
+) -> list[str]:
+    """The command line of a tiny run of a stage or of a phase by its name; `extra` comes last and wins."""
+    which = "--phase" if isinstance(stage, str) else "--mixmoe-stage"
+    words = ["tools/pretrain_mixmoe.py", which, str(stage), "--init-from", str(parent)]
     words += ["--data-path", str(data), *TINY_RUN.split(), "--train-iters", str(steps)]
     words += ["--data-cache-path", str(parent.parent / "cache")]
     if save is not None:
@@ -97,7 +100,7 @@ def train_words(stage: int, parent: Path, data: Path, save: Path | None, steps: 
 
 
 def train(
-    stage: int,
+    stage: int | str,
     parent: Path,
     data: Path,
     save: Path | None,

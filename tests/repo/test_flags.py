@@ -7,7 +7,7 @@ import argparse
 from mixmoe_megatron.training.arguments import add_mixmoe_args
 
 LIMIT = 15
-PINNED = {"--mixmoe-stage", "--init-from", "--experts-backend", "--loss-on", "--pack", "--dry-run"}
+PINNED = {"--phase", "--mixmoe-stage", "--init-from", "--experts-backend", "--loss-on", "--pack", "--dry-run"}
 PINNED |= {"--hf-load", "--hf-save", "--upcycle-options", "--eval-mono", "--eval-mono-interval"}
 
 

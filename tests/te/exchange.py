@@ -24,15 +24,15 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, write_metadata
 from mixmoe_megatron.conversion import parity
-from mixmoe_megatron.methods.registry import STAGES
-from mixmoe_megatron.model.freezing import freeze_for_stage, parameter_report
+from mixmoe_megatron.methods.registry import STAGES, phase_of_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase, parameter_report
 from mixmoe_megatron.training.startup import load_parent
 from tests.te.pretend import pretend_cuda
 
 
 def described(model: Any, stage: int) -> dict[str, Any]:
     """What must not depend on the implementation: the parts that train, and what lies where in a checkpoint."""
-    report = parameter_report(freeze_for_stage(model, stage), stage)
+    report = parameter_report(freeze_for_phase(model, phase_of_stage(stage)), phase_of_stage(stage))
     parts = {part.name: [part.trained, part.local, part.total] for part in report.parts}
     pieces: dict[str, list[Any]] = {}
     for entry in model.sharded_state_dict().values():
@@ -74,7 +74,7 @@ def exchange(checkpoint: Path, output: Path, stage: int, sizes: dict[str, int]) 
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # loading must fill every one
-        load_parent([model], source, 2 if starts_mt and name == "te" else 1)
+        load_parent([model], source, phase_of_stage(2 if starts_mt and name == "te" else 1))
         save(model, output / name, checkpoint, metadata)
         seen[name], source = described(model, stage), output / name
     (output / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(seen))

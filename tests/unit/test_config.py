@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from checkpoints_conversion.hf_to_mixmoe import build_parser, options_from_arguments
+from checkpoints_conversion.hf_to_mixmoe import build_parser
+from mixmoe_megatron.conversion.import_arguments import options_from_arguments
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.mixmoe import MIXMOE
 from mixmoe_megatron.model.config import MixMoETransformerConfig, options_and_stage
 from mixmoe_megatron.model.moe_layer import MixMoELayer
 from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers
@@ -82,7 +84,7 @@ def test_help_tells_meaning_values_and_default_of_each_option(monkeypatch: pytes
 
 def test_flags_are_read_as_their_options_are() -> None:
     words = "--hf-dir x --output-dir y --moe-layer-placement 3 --router-bias false --expert-scale 2 --topk-per-group 2"
-    options = options_from_arguments(build_parser().parse_args(words.split()), is_mixmoe=False)
+    options = options_from_arguments(build_parser().parse_args(words.split()), MIXMOE, is_mixmoe=False)
     assert options == MixMoEOptions(moe_layer_placement="3", router_bias=False, expert_scale=2, topk_per_group=2)
 
 

@@ -8,8 +8,9 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.flops import StepFlops, step_flops
-from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.sizes import model_sizes
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options, model_loss
@@ -52,14 +53,14 @@ def test_counts_equal_torchs_counter_in_the_real_model(stage: int, overrides: di
     initialize_megatron()
     options = make_options(**overrides)
     config = make_config(options, stage, experts_backend="sequential", moe_aux_loss_coeff=0.01)
-    model = freeze_for_stage(make_model(config), stage)
+    model = freeze_for_phase(make_model(config), phase_of_stage(stage))
     sizes = sizes_of(config, stage, options)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             loss = model_loss(model, BATCH, LENGTH)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    ours = step_flops(sizes, options.topk_per_group, BATCH * LENGTH, LENGTH)
+    ours = step_flops(sizes, phase_of_stage(stage), options.topk_per_group, BATCH * LENGTH, LENGTH)
     extra = unmasked_half(sizes, BATCH * LENGTH, LENGTH)
     assert forward.get_total_flops() == ours.forward + extra.forward
     assert backward.get_total_flops() == ours.backward_inputs + ours.backward_weights + extra.backward_inputs
@@ -68,18 +69,22 @@ def test_counts_equal_torchs_counter_in_the_real_model(stage: int, overrides: di
 def test_a_full_step_of_a_known_model_is_six_operations_a_parameter_and_attention() -> None:
     """The usual rule: 6 N a token for N parameters in matrices, and 6 L Q (S + 1) for causal attention."""
     parameters = 16 * (2048 * (2048 + 1024) + 2048 * 2048 + 3 * 2048 * 8192) + 2048 * 128256
-    flops = step_flops(model_sizes(LLAMA_1B, None, 0), 1, 1000, 4096)
+    flops = step_flops(model_sizes(LLAMA_1B, None, 0), phase_of_stage(0), 1, 1000, 4096)
     assert flops.total == 1000 * (6 * parameters + 6 * 16 * 2048 * 4097)
     assert flops.forward == flops.total / 3
 
 
 def test_stages_cost_less_than_full_fine_tuning_and_lengths_average() -> None:
     options = make_options()
-    dense, stage1, stage2 = (step_flops(model_sizes(LLAMA_1B, options, stage), 1, 1.0, 4096.0) for stage in STAGES)
+    dense, stage1, stage2 = (
+        step_flops(model_sizes(LLAMA_1B, options, stage), phase_of_stage(stage), 1, 1.0, 4096.0) for stage in STAGES
+    )
     assert stage1.total < stage2.total < 0.75 * dense.total
     assert stage1.forward < stage2.forward < dense.forward
     sizes = model_sizes(LLAMA_1B, options, 2)
     lengths = [5, 7, 30]
     mean = sum(length**2 for length in lengths) / sum(lengths)
-    apart = sum(step_flops(sizes, 1, length, length).total for length in lengths)
-    assert step_flops(sizes, 1, sum(lengths), mean).total == pytest.approx(apart, rel=1e-12)
+    apart = sum(step_flops(sizes, phase_of_stage(sizes.num_groups), 1, length, length).total for length in lengths)
+    assert step_flops(sizes, phase_of_stage(sizes.num_groups), 1, sum(lengths), mean).total == pytest.approx(
+        apart, rel=1e-12
+    )

@@ -9,8 +9,9 @@ import torch
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import part_of
-from mixmoe_megatron.model.freezing import freeze_for_stage, is_trained, parameter_report
-from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
+from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase, parameter_report
+from mixmoe_megatron.model.frozen_prefix import GraphStart, set_frozen_prefix
 from tests.helpers.megatron import (
     fingerprint,
     gradients,
@@ -48,7 +49,7 @@ def model_of(stage: int, coeff: float = 0.1, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(("stage", "group"), [(1, "lm"), (2, "mt")])
 def test_table_one(stage: int, group: str) -> None:
-    model = freeze_for_stage(model_of(stage), stage)
+    model = freeze_for_phase(model_of(stage), phase_of_stage(stage))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     expected = {
         f"decoder.layers.{layer}.mlp.{name}"
@@ -62,16 +63,16 @@ def test_table_one(stage: int, group: str) -> None:
 
 
 def test_stage_0_trains_all_and_unfreezes() -> None:
-    model = freeze_for_stage(freeze_for_stage(model_of(1), 1), 0)
+    model = freeze_for_phase(freeze_for_phase(model_of(1), phase_of_stage(1)), phase_of_stage(0))
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert {layer.mode for layer in model.decoder.layers} == {"normal"} and not model.decoder._mixmoe_hooks
 
 
 def test_mistakes() -> None:
-    with pytest.raises(MixMoEError, match=r"nothing that stage 2 trains \(MT experts and MT routers\)"):
-        freeze_for_stage(model_of(1), 2)
+    with pytest.raises(MixMoEError, match=r"nothing that the phase stage2 trains \(MT experts and MT routers\)"):
+        freeze_for_phase(model_of(1), phase_of_stage(2))
     with pytest.raises(MixMoEError, match="stage must be 0"):
-        is_trained("decoder.final_layernorm.weight", 3)
+        phase_of_stage(3)
 
 
 def test_parts_by_name() -> None:
@@ -84,8 +85,8 @@ def test_parts_by_name() -> None:
 
 
 def test_report_counts_everything_once() -> None:
-    model = freeze_for_stage(model_of(2), 2)
-    report = parameter_report([model], 2)
+    model = freeze_for_phase(model_of(2), phase_of_stage(2))
+    report = parameter_report([model], phase_of_stage(2))
     assert report.count(True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.count(True) + report.count(False) == sum(p.numel() for p in model.parameters())
     assert {part.name for part in report.parts if part.trained} == {"MT experts", "MT routers"}
@@ -108,9 +109,9 @@ def test_gradients_are_those_of_the_whole_graph(recomputation: str, stage: int) 
     """Neither running ahead nor recomputation changes a trained gradient; frozen tensors get none."""
     whole = model_of(stage)
     expected = gradients(whole, lambda: model_loss(whole))
-    model = freeze_for_stage(model_of(stage, **RECOMPUTATION[recomputation]), stage)
+    model = freeze_for_phase(model_of(stage, **RECOMPUTATION[recomputation]), phase_of_stage(stage))
     actual = gradients(model, lambda: model_loss(model))
-    assert set(actual) == {name for name in expected if is_trained(name, stage)}
+    assert set(actual) == {name for name in expected if phase_of_stage(stage).is_trained(name)}
     for name, gradient in actual.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -118,7 +119,7 @@ def test_gradients_are_those_of_the_whole_graph(recomputation: str, stage: int) 
 
 @pytest.mark.parametrize("recomputation", RECOMPUTATION)
 def test_frozen_layers_run_once(recomputation: str) -> None:
-    model = freeze_for_stage(model_of(1, **RECOMPUTATION[recomputation]), 1)
+    model = freeze_for_phase(model_of(1, **RECOMPUTATION[recomputation]), phase_of_stage(1))
     runs = [0] * 4
     for index, layer in enumerate(model.decoder.layers):
 
@@ -134,7 +135,7 @@ def test_frozen_layers_run_once(recomputation: str) -> None:
 
 
 def test_nothing_below_the_first_moe_layer_is_in_the_graph() -> None:
-    model = freeze_for_stage(model_of(1), 1)
+    model = freeze_for_phase(model_of(1), phase_of_stage(1))
     inputs: dict[int, bool] = {}
     for index, layer in enumerate(model.decoder.layers):
 
@@ -168,7 +169,7 @@ def test_frozen_layers_below_the_first_moe_layer_keep_nothing(stage: int) -> Non
 
     def model_with_below(layers: int) -> Any:
         options = make_options(moe_layer_placement=str(layers))
-        return freeze_for_stage(make_model(make_config(options, stage, num_layers=layers + 1)), stage)
+        return freeze_for_phase(make_model(make_config(options, stage, num_layers=layers + 1)), phase_of_stage(stage))
 
     one, five = model_with_below(1), model_with_below(5)
     kept = saved_bytes(one)
@@ -179,7 +180,7 @@ def test_frozen_layers_below_the_first_moe_layer_keep_nothing(stage: int) -> Non
 
 
 def test_the_lm_aux_loss_of_stage_2_trains_mt_experts_of_earlier_layers_only() -> None:
-    model = freeze_for_stage(model_of(2, coeff=1.0), 2)
+    model = freeze_for_phase(model_of(2, coeff=1.0), phase_of_stage(2))
     # Of the losses only the LM aux losses are left: no cross-entropy, and the MT routers' aux losses off.
     for layer in model.decoder.layers[2:]:
         router = layer.mlp.router
@@ -202,8 +203,8 @@ def test_the_lm_aux_loss_of_stage_2_trains_mt_experts_of_earlier_layers_only() -
 def test_a_later_pipeline_stage_sends_zeros_back(recomputation: str, moe_layers: str, first_trained_layer: int) -> None:
     """The stage holds frozen layers below the first MoE layer: its input's gradient is zero, but it is there."""
     config = make_config(make_options(moe_layer_placement=moe_layers), 1, **RECOMPUTATION[recomputation])
-    model = freeze_for_stage(make_model(config, pre_process=False, post_process=False), 1)
-    set_frozen_prefix(model.decoder, first_trained_layer)  # 9: on a stage after this one
+    model = freeze_for_phase(make_model(config, pre_process=False, post_process=False), phase_of_stage(1))
+    set_frozen_prefix(model.decoder, GraphStart(first_trained_layer))  # 9: on a stage after this one
     received = torch.randn(8, 2, 24, requires_grad=True)
     model.set_input_tensor(received)
     positions = torch.arange(8).expand(2, 8)
@@ -217,8 +218,8 @@ def test_a_later_pipeline_stage_sends_zeros_back(recomputation: str, moe_layers:
 def test_layers_above_the_first_moe_layer_pass_gradients_on() -> None:
     """A later pipeline stage without the first MoE layer is untouched: the stage before it trains too."""
     config = make_config(OPTIONS, 1, **RECOMPUTATION["uniform 1"])
-    model = freeze_for_stage(make_model(config, pre_process=False, post_process=False), 1)
-    set_frozen_prefix(model.decoder, -1)
+    model = freeze_for_phase(make_model(config, pre_process=False, post_process=False), phase_of_stage(1))
+    set_frozen_prefix(model.decoder, GraphStart(-1))
     received = torch.randn(8, 2, 24, requires_grad=True)
     model.set_input_tensor(received)
     model(None, torch.arange(8).expand(2, 8), None).square().sum().backward()
@@ -231,4 +232,4 @@ def test_a_model_from_other_specs_is_refused() -> None:
     config = make_config(OPTIONS, 0)
     model = make_model(config, spec=get_gpt_layer_local_spec(normalization="RMSNorm"))
     with pytest.raises(MixMoEError, match=r"do not come from mixmoe_megatron.model.layer_specs"):
-        freeze_for_stage(model, 0)
+        freeze_for_phase(model, phase_of_stage(0))

@@ -19,7 +19,8 @@ from megatron.training import training
 
 from mixmoe_megatron.data.packing import collate_packs
 from mixmoe_megatron.data.parallel import collate
-from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.metrics import install_metrics_tracker
 from mixmoe_megatron.training import step
 from tests.helpers.host_syncs import HostSync, refused_syncs
@@ -74,7 +75,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, name
     batch = make_batch()
     dtype = {"bf16": True, "params_dtype": torch.bfloat16}
     model = make_model(make_config(make_options(moe_every=2), stage, moe_aux_loss_coeff=0.1, **dtype, **settings))
-    freeze_for_stage(model.train().to("meta"), stage)
+    freeze_for_phase(model.train().to("meta"), phase_of_stage(stage))
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to("meta")  # Megatron moves it once
     install_metrics_tracker(stage, [1, 3], model.config.num_experts_per_group)
     checked: list[torch.Tensor] = []

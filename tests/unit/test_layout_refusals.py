@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -78,18 +77,12 @@ def parent(tmp_path: Path) -> Path:
 def parse(parent: Path, flags: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the arguments of one of eight processes, as the training command parses them."""
     enable_cpu_mode()
-    from megatron.training.arguments import parse_args
-
-    from mixmoe_megatron.training.arguments import add_mixmoe_args, apply_options, complete_arguments
+    from mixmoe_megatron.training.arguments import parse_arguments
 
     line = f"--mixmoe-stage 1 --init-from {parent} --seq-length 32 --micro-batch-size 1 --global-batch-size 8 "
-    words, metadata = complete_arguments((line + "--lr 1e-4 --train-iters 10 " + flags).split())
-    monkeypatch.setattr(sys, "argv", ["pretrain_mixmoe.py", *words])
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
-    args = parse_args(add_mixmoe_args)
-    apply_options(args, metadata)
-    return args
+    return parse_arguments((line + "--lr 1e-4 --train-iters 10 " + flags).split())[0]
 
 
 @pytest.mark.parametrize("flags", REFUSED)

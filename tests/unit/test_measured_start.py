@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from checkpoints_conversion import hf_to_mixmoe
+from mixmoe_megatron import dtypes
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TorchDistReader, iteration_directory
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE
 from mixmoe_megatron.conversion import measured_start
@@ -188,8 +189,9 @@ def test_the_logits_have_the_deviation_asked_for_whatever_the_width(
 
 
 def test_the_start_that_is_shown_is_the_one_that_is_written(
-    base: Path, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dtypes, "FAST_BFLOAT16_FLAGS", ())  # float32 on any machine, as `loaded` below
     status = hf_to_mixmoe.main(
         ["--hf-dir", str(base), "--output-dir", str(tmp_path / "out"), "--moe-every", "2", "--measure", *files]
     )

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.base import ALL_PARAMETERS, PARTS
+from mixmoe_megatron.methods.base import ALL_PARAMETERS, NEW_LAYERS, PARTS
 from mixmoe_megatron.methods.registry import METHODS, PHASES, STAGES, method_of, phase_of_stage
 
 HEAVY = ("torch", "megatron", "numpy", "transformers")
@@ -18,7 +18,7 @@ def test_the_table_is_whole() -> None:
     phases = [phase for method in METHODS.values() for phase in method.phases]
     assert len({phase.name for phase in phases}) == len(phases) == len(PHASES)
     for phase in phases:
-        assert set(phase.trains) <= {*PARTS, ALL_PARAMETERS}
+        assert set(phase.trains) <= {*PARTS, ALL_PARAMETERS, NEW_LAYERS}
         assert phase.starts_from and set(phase.starts_from) <= set(PHASES)
         assert set(phase.data) <= {"monolingual", "parallel"} and bool(phase.data) == bool(phase.trains)
         assert phase.made_by.endswith(".")

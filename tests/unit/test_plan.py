@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.model.freezing import freeze_for_stage
+from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.planning.activations import activation_bytes
 from mixmoe_megatron.planning.cluster_plan import plan_layouts, rank_memory, usable_memory
@@ -29,7 +30,7 @@ BATCH = Batch(micro_batch_size=1, global_batch_size=32, seq_length=1024)
 
 
 def model_of(base: str, stage: int) -> Model:
-    return Model(megatron_args_from_hf(BASES[base]), MixMoEOptions(), stage)
+    return Model(megatron_args_from_hf(BASES[base]), MixMoEOptions(), phase_of_stage(stage))
 
 
 def plan_cluster(tmp_path: Path, words: str, base: str = "llama3.2_1b") -> int:
@@ -108,7 +109,7 @@ def test_activations_are_near_what_autograd_saves(stage: int) -> None:
     initialize_megatron()
     options = make_options(moe_every=2)
     sizes: dict[str, Any] = {"num_layers": 6, "hidden_size": 64, "ffn_hidden_size": 256, "kv_channels": 16}
-    module = freeze_for_stage(make_model(make_config(options, stage, **sizes)), stage)
+    module = freeze_for_phase(make_model(make_config(options, stage, **sizes)), phase_of_stage(stage))
     assert isinstance(module, torch.nn.Module)
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     saved: dict[int, int] = {}
@@ -126,7 +127,9 @@ def test_activations_are_near_what_autograd_saves(stage: int) -> None:
         **sizes, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": VOCAB_SIZE, "add_qkv_bias": False,
         "make_vocab_size_divisible_by": 1, "untie_embeddings_and_output_weights": False, "init_method_std": 0.02,
     }  # fmt: skip
-    estimate = activation_bytes(Model(args, options, stage), ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0)
+    estimate = activation_bytes(
+        Model(args, options, phase_of_stage(stage)), ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0
+    )
     assert 0.6 < estimate / sum(saved.values()) < 1.1
 
 

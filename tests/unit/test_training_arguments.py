@@ -118,8 +118,10 @@ def test_other_mistakes(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for words, message in (
-        (["--mixmoe-stage", 2, "--load", run], f"--load {run} must be a run of --mixmoe-stage 2"),
-        ([], "--mixmoe-stage must be one of 0, 1, 2; it is missing"),
+        (["--mixmoe-stage", 2, "--load", run], f"--load {run} must be a run of --phase stage2"),
+        ([], "give --phase, one of dense, stage1, stage2, llama_pro, or --mixmoe-stage, one of 0, 1, 2"),
+        (["--phase", "upcycled"], "--phase must be one of dense, stage1, stage2, llama_pro; got upcycled"),
+        (["--phase", "stage1", "--mixmoe-stage", 2], "--mixmoe-stage 2 is the phase stage2, not --phase stage1"),
         (["--mixmoe-stage", 4], "got 4"),
         (["--mixmoe-stage", "x"], "invalid int value: 'x'"),
         (["--mixmoe-stage", 1], "give --init-from DIR"),
@@ -148,7 +150,7 @@ def test_a_rope_base_that_no_flag_can_say(tmp_path: Path, theta: float) -> None:
 def test_a_refused_word_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     parser = add_mixmoe_args(argparse.ArgumentParser(allow_abbrev=False))
     for words, message in (
-        ([], "the following arguments are required: --mixmoe-stage"),
+        (["--phase", "upcycled"], "argument --phase: invalid choice: 'upcycled'"),
         (["--mixmoe-stage", "7"], "argument --mixmoe-stage: invalid choice: 7"),
         (["--mixmoe-stage", "1", "--experts-backend", "foo"], "argument --experts-backend: invalid choice: 'foo'"),
         (["--mixmoe-stage", "1", "--nonsense"], "unrecognized arguments: --nonsense"),

@@ -1,0 +1,138 @@
+"""Every method keeps the same promises: N processes equal one, frozen bits stay, runs go on, exports come back.
+
+Mix-MoE itself has a longer list of layouts in test_n_equals_one.py and test_resharding.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints_conversion import hf_to_mixmoe, mixmoe_to_hf
+from mixmoe_megatron.checkpoint.metadata import read_metadata
+from mixmoe_megatron.conversion.parity import check_parity
+from mixmoe_megatron.methods.registry import METHODS, PHASES
+from tests.distributed.conftest import Log
+from tests.distributed.test_n_equals_one import (
+    CP,
+    FULL,
+    OVERLAP,
+    PP,
+    TP,
+    assert_optimizer_state_of_trained_tensors_only,
+)
+from tests.helpers.norms_method import register_norms
+from tests.helpers.training import checkpoint_tensors, train
+
+STEPS = 10
+#: method -> words of its conversion, and the phases that are trained, each from the start
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "full": ([], ["dense"]),
+    "llama_pro": (["--new-blocks", "2"], ["llama_pro"]),
+    "norms": ([], ["norms"]),
+}
+LAYOUTS = {
+    "TP2 SP": (2, TP),
+    "DP2, distributed optimizer, overlap": (2, OVERLAP),
+    "PP2": (2, PP),
+    "CP2": (2, CP),
+    "PP2, recompute full": (2, PP + FULL),
+}
+TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
+COMMON = "--micro-batch-size 2 "
+
+
+class Runs:
+    """Starts and one-process runs of the methods, each made once."""
+
+    def __init__(self, world: Path, directory: Path) -> None:
+        self.world, self.directory = world, directory
+        self.start, self.alone = cache(self._start), cache(self._alone)
+
+    def _start(self, method: str) -> Path:
+        output = self.directory / method / "start"
+        words = ["--hf-dir", self.world / "base", "--output-dir", output, "--method", method, *CASES[method][0]]
+        assert hf_to_mixmoe.main(list(map(str, words))) == 0
+        return output
+
+    def run(self, method: str, phase: str, save: Path, flags: str = "", processes: int = 1) -> Log:
+        """Train to step 10, or as `flags` say; returns losses and gradient norms."""
+        flags = f"{COMMON}{flags} --seq-length 160 --data-cache-path {self.directory}/cache"
+        return train(
+            phase, self.start(method), self.world / "pairs", save, STEPS, flags, processes, prelude=register_norms
+        )
+
+    def _alone(self, method: str, phase: str) -> tuple[Path, Log]:
+        save = self.directory / method / phase
+        return save, self.run(method, phase, save)
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path) -> Iterator[Runs]:
+    register_norms()
+    with tempfile.TemporaryDirectory() as directory:
+        yield Runs(world, Path(directory))
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    """Check that two checkpoints hold the same model but for rounding."""
+    tensors = checkpoint_tensors(expected)
+    assert checkpoint_tensors(found).keys() == tensors.keys()
+    for name, tensor in checkpoint_tensors(found).items():
+        difference = (tensor - tensors[name]).abs().max() / tensors[name].abs().max().clamp_min(1e-3)
+        assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("method", "phase"), TRAININGS)
+def test_n_processes_equal_one(runs: Runs, method: str, phase: str, layout: str, tmp_path: Path) -> None:
+    processes, flags = LAYOUTS[layout]
+    expected, (losses, norms) = runs.alone(method, phase)
+    found_losses, found_norms = runs.run(method, phase, tmp_path / "run", flags, processes)
+    assert found_losses == pytest.approx(losses, abs=1e-5, rel=0)
+    assert found_norms == pytest.approx(norms, rel=2e-3)
+    assert_close(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize(("method", "phase"), TRAININGS)
+def test_what_is_frozen_keeps_its_bits(runs: Runs, method: str, phase: str) -> None:
+    start, (save, _) = runs.start(method), runs.alone(method, phase)
+    new_layers = read_metadata(save).new_layers
+    before, after = checkpoint_tensors(start), checkpoint_tensors(save)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        is_trained = PHASES[phase].is_trained(name, new_layers)
+        assert torch.equal(tensor, before[name]) != is_trained, name
+    if new_layers:
+        assert_optimizer_state_of_trained_tensors_only(save, lambda name: PHASES[phase].is_trained(name, new_layers))
+
+
+@pytest.mark.parametrize(("method", "phase"), TRAININGS)
+def test_a_run_goes_on_under_another_layout(runs: Runs, method: str, phase: str, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    runs.run(method, phase, save, "--exit-interval 5")
+    runs.run(method, phase, save, TP, 2)
+    assert_close(save, runs.alone(method, phase)[0])
+    assert read_metadata(save).phase is PHASES[phase] and read_metadata(save).parent is not None
+
+
+@pytest.mark.parametrize(("method", "phase"), TRAININGS)
+def test_an_export_is_the_model_and_comes_back(runs: Runs, method: str, phase: str, tmp_path: Path) -> None:
+    save, back = runs.alone(method, phase)[0], tmp_path / "back"
+    assert mixmoe_to_hf.main(["--checkpoint-dir", str(save), "--output-dir", str(tmp_path / "hf")]) == 0
+    assert check_parity(str(tmp_path / "hf"), str(save), None, 1e-4, "fp32", None)[1] is None
+    words = ["--hf-dir", str(tmp_path / "hf"), "--output-dir", str(back), "--method", method]
+    assert hf_to_mixmoe.main(words) == 0
+    before, after = checkpoint_tensors(save), checkpoint_tensors(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert read_metadata(back).new_layers == read_metadata(save).new_layers
+
+
+def test_all_methods_are_tried() -> None:
+    register_norms()
+    assert set(CASES) == set(METHODS) - {"mixmoe"}
