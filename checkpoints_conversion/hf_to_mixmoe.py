@@ -19,7 +19,7 @@ from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
-from mixmoe_megatron.conversion.import_arguments import method_from_arguments, options_from_arguments
+from mixmoe_megatron.conversion.import_arguments import EXPORTS, method_from_arguments, options_from_arguments
 from mixmoe_megatron.conversion.measured_start import measure_start
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     request = ImportRequest(
         hf_dir=args.hf_dir,
         output_dir=args.output_dir,
-        options=options_from_arguments(args, method, config.get("model_type") == "mixmoe"),
+        options=options_from_arguments(args, method, config.get("model_type") in EXPORTS),
         method=method.name,
         new_blocks=args.new_blocks,
         seed=args.seed,

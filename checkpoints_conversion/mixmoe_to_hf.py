@@ -24,6 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint-dir", required=True, help="directory with mixmoe_metadata.json")
     parser.add_argument("--output-dir", required=True, help="Hugging Face directory to make")
     parser.add_argument("--iteration", type=int, help="default: the latest")
+    parser.add_argument(
+        "--format",
+        choices=("mixmoe", "qwen2_moe"),
+        help="of a model with experts: with code of its own, or transformers' Qwen2Moe, for one expert group without a "
+        "router bias (default: as the checkpoint's method has it)",
+    )
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers stay in fp32")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default 5GB)")
     parser.add_argument("--base-model", help="name of the dense base model, for the model card")
@@ -39,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_dir=args.checkpoint_dir,
         output_dir=args.output_dir,
         iteration=args.iteration,
+        format=args.format,
         dtype=args.dtype,
         max_shard_bytes=parse_size(args.max_shard_size),
         base_model=args.base_model,

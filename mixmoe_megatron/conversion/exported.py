@@ -24,7 +24,10 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_mixmoe.MixMoEForCausalLM",
 }
 # Options that are fields of config.json by the same name.
-_OPTION_FIELDS = ("num_experts_per_group", "topk_per_group", "group_combine", "router_prob_scaling", "router_bias")
+_OPTION_FIELDS = (
+    "num_experts_per_group", "topk_per_group", "group_combine", "router_prob_scaling", "renormalize_topk",
+    "router_bias",
+)  # fmt: skip
 # Fields of the base's config.json that describe the base, or that `rope_parameters` replaces.
 _NOT_INHERITED = ("_name_or_path", "transformers_version", "rope_theta", "rope_scaling")
 
@@ -80,6 +83,7 @@ def options_from_hf(config: dict[str, Any], shipped: Metadata | None = None) -> 
         raise MixMoEError(f"config.json: mixmoe must be an object, not {recorded!r}.")
     values = {name: value for name, value in recorded.items() if name in OPTION_NAMES}
     try:
+        config = {"renormalize_topk": False, **config}  # older exports have no such field
         values |= {name: config[name] for name in _OPTION_FIELDS}
         layers, scale, width = config["moe_layers"], config["expert_scale"], config["moe_intermediate_size"]
     except KeyError as error:

@@ -50,8 +50,8 @@ _READ = {
 # Fields of an exported Mix-MoE model that say how it differs from its dense base.
 _MIXMOE = {
     "auto_map", "base_model_type", "expert_scale", "group_combine", "mixmoe", "moe_intermediate_size", "moe_layers",
-    "num_experts", "num_experts_per_group", "num_experts_per_tok", "router_bias", "router_prob_scaling", "stage",
-    "topk_per_group",
+    "num_experts", "num_experts_per_group", "num_experts_per_tok", "renormalize_topk", "router_bias",
+    "router_prob_scaling", "stage", "topk_per_group",
 }  # fmt: skip
 # Fields that say how to generate, store or label, not what the model computes.
 _HARMLESS = {

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_me
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
-from mixmoe_megatron.checkpoint.tensors import LazyTensor, verify_written
+from mixmoe_megatron.checkpoint.tensors import LazyTensor, TensorSource, verify_written
 from mixmoe_megatron.cli import whole_file
+from mixmoe_megatron.conversion import qwen2_moe
 from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
 from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.mixmoe import GROUPS
-from mixmoe_megatron.model.mapping import TABLES
+from mixmoe_megatron.methods.registry import method_of
+from mixmoe_megatron.model.mapping import TABLES, Row
 from mixmoe_megatron.model.sizes import ModelDescription
+
+#: in the names of tensors of a router, and of an expert that is not there
+_ROUTERS = (".mlp.router.", ".mlp.gate.", ".shared_expert")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class ExportRequest:
         checkpoint_dir: directory with mixmoe_metadata.json.
         output_dir: the Hugging Face directory to make.
         iteration: None: the one that the tracker file names.
+        format: transformers' model_type of a model with experts, `mixmoe` or `qwen2_moe`; None: as its method has it.
         dtype: `keep`, `fp32` or `bf16`; the router is always float32.
         max_shard_bytes: of a weight file.
         base_model: name of the dense base model, for the model card.
@@ -47,6 +54,7 @@ class ExportRequest:
     checkpoint_dir: str
     output_dir: str
     iteration: int | None = None
+    format: str | None = None
     dtype: str = "keep"
     max_shard_bytes: int = 5 * 10**9
     base_model: str | None = None
@@ -56,11 +64,20 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class PreparedExport:
-    """A checked export: everything but the weights is settled."""
+    """A checked export: everything but the weights is settled.
+
+    Attributes:
+        request: what was asked for.
+        model: that the checkpoint holds.
+        metadata: of the checkpoint.
+        config: the config.json to write, but for its dtype.
+        plan: the tensors to write.
+    """
 
     request: ExportRequest
     model: ModelDescription
     metadata: Metadata
+    config: dict[str, Any]
     plan: list[LazyTensor]
 
     def describe(self) -> str:
@@ -91,8 +108,24 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
         )
     _check_experts(model, reader)
     target = Target("hf", request.dtype, model.options, check_finite=request.check_finite)
-    plan = plan_tensors(expand(TABLES["same"], model.sizes), reader, model.sizes, target)
-    return PreparedExport(request, model, metadata, plan)
+    config, table, source = _form(request, model, reader)
+    plan = plan_tensors(expand(table, model.sizes), source, model.sizes, target)
+    return PreparedExport(request, model, metadata, config, plan)
+
+
+def _form(
+    request: ExportRequest, model: ModelDescription, reader: TorchDistReader
+) -> tuple[dict[str, Any], Collection[Row], TensorSource]:
+    """Return config.json, the mapping table and the source of what the table's rows read."""
+    if request.format is not None and model.options is None:
+        raise MixMoEError("--format goes with models that have experts: a dense one is exported as its base is.")
+    if model.options is None:
+        return dict(model.hf_config), TABLES["same"], reader
+    if (request.format or method_of(model.phase).exports_as) == qwen2_moe.MODEL_TYPE:
+        config = qwen2_moe.qwen2_moe_config(model.hf_config, model.options, model.sizes)
+        source = qwen2_moe.ScaledSource(reader, model.options.resolved_expert_scale)
+        return config, qwen2_moe.qwen2_moe_rows(model.sizes), source
+    return mixmoe_config(model.hf_config, model.options, model.sizes), TABLES["same"], reader
 
 
 def _check_experts(model: ModelDescription, reader: TorchDistReader) -> None:
@@ -105,10 +138,7 @@ def _check_experts(model: ModelDescription, reader: TorchDistReader) -> None:
 
 def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
-    model = prepared.model
-    config = dict(model.hf_config)
-    if model.options is not None:
-        config = mixmoe_config(config, model.options, model.sizes)
+    config = dict(prepared.config)
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
         config[name] = _declared_dtype(prepared)
     return config
@@ -118,7 +148,7 @@ def _declared_dtype(prepared: PreparedExport) -> str:
     """Return the dtype that config.json names: the base's if weights have it, else that of most of them."""
     values: Counter[str] = Counter()
     for tensor in prepared.plan:
-        if ".mlp.router." not in tensor.name:  # float32 beside any other dtype
+        if not any(part in tensor.name for part in _ROUTERS):  # float32 beside any other dtype
             values[tensor.dtype] += math.prod(tensor.shape)
     declared = prepared.model.hf_config.get("dtype") or prepared.model.hf_config.get("torch_dtype")
     return str(declared) if declared in values else values.most_common(1)[0][0]
@@ -154,7 +184,7 @@ def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], 
     request, metadata, source = prepared.request, prepared.metadata, Path(prepared.request.checkpoint_dir)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files(source / TOKENIZER_DIR, directory)
-    if metadata.phase.groups:
+    if config["model_type"] == "mixmoe":
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))

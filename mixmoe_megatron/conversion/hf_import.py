@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mixmoe_megatron.checkpoint.output_dir import check_output_dir
 from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.checkpoint.tensors import TensorSource
+from mixmoe_megatron.conversion import qwen2_moe
 from mixmoe_megatron.conversion.deeper import DeeperSource, deeper_config, new_layers
 from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
@@ -30,7 +31,7 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.methods.llama_pro import copied_blocks
 from mixmoe_megatron.methods.registry import METHODS, phase_of_stage
-from mixmoe_megatron.model.mapping import TABLES
+from mixmoe_megatron.model.mapping import TABLES, Row
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import ModelDescription
 
@@ -177,7 +178,7 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     model.checkpoint_args()  # refuses options that do not fit
     source = HashedSource(_hf_weights(request.hf_dir, config))
     target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
-    units = expand(TABLES[reading.table], model.sizes)
+    units = expand(reading.rows, model.sizes)
     plan = plan_tensors(units, reading.rearranged(source), model.sizes, target, _NOT_WEIGHTS)
     metadata = Metadata(
         phase=model.phase,
@@ -201,14 +202,14 @@ class _Reading:
     Attributes:
         model: what it becomes.
         parent_phase: name of the phase of what lies there.
-        table: of `mapping.TABLES`.
+        rows: the mapping table.
         data: what it was trained on.
         rearranged: the source that the table's rows read, given that of the files.
     """
 
     model: ModelDescription
     parent_phase: str
-    table: str = "same"
+    rows: Collection[Row] = TABLES["same"]
     data: list[dict[str, Any]] = field(default_factory=list)
     rearranged: Callable[[TensorSource], TensorSource] = lambda source: source
 
@@ -216,6 +217,8 @@ class _Reading:
 def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
     if config.get("model_type") == "mixmoe":
         return _exported_mixmoe(request, config)
+    if config.get("model_type") == qwen2_moe.MODEL_TYPE:
+        return _exported_qwen2_moe(request, config)
     args, start = _megatron_args(request, config), request.start
     if request.new_blocks is not None and not start.has_new_layers:
         raise MixMoEError("--new-blocks goes with a method that adds layers to the base, such as llama_pro.")
@@ -229,7 +232,7 @@ def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
     ffns = request.ffns or {}
     regrouped = (lambda source: RegroupedSource(source, ffns)) if ffns else (lambda source: source)
     model = ModelDescription(config, args, request.options, start)
-    return _Reading(model, "dense", "upcycle", rearranged=regrouped)
+    return _Reading(model, "dense", TABLES["upcycle"], rearranged=regrouped)
 
 
 def _deeper(request: ImportRequest, config: dict[str, Any]) -> _Reading:
@@ -266,6 +269,22 @@ def _exported_mixmoe(request: ImportRequest, config: dict[str, Any]) -> _Reading
     parent = "dense" if phase.name == "upcycled" else phase.name
     model = ModelDescription(base_config, megatron_args, options, phase)
     return _Reading(model, parent, data=shipped.data if shipped else [])
+
+
+def _exported_qwen2_moe(request: ImportRequest, config: dict[str, Any]) -> _Reading:
+    if not (Path(request.hf_dir) / METADATA_FILE).is_file():
+        raise MixMoEError(
+            f"{request.hf_dir} is a Qwen2Moe model without {METADATA_FILE}: only what this package exported is taken."
+        )
+    metadata = read_metadata(request.hf_dir)
+    base, options = metadata.hf_config, MixMoEOptions.from_dict(metadata.options or {})
+    model = ModelDescription(base, _megatron_args(request, base), options, metadata.phase)
+    qwen2_moe.check_qwen2_moe_config(config, base, options, model.sizes)
+    scale = 1 / options.resolved_expert_scale
+    return _Reading(
+        model, metadata.phase.name, qwen2_moe.qwen2_moe_rows(model.sizes), metadata.data,
+        lambda source: qwen2_moe.ScaledSource(source, scale),
+    )  # fmt: skip
 
 
 def _megatron_args(request: ImportRequest, config: dict[str, Any]) -> dict[str, Any]:

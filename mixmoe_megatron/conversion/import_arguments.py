@@ -10,6 +10,9 @@ from mixmoe_megatron.methods.base import Method
 from mixmoe_megatron.methods.registry import METHODS
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions
 
+#: model_type of what this package exports with experts: such a model has its options
+EXPORTS = ("mixmoe", "qwen2_moe")
+
 
 def method_from_arguments(args: argparse.Namespace) -> Method:
     """Return the method whose start is asked for.
@@ -34,7 +37,7 @@ def options_from_arguments(args: argparse.Namespace, method: Method, is_mixmoe: 
     Args:
         args: the command's namespace.
         method: see `method_from_arguments`.
-        is_mixmoe: whether the model is a Mix-MoE already.
+        is_mixmoe: whether the model is an export with experts already.
 
     Raises:
         MixMoEError: option flags where no experts are made, or a bad value.
@@ -42,7 +45,7 @@ def options_from_arguments(args: argparse.Namespace, method: Method, is_mixmoe: 
     given = {name: value for name, value in vars(args).items() if name in OPTION_NAMES and name != "preset"}
     makes_experts = bool(method.phases[0].groups)
     if (not makes_experts or is_mixmoe) and (given or args.preset):
-        what = "the model is a Mix-MoE model already" if is_mixmoe else f"the method {method.name} makes no experts"
+        what = "the model has experts already" if is_mixmoe else f"the method {method.name} makes no experts"
         flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["preset"] if args.preset else [])])
         raise MixMoEError(f"{what}: leave out {flags}.")
     if is_mixmoe and args.measure:

@@ -47,10 +47,15 @@ class Movement:
         self._axes = row.keys(to, sizes)[position].shape.split()  # their symbols
         self._source_axes = [key.shape.split() for key in row.keys(other, sizes)]
         shared = set(self._axes).intersection(*self._source_axes)
-        if shared == set(self._axes):  # nothing moves: the first axis may as well
+        if not self._source_axes:  # zeros
+            shared = set()
+        elif shared == set(self._axes):  # nothing moves: the first axis may as well
             shared.remove(self._axes[0])
         self._moved = set(self._axes).union(*self._source_axes) - shared
         shapes = [[sizes.shape(s)[0] if s in self._moved else 1 for s in symbols] for symbols in self._source_axes]
+        self._moved_shapes = [
+            [sizes.shape(symbol)[0] for symbol in symbols if symbol in self._moved] for symbols in self._source_axes
+        ]
         # The first is 2: 1 lies free, so that no run begins among zeros and goes on into values.
         *firsts, _ = accumulate((math.prod(shape) + 1 for shape in shapes), initial=2)
         self._firsts = firsts
@@ -73,31 +78,49 @@ class Movement:
         if not self._source_axes:
             return np.zeros(numbers.shape, bits_type(dtype))
         order, count = self._source_axes[0], numbers.size  # all sources have their axes in the same order
-        (axis,) = (axis for axis, symbol in enumerate(order) if symbol in self._moved)
-        runs = list(_runs(numbers))
-        if len(runs) == 1 and runs[0][0]:
-            values = read(*self._place(*runs[0], names, cut))
+        shared = [symbol for symbol in order if symbol not in self._moved]
+        # what moves lies together, in one axis or several, or is a source as a whole
+        axis = next((place for place, symbol in enumerate(order) if symbol in self._moved), 0)
+        shape = [cut[symbol].stop - cut[symbol].start for symbol in shared]
+        shape.insert(axis, count)
+        reads = [part for first, length in _runs(numbers) for part in self._parts(first, length)]
+        if len(reads) == 1 and reads[0][0]:
+            values = read(*self._place(*reads[0], names, cut)).reshape(shape)
         else:
-            shape = [count if s in self._moved else cut[s].stop - cut[s].start for s in order]
             values, done = np.zeros(shape, bits_type(dtype)), 0
-            for first, length in runs:
+            for first, length in reads:
                 if first:
-                    values[(*[slice(None)] * axis, slice(done, done + length))] = read(
-                        *self._place(first, length, names, cut)
-                    )
+                    part = values[(*[slice(None)] * axis, slice(done, done + length))]
+                    part[...] = read(*self._place(first, length, names, cut)).reshape(part.shape)
                 done += length
         moved = [symbol for symbol in self._axes if symbol in self._moved]
-        shape = [numbers.shape[self._axes.index(symbol)] for symbol in moved]
-        values = values.reshape(*values.shape[:axis], *shape, *values.shape[axis + 1 :])
-        found = [*order[:axis], *moved, *order[axis + 1 :]]
+        lengths = [numbers.shape[self._axes.index(symbol)] for symbol in moved]
+        values = values.reshape(*values.shape[:axis], *lengths, *values.shape[axis + 1 :])
+        found = [*shared[:axis], *moved, *shared[axis:]]
         return values.transpose([found.index(symbol) for symbol in self._axes])
+
+    def _parts(self, first: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a run of numbers where one slice of a source's first moved axis ends, if several axes of it move."""
+        if not first:
+            yield first, length
+            return
+        source = bisect_right(self._firsts, first) - 1
+        row = self._moved_shapes[source][-1] if len(self._moved_shapes[source]) > 1 else length
+        start = first - self._firsts[source]
+        while length:
+            part = min(length, row - start % row)
+            yield self._firsts[source] + start, part
+            start, length = start + part, length - part
 
     def _place(self, first: int, length: int, names: Sequence[str], cut: dict[str, slice]) -> tuple[str, Region]:
         """Return the tensor and region of so many slices from a number on."""
         source = bisect_right(self._firsts, first) - 1
         start = first - self._firsts[source]
-        slices = slice(start, start + length)
-        return names[source], tuple(slices if s in self._moved else cut[s] for s in self._source_axes[source])
+        places: list[slice] = []
+        for size in reversed(self._moved_shapes[source]):
+            start, place = divmod(start, size)
+            places.append(slice(place, place + (1 if places else length)))
+        return names[source], tuple(places.pop() if s in self._moved else cut[s] for s in self._source_axes[source])
 
 
 movement = lru_cache(maxsize=256)(Movement)

@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "moe_intermediate_size": None,
     "group_combine": "mean",
     "router_prob_scaling": True,
+    "renormalize_topk": False,
     "expert_scale": None,
     "router_bias": True,
     "mixmoe_aux_loss_coef": 0.0,
@@ -128,6 +129,7 @@ class MixMoEConfig(PretrainedConfig):
         moe_intermediate_size: FFN width of one expert. None: intermediate_size / num_experts_per_group.
         group_combine: how the LM and MT outputs combine, "mean" or "sum".
         router_prob_scaling: scale each expert's output by expert_scale * its probability; False: leave it plain.
+        renormalize_topk: divide the probabilities of a group's chosen experts by their sum.
         expert_scale: the factor s in s * p * E(h). None: num_experts_per_group, which makes s * p = 1 at uniform p.
         router_bias: whether the router has a bias.
         mixmoe_aux_loss_coef: coefficient of the load-balancing aux loss added to the training loss. An own name,

@@ -53,7 +53,7 @@ class MixMoETopKRouter(nn.Module):
         super().__init__()
         self.num_groups = config.stage
         self.top_k = config.topk_per_group
-        self.prob_scaling = config.router_prob_scaling
+        self.prob_scaling, self.renormalize = config.router_prob_scaling, config.renormalize_topk
         self.factor = 1.0 / self.num_groups if config.group_combine == "mean" else 1.0
         self.factor *= config.expert_scale if self.prob_scaling else 1.0
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
@@ -73,11 +73,11 @@ class MixMoETopKRouter(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = functional.linear(hidden_states.float(), self.weight.float(), bias)
         groups = logits.unflatten(-1, (self.num_groups, -1))
-        top_k_index = groups.topk(self.top_k, dim=-1).indices  # not of probabilities: several underflow to the same 0
-        top_k_probs = groups.softmax(dim=-1).gather(-1, top_k_index)
-        weights = self.factor * (top_k_probs if self.prob_scaling else torch.ones_like(top_k_probs))
+        chosen = groups.topk(self.top_k, dim=-1).indices  # not of probabilities: several underflow to the same 0
+        probs = groups.gather(-1, chosen).softmax(-1) if self.renormalize else groups.softmax(-1).gather(-1, chosen)
+        weights = self.factor * (probs if self.prob_scaling else torch.ones_like(probs))
         first_expert = torch.arange(self.num_groups, device=logits.device)[:, None] * groups.shape[-1]
-        return logits, weights.flatten(-2), (top_k_index + first_expert).flatten(-2)
+        return logits, weights.flatten(-2), (chosen + first_expert).flatten(-2)
 
 
 @use_experts_implementation

@@ -85,9 +85,11 @@ class Method:
         meaning: one line for people.
         phases: in the order in which they follow each other. The first is what a conversion makes of a dense model.
         options: values of Mix-MoE options that are its defaults, in place of the preset's.
+        exports_as: transformers' model_type of an export of its phases with experts.
     """
 
     name: str
     meaning: str
     phases: tuple[Phase, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    exports_as: str = "mixmoe"

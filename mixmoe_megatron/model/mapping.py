@@ -72,7 +72,7 @@ class Sizes:
         values = {
             "H": self.hidden_size, "F": self.ffn_hidden_size, "2F": 2 * self.ffn_hidden_size,
             "Q": q, "K": k, "QKV": q + 2 * k, "V": self.vocab_size, "P": self.padded_vocab_size,
-            "n": n, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
+            "0": 0, "1": 1, "n": n, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
         }  # fmt: skip
         return tuple(values[symbol] for symbol in symbols.split())
 
@@ -254,7 +254,7 @@ _R = _M + "mlp.router."
 _H = "model.layers.{i}."
 _A = _H + "self_attn."
 
-_SHARED_ROWS = (
+SHARED_ROWS = (
     Row((Key("embedding.word_embeddings.weight", "P H"),), (Key("model.embed_tokens.weight", "V H"),), VOCAB, "model"),
     Row((Key(_M + "self_attention.linear_qkv.layer_norm_weight", "H"),),
         (Key(_H + "input_layernorm.weight", "H"),), SAME),
@@ -297,7 +297,7 @@ _UPCYCLING_ROWS = (
 )  # fmt: skip
 
 # A model whose Hugging Face side is dense or Mix-MoE, and a dense one that becomes an upcycled Megatron one.
-TABLES = {"same": _SHARED_ROWS + _MIXMOE_ROWS, "upcycle": _SHARED_ROWS + _UPCYCLING_ROWS}
+TABLES = {"same": SHARED_ROWS + _MIXMOE_ROWS, "upcycle": SHARED_ROWS + _UPCYCLING_ROWS}
 
 # Modules whose `_extra_state` (empty without fp8) Megatron asks for on loading: (module, scope). Both Megatron's own
 # linear layers and Transformer Engine's are covered; a model ignores the entries of modules it lacks.

@@ -68,6 +68,7 @@ class MixMoEOptions:
     spectral_seed: int = _option(0, "seed of the transform random")
     group_combine: str = _option("mean", "how the outputs of the two groups combine", ("mean", "sum"))
     router_prob_scaling: bool = _option(True, "scale an expert's output by s times its probability p")
+    renormalize_topk: bool = _option(False, "divide the probabilities of a group's chosen experts by their sum")
     expert_scale: float | None = _option(None, "s; left out it is n, so that s * p = 1 at uniform p")
     router_init_std: float | None = _option(
         0.02,

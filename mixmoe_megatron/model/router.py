@@ -192,6 +192,8 @@ class MixMoERouter(TopKRouter):
             factor *= self.options.resolved_expert_scale
             # The same reason: none that is chosen may underflow to 0. To any other probability it adds nothing.
             scores = scores + 2 * torch.finfo(torch.float32).tiny / min(factor, 1.0)
+            if self.options.renormalize_topk:
+                scores = scores / (scores * routing_map).sum(dim=-1, keepdim=True)
         else:
             scores = scores * 0.0 + 1.0  # a zero gradient, not none: DDP waits for every trained parameter
         probs = scores * (routing_map * factor)

@@ -24,6 +24,7 @@ from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from mixmoe_megatron.conversion.hf_export import ExportRequest, prepare_export, run_export
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
+from mixmoe_megatron.conversion.import_arguments import EXPORTS
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Method, Phase
@@ -54,7 +55,7 @@ def open_hf_start(directory: str | Path, phase: Phase, upcycle_options: str | No
 @functools.lru_cache(maxsize=1)  # asked for its configuration, its tensors and their hash, in three places
 def _open_hf_start(directory: str, phase: Phase, upcycle_options: str | None) -> PreparedCheckpoint:
     config, options, method = read_hf_config(directory), None, method_of(phase)
-    if method.phases[0].groups and config.get("model_type") != "mixmoe":
+    if method.phases[0].groups and config.get("model_type") not in EXPORTS:
         options = _parse_options(upcycle_options, method)
     elif upcycle_options:
         raise MixMoEError(

@@ -20,6 +20,7 @@ from mixmoe_megatron.methods.registry import METHODS, PHASES
 from tests.distributed.conftest import Log
 from tests.distributed.test_n_equals_one import (
     CP,
+    EP,
     FULL,
     OVERLAP,
     PP,
@@ -35,6 +36,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "full": ([], ["dense"]),
     "llama_pro": (["--new-blocks", "2"], ["llama_pro"]),
     "norms": ([], ["norms"]),
+    "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
+    "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
 }
 LAYOUTS = {
     "TP2 SP": (2, TP),
@@ -43,6 +46,7 @@ LAYOUTS = {
     "CP2": (2, CP),
     "PP2, recompute full": (2, PP + FULL),
 }
+WITH_EXPERTS = {"EP2": (2, EP), "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP)}
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
 
@@ -88,10 +92,16 @@ def assert_close(found: Path, expected: Path) -> None:
         assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("method", "phase"), TRAININGS)
+@pytest.mark.parametrize(
+    ("method", "phase", "layout"),
+    [
+        (method, phase, layout)
+        for method, phase in TRAININGS
+        for layout in [*LAYOUTS, *(WITH_EXPERTS if "moe" in method else {})]
+    ],
+)
 def test_n_processes_equal_one(runs: Runs, method: str, phase: str, layout: str, tmp_path: Path) -> None:
-    processes, flags = LAYOUTS[layout]
+    processes, flags = (LAYOUTS | WITH_EXPERTS)[layout]
     expected, (losses, norms) = runs.alone(method, phase)
     found_losses, found_norms = runs.run(method, phase, tmp_path / "run", flags, processes)
     assert found_losses == pytest.approx(losses, abs=1e-5, rel=0)
@@ -126,8 +136,8 @@ def test_an_export_is_the_model_and_comes_back(runs: Runs, method: str, phase: s
     save, back = runs.alone(method, phase)[0], tmp_path / "back"
     assert mixmoe_to_hf.main(["--checkpoint-dir", str(save), "--output-dir", str(tmp_path / "hf")]) == 0
     assert check_parity(str(tmp_path / "hf"), str(save), None, 1e-4, "fp32", None)[1] is None
-    words = ["--hf-dir", str(tmp_path / "hf"), "--output-dir", str(back), "--method", method]
-    assert hf_to_mixmoe.main(words) == 0
+    words = ["--hf-dir", str(tmp_path / "hf"), "--output-dir", str(back)]
+    assert hf_to_mixmoe.main([*words, *([] if PHASES[phase].groups else ["--method", method])]) == 0
     before, after = checkpoint_tensors(save), checkpoint_tensors(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert read_metadata(back).new_layers == read_metadata(save).new_layers

@@ -71,7 +71,10 @@ CASES: dict[str, tuple[str, str]] = {
     "pairs: empty corpus": (PAIRS + "{bad}/header.tsv", "No pair is left"),
     "pairs: missing cell": (PAIRS + "{bad}/cell.tsv", "{bad}/cell.tsv, line 3: 1 columns where the header has 2"),
     "pairs: missing column": (PAIRS + "{bad}/column.tsv", "{bad}/column.tsv, line 1: no column 'en'"),
-    "train: no phase": (TRAIN, "give --phase, one of dense, stage1, stage2, llama_pro, or --mixmoe-stage"),
+    "train: no phase": (
+        TRAIN,
+        "give --phase, one of dense, stage1, stage2, llama_pro",
+    ),
     "train: stage 3": (TRAIN + " --mixmoe-stage 3", "--mixmoe-stage must be one of 0, 1, 2; got 3"),
     "train: stage not a number": (TRAIN + " --mixmoe-stage one", "argument --mixmoe-stage: invalid int value: 'one'"),
     "train: no --init-from": (TRAIN + " --mixmoe-stage 1", "give --init-from DIR"),

@@ -19,6 +19,8 @@ NO_FLAGS: frozenset[str] = frozenset()
     [
         (None, {"avx2", "avx512_bf16"}, "bfloat16"),
         (None, {"amx_bf16", "amx_tile"}, "bfloat16"),
+        (None, {"amx_bf16", "avx512_bf16", "avx512_fp16"}, "bfloat16"),
+        (None, {"avx512_bf16", "avx512_fp16"}, "float32"),
         (None, {"avx512f", "avx512_vnni"}, "float32"),
         (None, NO_FLAGS, "float32"),
         (True, NO_FLAGS, "bfloat16"),

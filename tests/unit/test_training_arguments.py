@@ -119,8 +119,14 @@ def test_other_mistakes(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for words, message in (
         (["--mixmoe-stage", 2, "--load", run], f"--load {run} must be a run of --phase stage2"),
-        ([], "give --phase, one of dense, stage1, stage2, llama_pro, or --mixmoe-stage, one of 0, 1, 2"),
-        (["--phase", "upcycled"], "--phase must be one of dense, stage1, stage2, llama_pro; got upcycled"),
+        (
+            [],
+            "give --phase, one of dense, stage1, stage2, llama_pro",
+        ),
+        (
+            ["--phase", "upcycled"],
+            "--phase must be one of dense, stage1, stage2, .*; got upcycled",
+        ),
         (["--phase", "stage1", "--mixmoe-stage", 2], "--mixmoe-stage 2 is the phase stage2, not --phase stage1"),
         (["--mixmoe-stage", 4], "got 4"),
         (["--mixmoe-stage", "x"], "invalid int value: 'x'"),

@@ -1,0 +1,186 @@
+"""A model of one expert group as transformers' own `Qwen2MoeForCausalLM`, which servers take without our code.
+
+Its experts stand apart there, its router has no bias, and what scales an expert's output is folded into the down
+projection. Qwen2Moe's shared expert has no neurons; its attention may lack the bias (`qkv_bias`).
+
+Source: transformers 4.57, models/qwen2_moe.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from mixmoe_megatron.checkpoint.bits import Bits, from_float32, to_float32
+from mixmoe_megatron.checkpoint.stored import Region
+from mixmoe_megatron.checkpoint.tensors import TensorSource
+from mixmoe_megatron.conversion.hf_config import hf_config_from_megatron_args, megatron_args_from_hf
+from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.mapping import (
+    ROUTER,
+    SHARED_ROWS,
+    Crossing,
+    Key,
+    Row,
+    Sizes,
+    is_spectral,
+)
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.upcycling import Array
+
+MODEL_TYPE = "qwen2_moe"
+_MLP, _MEGATRON = "model.layers.{i}.mlp.", "decoder.layers.{i}.mlp."
+_ROUTER, _EXPERTS = _MEGATRON + "router.lm.", _MEGATRON + "experts.lm_experts.experts."
+#: what the factor of an expert's output is folded into, on either side
+_SCALED = re.compile(r"\.mlp\.experts\.(\d+\.down_proj|lm_experts\.experts\.linear_fc2)\.weight$")
+#: fields of config.json that are not as in the dense base's
+_FIELDS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers",
+    "decoder_sparse_step", "shared_expert_intermediate_size", "qkv_bias",
+)  # fmt: skip
+#: fields that are, and that shapes depend on
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _split_gate_up(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    """[n, 2f, H] -> gate and up, [f, H] each, of one expert after the other."""
+    return [half for expert in arrays[0] for half in np.split(expert, 2)]
+
+
+def _merge_gate_up(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    return [np.stack([np.concatenate(pair) for pair in zip(arrays[::2], arrays[1::2], strict=True)])]
+
+
+def _split_experts(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    return list(arrays[0])
+
+
+def _merge_experts(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    return [np.stack(arrays)]
+
+
+def _zeros(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    """What an expert without neurons has, and its gate, [1, H]."""
+    hidden = sizes.hidden_size
+    return [np.zeros(shape, np.int64) for shape in ((1, hidden), (0, hidden), (0, hidden), (hidden, 0))]
+
+
+def _nothing(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    return []
+
+
+def qwen2_moe_rows(sizes: Sizes) -> tuple[Row, ...]:
+    """Return the rows of the mapping table, see `model.mapping`; each expert is a tensor of its own.
+
+    Args:
+        sizes: of a model of one group.
+    """
+    experts = [f"{_MLP}experts.{expert}." for expert in range(sizes.num_experts_per_group)]
+    gate_up = tuple(Key(f"{expert}{part}_proj.weight", "f H") for expert in experts for part in ("gate", "up"))
+    down = tuple(Key(expert + "down_proj.weight", "H f") for expert in experts)
+    shared = _MLP + "shared_expert."
+    return (
+        *SHARED_ROWS,
+        Row((Key(_ROUTER + "weight", "n H"), Key(_ROUTER + "spectral_weight", "n H", is_spectral)),
+            (Key(_MLP + "gate.weight", "n H"),), ROUTER, "moe", is_router=True),
+        Row((Key(_EXPERTS + "linear_fc1.weight", "n 2f H"),), gate_up, Crossing(_merge_gate_up, _split_gate_up), "moe"),
+        Row((Key(_EXPERTS + "linear_fc2.weight", "n H f"),), down, Crossing(_merge_experts, _split_experts), "moe"),
+        Row((), (Key(_MLP + "shared_expert_gate.weight", "1 H"), Key(shared + "gate_proj.weight", "0 H"),
+                 Key(shared + "up_proj.weight", "0 H"), Key(shared + "down_proj.weight", "H 0")),
+            Crossing(_nothing, _zeros), "moe"),
+    )  # fmt: skip
+
+
+def qwen2_moe_config(base_config: dict[str, Any], options: MixMoEOptions, sizes: Sizes) -> dict[str, Any]:
+    """Return the config.json of such a model, but for its dtype.
+
+    Args:
+        base_config: config.json of the dense base.
+        options: of the model.
+        sizes: of the model.
+
+    Raises:
+        MixMoEError: Qwen2Moe cannot express the model; one sentence says what, and how to export it otherwise.
+    """
+    args = megatron_args_from_hf(base_config)
+    for stands_in_the_way, what in (
+        (sizes.num_groups != 1, "two expert groups"),
+        (options.router_bias, "a router bias"),
+        (not options.router_prob_scaling, "experts that their probabilities do not scale"),
+        (
+            args["kv_channels"] * args["num_attention_heads"] != args["hidden_size"],
+            "heads of another size than H / heads",
+        ),
+    ):
+        if stands_in_the_way:
+            raise MixMoEError(f"Qwen2Moe has no place for {what}: export with --format mixmoe.")
+    others = ("_name_or_path", "transformers_version", "head_dim", "attention_bias", "mlp_bias", "pretraining_tp",
+              "layer_types", "rope_parameters")  # fmt: skip
+    kept = {name: value for name, value in base_config.items() if name not in others}
+    dense = hf_config_from_megatron_args(args)
+    del dense["head_dim"]
+    return {
+        **kept,
+        **dense,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "num_experts": options.num_experts_per_group,
+        "num_experts_per_tok": options.topk_per_group,
+        "moe_intermediate_size": sizes.moe_ffn_hidden_size,
+        "norm_topk_prob": options.renormalize_topk,
+        "mlp_only_layers": sizes.layers("dense"),
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 0,
+        "qkv_bias": sizes.qkv_bias,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def check_qwen2_moe_config(
+    config: dict[str, Any], base_config: dict[str, Any], options: MixMoEOptions, sizes: Sizes
+) -> None:
+    """Check that an export's config.json still says what its metadata do.
+
+    Args:
+        config: of the export.
+        base_config: config.json of the dense base, from the metadata.
+        options: of the model, from the metadata.
+        sizes: of the model, from the metadata.
+
+    Raises:
+        MixMoEError: a field that the model depends on differs.
+    """
+    expected = qwen2_moe_config(base_config, options, sizes)
+    fields = (*_FIELDS, *hf_config_from_megatron_args(megatron_args_from_hf(base_config)))
+    for name in fields:
+        if name in expected and name in config and config[name] != expected[name] and name != "rope_scaling":
+            raise MixMoEError(
+                f"config.json: {name} is {config[name]!r}, but the metadata beside it give {expected[name]!r}."
+            )
+
+
+class ScaledSource:
+    """A source whose experts' down projections are multiplied by a factor; exact for powers of two.
+
+    Args:
+        source: of either side.
+        factor: from 0 up.
+    """
+
+    def __init__(self, source: TensorSource, factor: float) -> None:
+        self._source, self._factor = source, np.float32(factor)
+        self.names, self.shape, self.dtype = source.names, source.shape, source.dtype
+
+    def read_region(self, name: str, region: Region) -> Bits:
+        """Return the bits of a region. Raises what the source raises."""
+        bits = self._source.read_region(name, region)
+        if self._factor == 1 or not _SCALED.search(name):
+            return bits
+        dtype = self.dtype(name)
+        return from_float32(to_float32(bits, dtype) * self._factor, dtype)
