@@ -3,7 +3,7 @@
 
   mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR            upcycle a dense model: LM experts are slices of FFNs
   mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --dense    keep it dense, for full fine-tuning
-  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --method llama_pro    put new blocks between its blocks
+  mixmoe hf-to-megatron --hf-dir BASE --output-dir DIR --method NAME    start another method, such as lora
   mixmoe hf-to-megatron --hf-dir EXPORT --output-dir DIR          take back a model that `mixmoe to-hf` exported
 
 Reads safetensors only. DIR appears when it is complete. Under torchrun the processes share the work; the result is the
@@ -19,7 +19,12 @@ from mixmoe_megatron.checkpoint.ranks import joined_ranks
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.hf_import import ImportRequest, prepare_import
-from mixmoe_megatron.conversion.import_arguments import EXPORTS, method_from_arguments, options_from_arguments
+from mixmoe_megatron.conversion.import_arguments import (
+    EXPORTS,
+    lora_from_arguments,
+    method_from_arguments,
+    options_from_arguments,
+)
 from mixmoe_megatron.conversion.measured_start import measure_start
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
@@ -39,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dense", action="store_true", help="keep a dense model dense: --method full")
     parser.add_argument("--new-blocks", type=int, metavar="P", help="llama_pro: P copies (default: a quarter as many)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the router weights (default 1234)")
+    parser.add_argument("--lora-rank", type=int, metavar="R", help="lora: rows of A and columns of B (default: 8)")
+    parser.add_argument("--lora-alpha", type=float, metavar="X", help="lora: B A x counts X / R times (default: 2 R)")
+    parser.add_argument("--adapter", metavar="DIR", help="lora: take the matrices of this PEFT adapter of --hf-dir")
+    parser.add_argument("--seed", type=int, default=1234, help="of new routers and LoRA matrices (default 1234)")
     parser.add_argument(
         "--dtype",
         choices=("keep", "fp32", "bf16"),
@@ -79,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
         options=options_from_arguments(args, method, config.get("model_type") in EXPORTS),
         method=method.name,
         new_blocks=args.new_blocks,
+        lora=lora_from_arguments(args),
+        adapter=args.adapter,
         seed=args.seed,
         dtype=args.dtype,
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,

@@ -26,9 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iteration", type=int, help="default: the latest")
     parser.add_argument(
         "--format",
-        choices=("mixmoe", "qwen2_moe"),
+        choices=("mixmoe", "qwen2_moe", "merged", "adapter"),
         help="of a model with experts: with code of its own, or transformers' Qwen2Moe, for one expert group without a "
-        "router bias (default: as the checkpoint's method has it)",
+        "router bias (default: as the checkpoint's method has it); of one with LoRA: merged into the base (default), "
+        "or a PEFT adapter",
     )
     parser.add_argument("--dtype", choices=("keep", "fp32", "bf16"), default="keep", help="routers stay in fp32")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default 5GB)")

@@ -26,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--hf-dir", default="examples/quickstart/base", help="holds config.json (default: %(default)s)")
+    parser.add_argument(
+        "--phases", nargs="+", default=[], metavar="PHASE", help="also the steps of these, such as lora and llama_pro"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: 8)")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens a sequence (default: 256)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each system (default: 20)")
@@ -46,21 +49,29 @@ def run(args: argparse.Namespace) -> None:
 
     from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
     from mixmoe_megatron.evaluation.provenance import evaluation_versions, record_benchmark
-    from mixmoe_megatron.planning.step_benchmark import ENGINE, PLAIN, Task, measure_steps
+    from mixmoe_megatron.methods.registry import trained_phases
+    from mixmoe_megatron.planning.step_benchmark import ENGINE, PLAIN, System, Task, measure_steps
 
     megatron_args_from_hf(read_hf_config(args.hf_dir))  # refuses what is not supported before any process starts
+    if unknown := sorted(set(args.phases) - set(trained_phases())):
+        raise MixMoEError(f"--phases: {unknown[0]} is none of {', '.join(trained_phases())}.")
+    others = tuple(System(phase, phase) for phase in args.phases)
     cuda = torch.cuda.is_available()
     systems = measure_steps(
-        ENGINE if cuda else PLAIN + ENGINE,
+        (ENGINE if cuda else PLAIN + ENGINE) + others,
         Task(args.hf_dir, args.batch_size, args.seq_length, args.flags),
         args.steps,
     )
     full = systems[ENGINE[0].name]
-    print(f"{'system':<32}{'seconds':>9}{'ratio':>7}{'peak MB':>9}{'ratio':>7}{'GFLOP':>9}{'ratio':>7}")
+    print(
+        f"{'system':<32}{'seconds':>9}{'ratio':>7}{'peak MB':>9}{'ratio':>7}{'GFLOP':>9}{'ratio':>7}"
+        f"{'trained':>9}{'active':>9}{'all, M':>9}"
+    )
     for name, row in systems.items():
         columns = zip(("seconds", "peak_bytes", "flops"), (1.0, 1e6, 1e9), (3, 1, 1), strict=True)
         texts = [f"{row[key] / unit:>9.{digits}f}{row[key] / full[key]:>7.2f}" for key, unit, digits in columns]
-        print(f"{name:<32}" + "".join(texts))
+        millions = [f"{row[key] / 1e6:>9.2f}" for key in ("trained", "active", "parameters")]
+        print(f"{name:<32}" + "".join([*texts, *millions]))
     print(json.dumps(record_benchmark({"systems": systems}, evaluation_versions(), args)))
 
 

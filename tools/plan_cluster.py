@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mixmoe_megatron.cli import make_main
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.methods.registry import method_of, phase_of_stage, trained_phases
 from mixmoe_megatron.model.options import add_option_arguments
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--phase", choices=list(trained_phases()), help="what is trained, as `mixmoe train` calls it")
     which.add_argument("--stage", type=int, choices=(0, 1, 2), help="0 trains all of the dense model")
     parser.add_argument("--new-blocks", type=int, metavar="P", help="llama_pro: P copies (default: a quarter as many)")
+    parser.add_argument("--lora-rank", type=int, metavar="R", help="lora (default: 8)")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu-type", required=True, choices=GPU_TYPES)
     parser.add_argument("--global-batch-size", type=int, required=True, help="sequences of a step")
@@ -49,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Make the plan and print it."""
-    from mixmoe_megatron.conversion.deeper import with_new_blocks
-    from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+    from mixmoe_megatron.conversion.hf_config import read_hf_config
+    from mixmoe_megatron.conversion.starts import describe_start
     from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.cluster_plan import plan_layouts
     from mixmoe_megatron.planning.costs import GPUS, Cluster
@@ -66,13 +68,9 @@ def run(args: argparse.Namespace) -> None:
     config = read_hf_config(path.parent if path.name == "config.json" else path)
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
     phase = phase_of_stage(args.stage) if args.phase is None else trained_phases()[args.phase]
-    layers: tuple[int, ...] = ()
-    if phase.has_new_layers:
-        config, layers = with_new_blocks(config, args.new_blocks)
-    elif args.new_blocks is not None:
-        raise MixMoEError("--new-blocks goes with a phase that trains layers of its own, such as llama_pro.")
-    options = MixMoEOptions.from_dict({**method_of(phase).options, **given})
-    model = Model(megatron_args_from_hf(config), options, phase, layers)
+    lora = LoRAOptions(args.lora_rank) if args.lora_rank is not None else None
+    options = MixMoEOptions.from_dict({**method_of(phase).options, **given}) if phase.groups else None
+    model = Model.of(describe_start(config, phase, options=options, new_blocks=args.new_blocks, lora=lora))
     batch = Batch(
         args.micro_batch_size,
         args.global_batch_size,

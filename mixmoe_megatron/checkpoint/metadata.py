@@ -20,6 +20,7 @@ from typing import Any
 from mixmoe_megatron.cli import whole_file
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.methods.registry import PHASES, method_of
 
 METADATA_FILE = "mixmoe_metadata.json"
@@ -38,7 +39,8 @@ class Metadata:
 
     Attributes:
         phase: what the checkpoint is, written by its name beside its method's.
-        options: MixMoEOptions as a dict, {"new_layers": [...]} where the phase has new layers; else None.
+        options: as a dict, MixMoEOptions of a phase with experts, LoRAOptions of one with adapters, {"new_layers":
+            [...]} of one with new layers; else None.
         megatron_args: Megatron argument name -> value, the dense architecture (see conversion/hf_config.py).
         hf_config: the base model's config.json.
         parent: {"path", "phase", "weights_xxh128"} of what this was made from; None if it was made from nothing.
@@ -71,7 +73,8 @@ class Metadata:
             raise MixMoEError(f"{METADATA_FILE}: parent lacks phase.")
         if not all(isinstance(entry, dict) for entry in self.data):
             raise MixMoEError(f"{METADATA_FILE}: data must be a list of objects.")
-        if (self.options is not None) != (bool(self.phase.groups) or self.phase.has_new_layers):
+        has_options = bool(self.phase.groups) or self.phase.has_new_layers or self.phase.has_adapters
+        if (self.options is not None) != has_options:
             must = "must not have" if self.options is not None else "must have"
             raise MixMoEError(f"{METADATA_FILE} of phase {self.phase.name!r} {must} options.")
         if self.phase.has_new_layers:
@@ -80,6 +83,14 @@ class Metadata:
                 raise MixMoEError(
                     f"{METADATA_FILE}: options.new_layers must list layers of the {last} there are, not {layers!r}."
                 )
+
+        if self.phase.has_adapters:
+            LoRAOptions.from_dict(self.options or {})
+
+    @property
+    def lora(self) -> LoRAOptions | None:
+        """LoRA's options, where the model has adapters."""
+        return LoRAOptions.from_dict(self.options or {}) if self.phase.has_adapters else None
 
     @property
     def new_layers(self) -> tuple[int, ...]:

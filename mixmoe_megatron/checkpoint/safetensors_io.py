@@ -77,18 +77,22 @@ class SafetensorsReader:
     Opening reads headers only. Files are not mapped into memory: mapped pages would count as memory of this process,
     and a file that became shorter would kill it.
 
+    Args:
+        directory: with the files.
+        single_file: the name of the one file, where it is not the usual one.
+
     Raises:
         MixMoEError: no safetensors weights, an unreadable or truncated file, or an index that names a missing file,
             a file outside the directory, or a tensor that the file lacks.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, single_file: str = SINGLE_FILE) -> None:
         self._directory = Path(directory)
         self._entries: dict[str, StoredTensor] = {}
         if not self._directory.is_dir():
             raise MixMoEError(f"{directory} is not a directory.")
-        if (self._directory / SINGLE_FILE).is_file():
-            self._entries = _read_header(own_file(self._directory, SINGLE_FILE))
+        if (self._directory / single_file).is_file():
+            self._entries = _read_header(own_file(self._directory, single_file))
         elif (self._directory / INDEX_FILE).is_file():
             self._open_index()
         else:

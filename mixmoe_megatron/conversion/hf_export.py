@@ -17,18 +17,20 @@ from mixmoe_megatron.checkpoint.megatron_checkpoint import EMBEDDING, TorchDistR
 from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, Metadata, read_metadata
 from mixmoe_megatron.checkpoint.output_dir import check_output_dir, check_space, whole_directory
 from mixmoe_megatron.checkpoint.ranks import ALONE, Ranks
-from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader, write_safetensors
+from mixmoe_megatron.checkpoint.safetensors_io import SINGLE_FILE, SafetensorsReader, write_safetensors
 from mixmoe_megatron.checkpoint.tensors import LazyTensor, TensorSource, verify_written
 from mixmoe_megatron.cli import whole_file
-from mixmoe_megatron.conversion import qwen2_moe
+from mixmoe_megatron.conversion import peft_adapter, qwen2_moe
 from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.exported import copy_code, mixmoe_config
+from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE, CONFIG_FILE
 from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.methods.registry import method_of
-from mixmoe_megatron.model.mapping import TABLES, Row
+from mixmoe_megatron.model.mapping import LORA_ROWS, TABLES, Row
 from mixmoe_megatron.model.sizes import ModelDescription
 
 #: in the names of tensors of a router, and of an expert that is not there
@@ -43,7 +45,8 @@ class ExportRequest:
         checkpoint_dir: directory with mixmoe_metadata.json.
         output_dir: the Hugging Face directory to make.
         iteration: None: the one that the tracker file names.
-        format: transformers' model_type of a model with experts, `mixmoe` or `qwen2_moe`; None: as its method has it.
+        format: transformers' model_type of a model with experts, `mixmoe` or `qwen2_moe`; of one with LoRA `merged` or
+            `adapter`; None: as its method has it, and merged.
         dtype: `keep`, `fp32` or `bf16`; the router is always float32.
         max_shard_bytes: of a weight file.
         base_model: name of the dense base model, for the model card.
@@ -80,6 +83,11 @@ class PreparedExport:
     config: dict[str, Any]
     plan: list[LazyTensor]
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a PEFT adapter is written, not a model."""
+        return self.request.format == "adapter"
+
     def describe(self) -> str:
         """Return the plan for --dry-run."""
         return describe_tensors(self.plan, self.request.output_dir)
@@ -108,17 +116,37 @@ def prepare_export(request: ExportRequest) -> PreparedExport:
         )
     _check_experts(model, reader)
     target = Target("hf", request.dtype, model.options, check_finite=request.check_finite)
-    config, table, source = _form(request, model, reader)
-    plan = plan_tensors(expand(table, model.sizes), source, model.sizes, target)
+    if model.lora is not None:
+        config, plan = _with_lora(request, model, model.lora, reader, target)
+    else:
+        config, table, source = _form(request, model, reader)
+        plan = plan_tensors(expand(table, model.sizes), source, model.sizes, target)
     return PreparedExport(request, model, metadata, config, plan)
+
+
+def _with_lora(
+    request: ExportRequest, model: ModelDescription, options: LoRAOptions, reader: TorchDistReader, target: Target
+) -> tuple[dict[str, Any], list[LazyTensor]]:
+    """Return the configuration and the tensors of the dense model with LoRA merged into it, or of a PEFT adapter."""
+    if request.format not in (None, "merged", "adapter"):
+        raise MixMoEError(f"--format {request.format} goes with models that have experts: LoRA's are merged, adapter.")
+    if request.format == "adapter":
+        units = expand(LORA_ROWS, model.sizes)
+        base = published_name(request.base_model or model.hf_config.get("_name_or_path"))
+        return peft_adapter.adapter_config(options, base), plan_tensors(
+            units, reader, model.sizes, target, peft_adapter.NOT_LORA
+        )
+    plan = plan_tensors(expand(TABLES["same"], model.sizes), reader, model.sizes, target, peft_adapter.IS_LORA)
+    return dict(model.hf_config), list(peft_adapter.merged(plan, reader, options))
 
 
 def _form(
     request: ExportRequest, model: ModelDescription, reader: TorchDistReader
 ) -> tuple[dict[str, Any], Collection[Row], TensorSource]:
     """Return config.json, the mapping table and the source of what the table's rows read."""
-    if request.format is not None and model.options is None:
-        raise MixMoEError("--format goes with models that have experts: a dense one is exported as its base is.")
+    if request.format is not None and (model.options is None or request.format in ("merged", "adapter")):
+        kind = "LoRA" if request.format in ("merged", "adapter") else "experts"
+        raise MixMoEError(f"--format {request.format} goes with models that have {kind}: leave it out.")
     if model.options is None:
         return dict(model.hf_config), TABLES["same"], reader
     if (request.format or method_of(model.phase).exports_as) == qwen2_moe.MODEL_TYPE:
@@ -139,6 +167,8 @@ def _check_experts(model: ModelDescription, reader: TorchDistReader) -> None:
 def _config(prepared: PreparedExport) -> dict[str, Any]:
     """Return the config.json to write."""
     config = dict(prepared.config)
+    if prepared.is_adapter:
+        return config
     for name in [n for n in ("torch_dtype", "dtype") if n in config] or ["torch_dtype"]:
         config[name] = _declared_dtype(prepared)
     return config
@@ -171,10 +201,13 @@ def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
         whole_directory(request.output_dir, request.force, ranks) as directory,
         progress(total // ranks.size, "to Hugging Face", ranks.rank) as advance,
     ):
-        write_safetensors(directory, plan, request.max_shard_bytes, advance, ranks)
+        file_bytes = max(total, 1) if prepared.is_adapter else request.max_shard_bytes  # an adapter is one file
+        write_safetensors(directory, plan, file_bytes, advance, ranks)
 
         def finish() -> None:
             verify_written(plan, SafetensorsReader(directory))
+            if prepared.is_adapter:
+                (directory / SINGLE_FILE).rename(directory / peft_adapter.ADAPTER_WEIGHTS)
             _write_beside_the_weights(prepared, _config(prepared), directory)
 
         ranks.on_first(finish)
@@ -182,9 +215,10 @@ def run_export(prepared: PreparedExport, ranks: Ranks = ALONE) -> None:
 
 def _write_beside_the_weights(prepared: PreparedExport, config: dict[str, Any], directory: Path) -> None:
     request, metadata, source = prepared.request, prepared.metadata, Path(prepared.request.checkpoint_dir)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    name = ADAPTER_FILE if prepared.is_adapter else CONFIG_FILE
+    (directory / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files(source / TOKENIZER_DIR, directory)
-    if config["model_type"] == "mixmoe":
+    if config.get("model_type") == "mixmoe":
         copy_code(directory)
     shutil.copyfile(source / METADATA_FILE, directory / METADATA_FILE)
     base_model = published_name(request.base_model or metadata.hf_config.get("_name_or_path"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from mixmoe_megatron.checkpoint.safetensors_io import SafetensorsReader
 from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.checkpoint.tensors import TensorSource
 from mixmoe_megatron.conversion import qwen2_moe
-from mixmoe_megatron.conversion.deeper import DeeperSource, deeper_config, new_layers
+from mixmoe_megatron.conversion.deeper import DeeperSource
 from mixmoe_megatron.conversion.exported import options_from_hf
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, dense_config, megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.peft_adapter import AdaptedSource, read_adapter_options
 from mixmoe_megatron.conversion.plan import Target, check_stacks, expand, plan_tensors
 from mixmoe_megatron.conversion.prepared import PreparedCheckpoint
 from mixmoe_megatron.conversion.regrouped import RegroupedFFN, RegroupedSource
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.methods.llama_pro import copied_blocks
+from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.methods.registry import METHODS, phase_of_stage
 from mixmoe_megatron.model.mapping import TABLES, Row
 from mixmoe_megatron.model.options import MixMoEOptions
@@ -50,7 +53,9 @@ class ImportRequest:
         options: upcycle a dense model with these; None keeps a dense model dense.
         method: name of the method whose start a dense model becomes; None: Mix-MoE with options, else full fine-tuning.
         new_blocks: how many blocks a deeper start gets; None: as the method has it.
-        seed: of the router weights drawn when upcycling.
+        lora: options of LoRA; None: its defaults, or the adapter's.
+        adapter: directory of a PEFT adapter to take LoRA's matrices from; None: they are new.
+        seed: of the weights drawn for routers and LoRA.
         dtype: `keep`, `fp32` or `bf16`; routers are never cast.
         make_vocab_size_divisible_by: pads the vocabulary with zero rows; None: see hf_config.vocab_multiple.
         check_finite: refuse weights that hold NaN or infinite values.
@@ -66,6 +71,8 @@ class ImportRequest:
     options: MixMoEOptions | None = None
     method: str | None = None
     new_blocks: int | None = None
+    lora: LoRAOptions | None = None
+    adapter: str | None = None
     seed: int = 1234
     dtype: str = "keep"
     make_vocab_size_divisible_by: int | None = None
@@ -220,38 +227,50 @@ def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
     if config.get("model_type") == qwen2_moe.MODEL_TYPE:
         return _exported_qwen2_moe(request, config)
     args, start = _megatron_args(request, config), request.start
-    if request.new_blocks is not None and not start.has_new_layers:
-        raise MixMoEError("--new-blocks goes with a method that adds layers to the base, such as llama_pro.")
+    if request.adapter is not None:
+        return _adapted(request, config)
+    if start.has_new_layers and request.new_blocks is None and (Path(request.hf_dir) / METADATA_FILE).is_file():
+        metadata = read_metadata(request.hf_dir)
+        if metadata.phase.has_new_layers:
+            return _exported_deeper(metadata, config, args)
+    model = describe_start(config, start, options=request.options, new_blocks=request.new_blocks, lora=request.lora)
+    model = replace(model, megatron_args=_megatron_args(request, model.hf_config))
     if start.has_new_layers:
-        return _deeper(request, config)
+        layers = args["num_layers"]
+        copied = copied_blocks(layers, request.new_blocks)
+        return _Reading(model, "dense", rearranged=lambda source: DeeperSource(source, copied, layers))
+    if start.has_adapters:
+        return _Reading(model, "dense", TABLES["new lora"])
     if not start.groups:
-        return _Reading(ModelDescription(config, args, None, start), "dense")
-    assert request.options is not None, "experts have options"
-    if request.options.expert_init == "important" and request.ffns is None:
+        return _Reading(model, "dense")
+    if model.options is not None and model.options.expert_init == "important" and request.ffns is None:
         raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
     ffns = request.ffns or {}
     regrouped = (lambda source: RegroupedSource(source, ffns)) if ffns else (lambda source: source)
-    model = ModelDescription(config, args, request.options, start)
     return _Reading(model, "dense", TABLES["upcycle"], rearranged=regrouped)
 
 
-def _deeper(request: ImportRequest, config: dict[str, Any]) -> _Reading:
-    """A dense model with new layers: exported with them, or a base that gets them."""
-    start, args = request.start, _megatron_args(request, config)
-    metadata = read_metadata(request.hf_dir) if (Path(request.hf_dir) / METADATA_FILE).is_file() else None
-    if metadata is not None and metadata.phase.has_new_layers and request.new_blocks is None:
-        if metadata.megatron_args.get("num_layers") != args["num_layers"]:
-            raise MixMoEError(
-                f"{METADATA_FILE} says {metadata.megatron_args.get('num_layers')} layers, but config.json "
-                f"{args['num_layers']}."
-            )
-        model = ModelDescription(config, args, None, metadata.phase, new_layers=metadata.new_layers)
-        return _Reading(model, metadata.phase.name, data=metadata.data)
-    layers = args["num_layers"]
-    copied = copied_blocks(layers, request.new_blocks)
-    config = deeper_config(config, copied)
-    model = ModelDescription(config, _megatron_args(request, config), None, start, new_layers=new_layers(copied))
-    return _Reading(model, "dense", rearranged=lambda source: DeeperSource(source, copied, layers))
+def _exported_deeper(metadata: Metadata, config: dict[str, Any], args: dict[str, Any]) -> _Reading:
+    """A dense model that was exported with new layers."""
+    if metadata.megatron_args.get("num_layers") != args["num_layers"]:
+        raise MixMoEError(
+            f"{METADATA_FILE} says {metadata.megatron_args.get('num_layers')} layers, but config.json "
+            f"{args['num_layers']}."
+        )
+    model = ModelDescription(config, args, None, metadata.phase, new_layers=metadata.new_layers)
+    return _Reading(model, metadata.phase.name, data=metadata.data)
+
+
+def _adapted(request: ImportRequest, config: dict[str, Any]) -> _Reading:
+    """A dense model and a PEFT adapter of it."""
+    adapter = request.adapter
+    assert adapter is not None
+    if request.lora is not None:
+        raise MixMoEError("--adapter brings its own rank and alpha: leave --lora-rank and --lora-alpha out.")
+    model = describe_start(config, request.start, lora=read_adapter_options(adapter))
+    model = replace(model, megatron_args=_megatron_args(request, config))
+    data = read_metadata(adapter).data if (Path(adapter) / METADATA_FILE).is_file() else []
+    return _Reading(model, "dense", TABLES["lora"], data, lambda source: AdaptedSource(source, adapter))
 
 
 def _exported_mixmoe(request: ImportRequest, config: dict[str, Any]) -> _Reading:

@@ -7,6 +7,7 @@ import argparse
 from mixmoe_megatron.conversion.measured_start import MEASURED_OPTIONS
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Method
+from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.methods.registry import METHODS
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions
 
@@ -29,6 +30,21 @@ def method_from_arguments(args: argparse.Namespace) -> Method:
     if args.measure and not method.phases[0].groups:
         raise MixMoEError("--measure tells what upcycling costs, but nothing is upcycled: leave it out.")
     return method
+
+
+def lora_from_arguments(args: argparse.Namespace) -> LoRAOptions | None:
+    """Return LoRA's options where one is given.
+
+    Args:
+        args: lora_rank and lora_alpha.
+
+    Raises:
+        MixMoEError: one is out of its range.
+    """
+    if args.lora_rank is None and args.lora_alpha is None:
+        return None
+    rank = LoRAOptions.lora_rank if args.lora_rank is None else args.lora_rank
+    return LoRAOptions(rank, 2.0 * rank if args.lora_alpha is None else args.lora_alpha)
 
 
 def options_from_arguments(args: argparse.Namespace, method: Method, is_mixmoe: bool) -> MixMoEOptions | None:

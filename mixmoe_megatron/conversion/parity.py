@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def transformer_config(metadata: Metadata, dtype: torch.dtype, **fields: Any) ->
     options = MixMoEOptions.from_dict((metadata.options or {}) if metadata.phase.groups else {})
     settings: dict[str, Any] = {
         "new_layers": metadata.new_layers,
+        **(asdict(metadata.lora) if metadata.lora else {}),
         **transformer_fields(metadata.megatron_args),
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,

@@ -18,7 +18,7 @@ from mixmoe_megatron.conversion.movement import Movement, movement
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.mapping import Row, Side, Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.router_rows import folded_router, new_router_weight
+from mixmoe_megatron.model.router_rows import folded_router
 
 DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16"}
 _SHOWN_KEYS = 3
@@ -184,14 +184,15 @@ def plan_tensors(
 
 
 def _computed(unit: Unit, source: TensorSource, sizes: Sizes, target: Target) -> Iterator[LazyTensor]:
-    """Yield the tensors of a unit whose values are computed, in float32: router weights, folded or drawn."""
+    """Yield the tensors of a unit whose values are computed, in float32: folded routers, and what is new."""
     for name, shape in unit.tensors(target.side):
         if target.side == "hf":
             assert target.options is not None
             groups = [name for name, _ in unit.megatron]
             compute = functools.partial(_folded, groups, source, target.options)
         else:
-            compute = functools.partial(new_router_weight, name, shape, sizes.init_std, target.seed)
+            assert unit.row.crossing.new is not None, "what does not move is computed"
+            compute = functools.partial(unit.row.crossing.new, name, shape, sizes, target.seed)
         yield LazyTensor(name, shape, "float32", functools.partial(_part_of, functools.cache(compute)))
 
 

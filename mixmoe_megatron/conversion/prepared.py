@@ -35,7 +35,13 @@ def describe_model(metadata: Metadata, embedding_rows: int) -> ModelDescription:
     check_architecture(metadata)
     options = MixMoEOptions.from_dict(metadata.options or {}) if metadata.phase.groups else None
     return ModelDescription(
-        metadata.hf_config, metadata.megatron_args, options, metadata.phase, embedding_rows, metadata.new_layers
+        metadata.hf_config,
+        metadata.megatron_args,
+        options,
+        metadata.phase,
+        embedding_rows,
+        metadata.new_layers,
+        metadata.lora,
     )
 
 

@@ -31,7 +31,9 @@ class Throughput:
 
     def __init__(self, args: MegatronArgs):
         options = MixMoEOptions(**{name: getattr(args, name) for name in OPTION_NAMES}) if args.mixmoe_stage else None
-        self.sizes = model_sizes(vars(args), options, args.mixmoe_stage, args.padded_vocab_size, args.new_layers)
+        self.sizes = model_sizes(
+            vars(args), options, args.mixmoe_stage, args.padded_vocab_size, args.new_layers, args.lora_rank
+        )
         self.phase = PHASES[args.phase]
         self.topk = options.topk_per_group if options else 1
         self.world_size = args.world_size

@@ -9,6 +9,7 @@ from typing import Any
 
 #: The parts of a GPTModel, in order: the first pattern found in a parameter's name decides.
 PARTS: dict[str, str] = {
+    "adapters": r"\.lora\.",
     "LM experts": r"\.mlp\.experts\.lm_experts\.",
     "MT experts": r"\.mlp\.experts\.mt_experts\.",
     "LM routers": r"\.mlp\.router\.lm\.",
@@ -20,6 +21,8 @@ PARTS: dict[str, str] = {
     "dense FFNs": r"\.mlp\.",
     "other": "",
 }
+#: The part that LoRA adds.
+ADAPTERS = "adapters"
 #: In the place of parts: the phase trains the whole model.
 ALL_PARAMETERS = "all parameters"
 #: In the place of parts: the phase trains whole layers that its start put between those of the base.
@@ -62,6 +65,11 @@ class Phase:
     def has_new_layers(self) -> bool:
         """Whether its models have layers that the base has not."""
         return NEW_LAYERS in self.trains
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether its models have low-rank matrices beside the base's linear layers."""
+        return ADAPTERS in self.trains
 
     def is_trained(self, parameter: str, new_layers: Collection[int] = ()) -> bool:
         """Whether a parameter trains.

@@ -30,6 +30,8 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
         mixmoe_stage: 0 (dense), 1 (LM group) or 2 (LM and MT groups).
         experts_backend: "auto", "te" (Transformer Engine), "torch" (torch's grouped GEMM) or "sequential".
         new_layers: 0-based numbers of the layers that the base has not (LLaMA-Pro).
+        lora_rank: r of the low-rank matrices beside the linear layers; 0: there are none.
+        lora_alpha: their output is multiplied by lora_alpha / lora_rank.
         seed: of the routers' first weights; Megatron's --seed.
 
     Raises:
@@ -39,13 +41,17 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
     mixmoe_stage: int = 1
     experts_backend: str = "auto"
     new_layers: tuple[int, ...] = ()
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     seed: int = 1234
 
     def __post_init__(self) -> None:
         MixMoEOptions.validate(self)
         phase_of_stage(self.mixmoe_stage)  # refuses an unknown one
-        if self.new_layers:  # trained and frozen layers cannot share the optimizer's stacked tensors
+        if self.new_layers or self.lora_rank:  # trained and frozen layers cannot share the optimizer's stacked tensors
             self.hetereogenous_dist_checkpoint = True
+        if self.lora_rank:
+            _check_lora(self)
         if self.mixmoe_stage == 0:
             if self.num_moe_experts is not None:
                 raise MixMoEError("mixmoe_stage=0 is the dense model: num_moe_experts must be left out.")
@@ -71,6 +77,20 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
     def options(self) -> MixMoEOptions:
         """Return the Mix-MoE options alone."""
         return options_and_stage(self)[0]
+
+
+def _check_lora(config: MixMoETransformerConfig) -> None:
+    tensor_parallel = config.tensor_model_parallel_size
+    if config.transformer_impl != "local":
+        raise MixMoEError("LoRA goes with Megatron's own linear layers: add --transformer-impl local.")
+    if tensor_parallel > 1 and not config.sequence_parallel:
+        raise MixMoEError("LoRA under --tensor-model-parallel-size > 1 needs --sequence-parallel.")
+    groups = config.num_query_groups or config.num_attention_heads
+    if groups % tensor_parallel:
+        raise MixMoEError(
+            f"LoRA under tensor parallelism needs as many key and value heads on each rank: {groups} are not divisible "
+            f"by tensor_model_parallel_size={tensor_parallel}."
+        )
 
 
 def _derived_fields(options: MixMoEOptions, stage: int, num_layers: int, ffn_hidden_size: int) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def _products(sizes: Sizes, phase: Phase, topk_per_group: int, seq_length: float
 
     hidden, query = sizes.hidden_size, sizes.num_attention_heads * sizes.kv_channels
     key_value = 2 * sizes.num_query_groups * sizes.kv_channels
+    has_adapters = sizes.lora_rank > 0
     below = trains("embedding.word_embeddings.weight")  # whether something below trains, so that gradients must pass
     for layer in range(layers.stop):
         at = f"decoder.layers.{layer}."
@@ -99,26 +100,38 @@ def _products(sizes: Sizes, phase: Phase, topk_per_group: int, seq_length: float
         below |= trains(at + "self_attention.linear_qkv.layer_norm_weight")
         qkv, proj = (trains(f"{at}self_attention.{name}.weight") for name in ("linear_qkv", "linear_proj"))
         products.append(_product(2 * hidden * (query + key_value), below, qkv))
-        below |= qkv
+        products += _adapters(sizes, below, (hidden, query), (hidden, key_value // 2), (hidden, key_value // 2))
+        below |= qkv or has_adapters
         products.append(_product(2 * query * (seq_length + 1), 2 * below, False))  # two products; half is masked
         products.append(_product(2 * query * hidden, below, proj))
-        below |= proj | trains(
-            at + ("pre_mlp_layernorm.weight" if layer in sizes.moe_layers else "mlp.linear_fc1.layer_norm_weight")
-        )
+        products += _adapters(sizes, below, (query, hidden))
+        norm = "pre_mlp_layernorm.weight" if layer in sizes.moe_layers else "mlp.linear_fc1.layer_norm_weight"
+        below |= proj | trains(at + norm)
         if layer in sizes.moe_layers:
             products += _moe_layer(sizes, topk_per_group, below, at, trains)
             below |= any(product.backward_weights for product in products)
         else:
+            width = sizes.ffn_hidden_size
             fc1, fc2 = (trains(f"{at}mlp.{name}.weight") for name in ("linear_fc1", "linear_fc2"))
-            products.append(_product(4 * hidden * sizes.ffn_hidden_size, below, fc1))
-            products.append(_product(2 * hidden * sizes.ffn_hidden_size, below | fc1, fc2))
-            below |= fc1 | fc2
+            products.append(_product(4 * hidden * width, below, fc1))
+            products += _adapters(sizes, below, (hidden, width), (hidden, width))
+            below |= fc1 or has_adapters
+            products.append(_product(2 * hidden * width, below, fc2))
+            products += _adapters(sizes, below, (width, hidden))
+            below |= fc2
         if layer in layers:
             yield from products
     if layers.stop == sizes.num_layers:
         below |= trains("decoder.final_layernorm.weight")
         output = "embedding.word_embeddings.weight" if sizes.tied else "output_layer.weight"
         yield _product(2 * hidden * sizes.padded_vocab_size, below, trains(output))
+
+
+def _adapters(sizes: Sizes, below: bool, *layers: tuple[int, int]) -> Iterator[StepFlops]:
+    """Yield the products of LoRA, which trains, beside linear layers of these input and output sizes."""
+    for inputs, outputs in layers if sizes.lora_rank else ():
+        yield _product(2 * sizes.lora_rank * inputs, below, True)
+        yield _product(2 * sizes.lora_rank * outputs, True, True)
 
 
 def _moe_layer(

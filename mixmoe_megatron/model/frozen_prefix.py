@@ -104,7 +104,8 @@ def graph_start(
     """
     if phase.is_trained("embedding.word_embeddings.weight"):
         return None
-    attention = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj")
+    attention = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj",
+                 "self_attention.linear_qkv.lora.q_a")  # fmt: skip
     dense = ("mlp.linear_fc1", "mlp.linear_fc2", "pre_mlp_layernorm")
     moe = (*(f"mlp.{kind}.{group}{tail}" for group in phase.groups for kind, tail in _MOE), "pre_mlp_layernorm")
     for layer in range(num_layers):

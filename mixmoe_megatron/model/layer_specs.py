@@ -10,6 +10,7 @@ Without Transformer Engine the local modules are used, with this package's atten
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from mixmoe_megatron.model.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.model.backends import uses_transformer_engine
 from mixmoe_megatron.model.frozen_prefix import MixMoETransformerLayer
+from mixmoe_megatron.model.lora_linear import LoRAColumnParallelLinear, LoRARowParallelLinear
 from mixmoe_megatron.model.moe_layer import MixMoELayer
 
 
@@ -58,12 +60,12 @@ def mixmoe_decoder_block_spec(
     use_te = uses_transformer_engine(config)
     block = get_gpt_decoder_block_spec(config, use_te, config.normalization, config.qk_l2_norm, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[_mixmoe_layer_spec(spec, use_te) for spec in block.layer_specs],
+        layer_specs=[_mixmoe_layer_spec(spec, use_te, config) for spec in block.layer_specs],
         layer_norm=block.layer_norm if use_te else SeparateRMSNorm,
     )
 
 
-def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
+def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool, config: Any) -> ModuleSpec:
     """Return a copy of a Megatron layer spec (layers share them) with this package's modules in it."""
     submodules: TransformerLayerSubmodules = copy.deepcopy(spec.submodules)
     is_moe = isinstance(submodules.mlp, partial) and submodules.mlp.func is MoELayer
@@ -71,7 +73,16 @@ def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool) -> ModuleSpec:
         submodules.mlp = MixMoELayer
     if not use_te:
         _use_torch_modules(submodules, is_moe)
+    if getattr(config, "lora_rank", 0):
+        _add_lora(submodules)
     return ModuleSpec(module=MixMoETransformerLayer, submodules=submodules, params=dict(spec.params))
+
+
+def _add_lora(submodules: TransformerLayerSubmodules) -> None:
+    attention, mlp = submodules.self_attention.submodules, submodules.mlp
+    attention.linear_qkv, attention.linear_proj = LoRAColumnParallelLinear, LoRARowParallelLinear
+    linear = replace(mlp.keywords["submodules"], linear_fc1=LoRAColumnParallelLinear, linear_fc2=LoRARowParallelLinear)
+    submodules.mlp = partial(mlp.func, **{**mlp.keywords, "submodules": linear})
 
 
 def _use_torch_modules(submodules: TransformerLayerSubmodules, is_moe: bool) -> None:

@@ -8,7 +8,8 @@ are computed are marked so, and `model.router_rows` computes them.
 Megatron names are the keys of a torch_dist checkpoint, one per layer. `{i}` is the layer number from 0.
 
 Shape legend: H hidden_size, F ffn_hidden_size, Q attention heads x head size, K query groups x head size, QKV = Q + 2K,
-V vocabulary, P padded vocabulary, n experts per group, E experts of all groups (n or 2n), f moe_ffn_hidden_size.
+V vocabulary, P padded vocabulary, r LoRA's rank, n experts per group, E experts of all groups (n or 2n), f
+moe_ffn_hidden_size.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model import upcycling
+from mixmoe_megatron.model.router_rows import new_lora_matrix, new_router_weight
 from mixmoe_megatron.model.upcycling import Array
 
 Scope = Literal["model", "layer", "dense", "moe"]
@@ -39,6 +41,7 @@ class Sizes:
         num_groups: 1 in stage 1 (LM), 2 in stage 2 (LM and MT).
         router_bias: the routers have a bias.
         new_layers: 0-based numbers of layers that the base has not; they are dense.
+        lora_rank: r of the low-rank matrices beside the linear layers; 0: there are none.
         spectral: the Megatron routers keep a second weight W_f (not for transform `none`).
         expert_init: `slice` or `copy`, for upcycling only.
         init_std: of router weights, for upcycling only.
@@ -56,6 +59,7 @@ class Sizes:
     qkv_bias: bool
     moe_layers: tuple[int, ...] = ()
     new_layers: tuple[int, ...] = ()
+    lora_rank: int = 0
     num_groups: int = 0
     num_experts_per_group: int = 0
     moe_ffn_hidden_size: int = 0
@@ -72,14 +76,14 @@ class Sizes:
         values = {
             "H": self.hidden_size, "F": self.ffn_hidden_size, "2F": 2 * self.ffn_hidden_size,
             "Q": q, "K": k, "QKV": q + 2 * k, "V": self.vocab_size, "P": self.padded_vocab_size,
-            "0": 0, "1": 1, "n": n, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
+            "0": 0, "1": 1, "r": self.lora_rank, "n": n, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
         }  # fmt: skip
         return tuple(values[symbol] for symbol in symbols.split())
 
     @property
     def is_stacked(self) -> bool:
         """Whether a checkpoint keeps like tensors of all layers in one, as Megatron does where all layers are alike."""
-        return not (self.moe_layers or self.new_layers)
+        return not (self.moe_layers or self.new_layers or self.lora_rank)
 
     def layers(self, scope: Scope) -> list[int]:
         """Return the 0-based numbers of the layers in a scope: of all, of the dense or of the Mix-MoE ones."""
@@ -138,12 +142,21 @@ class Key:
 Move = Callable[[list[Array], Sizes], list[Array]]
 
 
+#: What a new tensor begins with: its Megatron name, its shape, the model's sizes, a seed -> float32 values.
+Draw = Callable[[str, tuple[int, ...], Sizes, int], Array]
+
+
 @dataclass(frozen=True)
 class Crossing:
-    """How values of a row move, each way; None where they do not move but are computed, or there is no such way."""
+    """How values of a row move, each way; None where they do not move but are computed, or there is no such way.
+
+    Attributes:
+        new: how a start makes the row's Megatron tensors, where nothing moves there.
+    """
 
     to_megatron: Move | None
     to_hf: Move | None
+    new: Draw | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +249,14 @@ def _new_bias(arrays: list[Array], sizes: Sizes) -> list[Array]:
     return [np.zeros(sizes.num_experts_per_group, np.int64)]
 
 
+def _new_router(name: str, shape: tuple[int, ...], sizes: Sizes, seed: int) -> Array:
+    return new_router_weight(name, shape, sizes.init_std, seed)
+
+
+def _new_lora(name: str, shape: tuple[int, ...], sizes: Sizes, seed: int) -> Array:
+    return np.zeros(shape, np.float32) if name.endswith("_b") else new_lora_matrix(name, shape, seed)
+
+
 SAME = Crossing(_same, _same)
 VOCAB = Crossing(_pad_vocab, _trim_vocab)
 QKV = Crossing(_merge_qkv, _split_qkv)
@@ -244,7 +265,8 @@ EXPERT_GROUPS = Crossing(_split_groups, _merge_groups)
 ROUTER = Crossing(_unfold_router, None)
 UPCYCLED_GATE_UP = Crossing(_upcycle_gate_up, None)
 UPCYCLED_DOWN = Crossing(_upcycle_down, None)
-NEW_ROUTER = Crossing(None, None)
+NEW_ROUTER = Crossing(None, None, _new_router)
+NEW_LORA = Crossing(None, None, _new_lora)
 NEW_ROUTER_BIAS = Crossing(_new_bias, None)
 
 _M = "decoder.layers.{i}."
@@ -296,8 +318,37 @@ _UPCYCLING_ROWS = (
         (Key(_H + "mlp.down_proj.weight", "H F"),), UPCYCLED_DOWN, "moe"),
 )  # fmt: skip
 
-# A model whose Hugging Face side is dense or Mix-MoE, and a dense one that becomes an upcycled Megatron one.
-TABLES = {"same": SHARED_ROWS + _MIXMOE_ROWS, "upcycle": SHARED_ROWS + _UPCYCLING_ROWS}
+#: module and matrix in Megatron, layer in Hugging Face, shape of its weight
+LORA_LAYERS = (
+    ("self_attention.linear_qkv.lora.q", "self_attn.q_proj", "Q H"),
+    ("self_attention.linear_qkv.lora.k", "self_attn.k_proj", "K H"),
+    ("self_attention.linear_qkv.lora.v", "self_attn.v_proj", "K H"),
+    ("self_attention.linear_proj.lora.o", "self_attn.o_proj", "H Q"),
+    ("mlp.linear_fc1.lora.gate", "mlp.gate_proj", "F H"),
+    ("mlp.linear_fc1.lora.up", "mlp.up_proj", "F H"),
+    ("mlp.linear_fc2.lora.down", "mlp.down_proj", "H F"),
+)
+
+
+def _lora_rows(crossing: Crossing, in_hf: bool) -> tuple[Row, ...]:
+    """A and B of each layer; on the Hugging Face side a PEFT adapter's, or nothing."""
+    rows = []
+    for megatron, hf, shape in LORA_LAYERS:
+        rows_of, columns_of = shape.split()
+        for kind, theirs, symbols in (("a", "A", f"r {columns_of}"), ("b", "B", f"{rows_of} r")):
+            key = Key(f"base_model.model.{_H}{hf}.lora_{theirs}.weight", symbols)
+            rows.append(Row((Key(f"{_M}{megatron}_{kind}", symbols),), (key,) * in_hf, crossing, "dense"))
+    return tuple(rows)
+
+
+LORA_ROWS = _lora_rows(SAME, in_hf=True)
+#: What lies on both sides: a dense or Mix-MoE model, a dense one and what is upcycled of it, or a dense one and LoRA.
+TABLES = {
+    "same": SHARED_ROWS + _MIXMOE_ROWS,
+    "upcycle": SHARED_ROWS + _UPCYCLING_ROWS,
+    "new lora": SHARED_ROWS + _lora_rows(NEW_LORA, in_hf=False),
+    "lora": SHARED_ROWS + LORA_ROWS,
+}
 
 # Modules whose `_extra_state` (empty without fp8) Megatron asks for on loading: (module, scope). Both Megatron's own
 # linear layers and Transformer Engine's are covered; a model ignores the entries of modules it lacks.

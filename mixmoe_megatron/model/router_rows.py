@@ -1,6 +1,6 @@
-"""Router weights outside a model, as numpy arrays: drawn where a dense model is upcycled, folded where one is exported.
+"""Routers outside a model, as numpy arrays: drawn where a dense model is upcycled, folded where one is exported.
 
-A conversion needs no more than these few rows computed, and torch takes longer to import than to convert. So the fold
+LoRA's first matrices are drawn here too. A conversion needs no more than these few rows computed, and torch takes longer to import than to convert. So the fold
 of `spectral`, which trains, is written down here once more; a test compares the two.
 
 Shape legend: n experts of a group, E experts of all groups, H hidden_size.
@@ -33,9 +33,29 @@ def new_router_weight(name: str, shape: tuple[int, ...], init_std: float, seed: 
     Returns:
         [n, H] float32.
     """
+    return _generator(name, seed).standard_normal(shape, dtype=np.float32) * np.float32(init_std)
+
+
+def new_lora_matrix(name: str, shape: tuple[int, ...], seed: int) -> Array:
+    """Draw a matrix A of LoRA from the uniform distribution between -1 and 1 over the square root of its columns.
+
+    Source: PEFT's default, kaiming_uniform(a = sqrt(5)).
+
+    Args:
+        name: of the matrix in a checkpoint.
+        shape: [r, in].
+        seed: any integer.
+
+    Returns:
+        [r, in] float32.
+    """
+    drawn = _generator(name, seed).random(shape, dtype=np.float32)
+    return (2 * drawn - 1) / np.float32(np.sqrt(shape[1]))
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
     key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little")
-    drawn = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
-    return drawn * np.float32(init_std)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def folded_router(weights: Sequence[Array], options: MixMoEOptions) -> Array:

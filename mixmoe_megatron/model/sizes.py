@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers, router_weight_std
 from mixmoe_megatron.model.upcycling import expert_ffn_hidden_size
@@ -24,6 +25,7 @@ def model_sizes(
     stage: int,
     padded_vocab: int | None = None,
     new_layers: Sequence[int] = (),
+    lora_rank: int = 0,
 ) -> Sizes:
     """Return the sizes of a model.
 
@@ -33,6 +35,7 @@ def model_sizes(
         stage: 0 (dense), 1 or 2, see `methods.Phase.stage`.
         padded_vocab: rows of the embedding in a checkpoint; default: as Megatron pads without tensor parallelism.
         new_layers: 0-based numbers of the layers that the base has not.
+        lora_rank: r of the low-rank matrices; 0: there are none.
 
     Raises:
         MixMoEError: the options do not fit the architecture.
@@ -65,6 +68,7 @@ def model_sizes(
         tied=not args["untie_embeddings_and_output_weights"],
         qkv_bias=args["add_qkv_bias"],
         new_layers=tuple(new_layers),
+        lora_rank=lora_rank,
         **moe,
     )
 
@@ -80,6 +84,7 @@ class ModelDescription:
         phase: what it has been trained to be, which tells its expert groups.
         embedding_rows: of a checkpoint, padding included; None: as Megatron pads without tensor parallelism.
         new_layers: 0-based numbers of the layers that the base has not.
+        lora: LoRA's options, where the model has adapters.
     """
 
     hf_config: dict[str, Any]
@@ -88,6 +93,7 @@ class ModelDescription:
     phase: Phase
     embedding_rows: int | None = None
     new_layers: tuple[int, ...] = ()
+    lora: LoRAOptions | None = None
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -96,12 +102,17 @@ class ModelDescription:
         Raises:
             MixMoEError: the options do not fit the architecture.
         """
-        return model_sizes(self.megatron_args, self.options, self.phase.stage, self.embedding_rows, self.new_layers)
+        rank = self.lora.lora_rank if self.lora else 0
+        return model_sizes(
+            self.megatron_args, self.options, self.phase.stage, self.embedding_rows, self.new_layers, rank
+        )
 
     def recorded_options(self) -> dict[str, Any] | None:
-        """Return what metadata record beside the architecture: the Mix-MoE options, or which layers are new."""
+        """Return what metadata record beside the architecture: options, or which layers are new."""
         if self.options is not None:
             return self.options.to_dict()
+        if self.lora is not None:
+            return asdict(self.lora)
         return {"new_layers": list(self.new_layers)} if self.phase.has_new_layers else None
 
     def checkpoint_args(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.model.frozen_prefix import graph_start
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import model_sizes, padded_vocab_size
+from mixmoe_megatron.model.sizes import ModelDescription, model_sizes, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,20 @@ class Model:
         options: the Mix-MoE options; not used in a phase without experts.
         phase: that is trained.
         new_layers: 0-based numbers of the layers that the base has not.
+        lora_rank: r of the low-rank matrices of a phase with adapters.
     """
 
     megatron_args: dict[str, Any]
     options: MixMoEOptions
     phase: Phase
     new_layers: tuple[int, ...] = ()
+    lora_rank: int = 0
+
+    @classmethod
+    def of(cls, model: ModelDescription) -> Model:
+        """Return what is planned of a model's description."""
+        rank = model.lora.lora_rank if model.lora else 0
+        return cls(model.megatron_args, model.options or MixMoEOptions(), model.phase, model.new_layers, rank)
 
     def is_trained(self, parameter: str) -> bool:
         """Whether a parameter trains, by its name in a GPTModel."""
@@ -54,7 +62,7 @@ class Model:
         """
         args = self.megatron_args
         vocab = padded_vocab_size(args["vocab_size"], args["make_vocab_size_divisible_by"] * tensor_parallel)
-        return model_sizes(args, self.options, self.phase.stage, vocab, self.new_layers)
+        return model_sizes(args, self.options, self.phase.stage, vocab, self.new_layers, self.lora_rank)
 
 
 @dataclass(frozen=True)

@@ -81,19 +81,32 @@ def rank_parameters(sizes: Sizes, layout: ParallelLayout, pp_rank: int) -> Itera
         name = f"decoder.layers.{layer}."
         yield LocalParameter(name + "input_layernorm.weight", (hidden,))
         yield LocalParameter(name + "self_attention.linear_proj.weight", (hidden, query))
+        yield from _adapters(name + "self_attention.linear_proj", sizes, query, {"o": hidden})
         yield LocalParameter(name + "self_attention.linear_qkv.weight", (query + key_value, hidden))
         if sizes.qkv_bias:
             yield LocalParameter(name + "self_attention.linear_qkv.bias", (query + key_value,))
+        parts = {"q": query, "k": key_value // 2, "v": key_value // 2}
+        yield from _adapters(name + "self_attention.linear_qkv", sizes, hidden, parts)
         yield LocalParameter(name + "pre_mlp_layernorm.weight", (hidden,))
         if layer in sizes.moe_layers:
             yield from _moe_parameters(sizes, layout, name + "mlp.")
         else:
-            yield LocalParameter(name + "mlp.linear_fc1.weight", (2 * sizes.ffn_hidden_size // tp, hidden))
-            yield LocalParameter(name + "mlp.linear_fc2.weight", (hidden, sizes.ffn_hidden_size // tp))
+            width = sizes.ffn_hidden_size // tp
+            yield LocalParameter(name + "mlp.linear_fc1.weight", (2 * width, hidden))
+            yield from _adapters(name + "mlp.linear_fc1", sizes, hidden, {"gate": width, "up": width})
+            yield LocalParameter(name + "mlp.linear_fc2.weight", (hidden, width))
+            yield from _adapters(name + "mlp.linear_fc2", sizes, width, {"down": hidden})
     if last:
         yield LocalParameter("decoder.final_layernorm.weight", (hidden,))
     if last and (not sizes.tied or shared):
         yield LocalParameter("output_layer.weight", vocab, is_shared_embedding=shared)
+
+
+def _adapters(layer: str, sizes: Sizes, inputs: int, outputs: dict[str, int]) -> Iterator[LocalParameter]:
+    """A and B of the linear layers that one of Megatron's stands for."""
+    for name, size in outputs.items() if sizes.lora_rank else ():
+        yield LocalParameter(f"{layer}.lora.{name}_a", (sizes.lora_rank, inputs))
+        yield LocalParameter(f"{layer}.lora.{name}_b", (size, sizes.lora_rank))
 
 
 def _moe_parameters(sizes: Sizes, layout: ParallelLayout, name: str) -> Iterator[LocalParameter]:

@@ -6,13 +6,14 @@ The processes live together and take turns, so that all meet the same machine; a
 from __future__ import annotations
 
 import importlib
+import math
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -20,14 +21,15 @@ from typing import Any
 
 import torch
 
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.hf_config import read_hf_config
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.megatron_patches.install import prepare_megatron
 from mixmoe_megatron.methods.base import Phase
-from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.flops import step_flops
-from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import model_sizes
+from mixmoe_megatron.planning.layouts import ParallelLayout
+from mixmoe_megatron.planning.memory import rank_parameters
 
 _LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
 _ENGINE_MODULE = "mixmoe_megatron.training.engine_step"
@@ -57,14 +59,14 @@ class System:
 
     Attributes:
         name: in the table.
-        stage: 0 (dense, all is trained), 1 or 2.
-        engine: in the engine of this package; False: in plain transformers, stage 0 only.
+        phase: name of the phase that trains.
+        engine: in the engine of this package; False: in plain transformers, the phase `dense` only.
         frozen_prefix: the frozen layers below the first MoE layer build no graph.
         fused: transformers with torch's fused AdamW.
     """
 
     name: str
-    stage: int = 0
+    phase: str = "dense"
     engine: bool = True
     frozen_prefix: bool = True
     fused: bool = False
@@ -73,10 +75,10 @@ class System:
 PLAIN = (System("transformers, AdamW", engine=False), System("transformers, fused AdamW", engine=False, fused=True))
 ENGINE = (
     System("engine, dense, all trained"),
-    System("engine, stage 1", 1),
-    System("engine, stage 2", 2),
-    System("stage 1, graph from the bottom", 1, frozen_prefix=False),
-    System("stage 2, graph from the bottom", 2, frozen_prefix=False),
+    System("engine, stage 1", "stage1"),
+    System("engine, stage 2", "stage2"),
+    System("stage 1, graph from the bottom", "stage1", frozen_prefix=False),
+    System("stage 2, graph from the bottom", "stage2", frozen_prefix=False),
 )
 
 
@@ -91,7 +93,8 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
     Returns:
         For each name: `seconds` and `cpu_seconds` of a step (medians), `peak_bytes` (most memory in a step, over what
         the process held before the model was built), `built_bytes` (of it before the first step: weights and gradient
-        buffers), `flops` (the least that the step has to do, `flops.step_flops`).
+        buffers), `flops` (the least that the step has to do, `flops.step_flops`), `parameters`, of them `trained` and
+        `active`, the ones that a token meets.
 
     Raises:
         MixMoEError: a process failed; its reason stands above.
@@ -108,14 +111,23 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
     for index, system in enumerate(systems):
         wall, cpu = (median(row[index][kind] for row in times) for kind in (0, 1))
         rows[system.name] = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peaks[index]}
-        rows[system.name] |= {"built_bytes": built[index], "flops": _flops(phase_of_stage(system.stage), task)}
+        rows[system.name] |= {"built_bytes": built[index]} | {**_counts(PHASES[system.phase], task)}
     return rows
 
 
-def _flops(phase: Phase, task: Task) -> float:
-    sizes = model_sizes(megatron_args_from_hf(read_hf_config(task.hf_dir)), MixMoEOptions(), phase.stage)
+def _counts(phase: Phase, task: Task) -> dict[str, float]:
+    """Operations of a step, and parameters: all, those that train, those that a token meets."""
+    model = replace(describe_start(read_hf_config(task.hf_dir), PHASES[phase.starts_from[0]]), phase=phase)
+    sizes, k = model.sizes, model.options.topk_per_group if model.options else 1
+    total = trained = active = 0.0
+    for parameter in rank_parameters(sizes, ParallelLayout(), 0):
+        size = math.prod(parameter.shape)
+        total += size
+        trained += size * phase.is_trained(parameter.name, sizes.new_layers)
+        active += size * (k / sizes.num_experts_per_group if parameter.is_expert else 1)
     tokens = task.batch_size * task.seq_length
-    return step_flops(sizes, phase, MixMoEOptions().topk_per_group, tokens, task.seq_length).total
+    flops = step_flops(sizes, phase, k, tokens, task.seq_length).total
+    return {"flops": flops, "parameters": total, "trained": trained, "active": active}
 
 
 def _context() -> Any:
@@ -185,7 +197,7 @@ def _make_step(system: System, task: Task) -> Callable[[], Any]:
     config = read_hf_config(task.hf_dir)
     batch = random_batch(config["vocab_size"], task.batch_size, task.seq_length)
     if system.engine:
-        return engine_step(config, batch, phase_of_stage(system.stage), task.flags, system.frozen_prefix)
+        return engine_step(config, batch, PHASES[system.phase], task.flags, system.frozen_prefix)
     return _plain_step(task.hf_dir, batch, system.fused)
 
 

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import re
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,6 +209,8 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     if phase.groups:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, phase.stage, model["num_layers"], model["ffn_hidden_size"])
+    if phase.has_adapters:
+        model["transformer_impl"] = "local"
     if not isinstance(model["rotary_base"], int):
         del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
     multiple = early.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]
@@ -327,6 +330,7 @@ def apply_options(args: MegatronArgs, metadata: Metadata) -> None:
         args.rotary_base = base
     _check_architecture_flags(args, metadata)
     args.new_layers = metadata.new_layers
+    args.lora_rank, args.lora_alpha = astuple(metadata.lora) if metadata.lora else (0, 0.0)
     if metadata.phase.groups and metadata.options is not None:
         for field in dataclasses.fields(MixMoEOptions):
             setattr(args, field.name, metadata.options[field.name])

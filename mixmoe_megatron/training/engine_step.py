@@ -16,12 +16,11 @@ from megatron.training import global_vars, initialize, training
 from megatron.training.arguments import validate_args
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.megatron_patches.install import install
 from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
-from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.training.arguments import parse_arguments
 from mixmoe_megatron.training.megatron_args import MegatronArgs
 from mixmoe_megatron.training.pretrain import stand_alone_environment
@@ -105,10 +104,9 @@ def _build_graph_from_the_bottom(model: Any) -> None:
 
 def _arguments(hf_config: dict[str, Any], shape: torch.Size, phase: Phase, flags: str) -> MegatronArgs:
     """Megatron's validated arguments, completed from the metadata of a parent that holds nothing else."""
-    parent_phase = PHASES[phase.starts_from[0]]
-    options = MixMoEOptions().to_dict() if parent_phase.groups else None
+    model = describe_start(hf_config, PHASES[phase.starts_from[0]])
     with tempfile.TemporaryDirectory() as parent:
-        write_metadata(parent, Metadata(parent_phase, options, megatron_args_from_hf(hf_config), hf_config))
+        write_metadata(parent, Metadata(model.phase, model.recorded_options(), model.megatron_args, model.hf_config))
         line = f"--phase {phase.name} --init-from {parent} --seq-length {shape[1]} --micro-batch-size {shape[0]} "
         line += f"--global-batch-size {shape[0]} --lr 1e-4 --clip-grad 1.0 --train-iters 100000 {flags}"
         args, _ = parse_arguments(line.split())

@@ -24,6 +24,8 @@ class MegatronArgs(Protocol):
     eval_mono_interval: int | None
     dry_run: bool
     # set here
+    lora_alpha: float
+    lora_rank: int
     new_layers: tuple[int, ...]
     dataloader_type: str | None
     eval_iters: int

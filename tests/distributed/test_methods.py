@@ -36,6 +36,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "full": ([], ["dense"]),
     "llama_pro": (["--new-blocks", "2"], ["llama_pro"]),
     "norms": ([], ["norms"]),
+    "lora": (["--lora-rank", "4"], ["lora"]),
     "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
     "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
 }
@@ -84,12 +85,16 @@ def runs(world: Path) -> Iterator[Runs]:
 
 
 def assert_close(found: Path, expected: Path) -> None:
-    """Check that two checkpoints hold the same model but for rounding."""
+    """Check that two checkpoints hold the same model but for rounding.
+
+    LoRA's B begins at zero, and Adam's first steps are as large for gradients that are next to nothing as for others.
+    """
     tensors = checkpoint_tensors(expected)
     assert checkpoint_tensors(found).keys() == tensors.keys()
     for name, tensor in checkpoint_tensors(found).items():
         difference = (tensor - tensors[name]).abs().max() / tensors[name].abs().max().clamp_min(1e-3)
-        assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
+        allowed = 2e-3 if ".lora." in name else 1e-4
+        assert difference < allowed, f"{name} differs by {difference:.1e} of its largest value"
 
 
 @pytest.mark.parametrize(
@@ -136,8 +141,14 @@ def test_an_export_is_the_model_and_comes_back(runs: Runs, method: str, phase: s
     save, back = runs.alone(method, phase)[0], tmp_path / "back"
     assert mixmoe_to_hf.main(["--checkpoint-dir", str(save), "--output-dir", str(tmp_path / "hf")]) == 0
     assert check_parity(str(tmp_path / "hf"), str(save), None, 1e-4, "fp32", None)[1] is None
-    words = ["--hf-dir", str(tmp_path / "hf"), "--output-dir", str(back)]
-    assert hf_to_mixmoe.main([*words, *([] if PHASES[phase].groups else ["--method", method])]) == 0
+    words = ["--hf-dir", str(tmp_path / "hf"), "--method", method]
+    if PHASES[phase].groups:
+        words = words[:2]
+    elif PHASES[phase].has_adapters:
+        adapter = str(tmp_path / "adapter")
+        assert mixmoe_to_hf.main(["--checkpoint-dir", str(save), "--output-dir", adapter, "--format", "adapter"]) == 0
+        words = ["--hf-dir", str(runs.world / "base"), "--method", method, "--adapter", adapter]
+    assert hf_to_mixmoe.main([*words, "--output-dir", str(back)]) == 0
     before, after = checkpoint_tensors(save), checkpoint_tensors(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert read_metadata(back).new_layers == read_metadata(save).new_layers
