@@ -1,7 +1,8 @@
 """Routers outside a model, as numpy arrays: drawn where a dense model is upcycled, folded where one is exported.
 
-LoRA's first matrices are drawn here too. A conversion needs no more than these few rows computed, and torch takes longer to import than to convert. So the fold
-of `spectral`, which trains, is written down here once more; a test compares the two.
+LoRA's first matrices are drawn here too. A conversion needs no more than these few rows computed, and torch takes
+longer to import than to convert. So the fold of `spectral`, which trains, is written down here once more; a test
+compares the two.
 
 Shape legend: n experts of a group, E experts of all groups, H hidden_size.
 """

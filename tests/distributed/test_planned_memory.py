@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from checkpoints_conversion import hf_to_mixmoe
 from mixmoe_megatron.checkpoint.metadata import read_metadata
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
-from mixmoe_megatron.methods.registry import phase_of_stage
-from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.conversion.prepared import describe_model
+from mixmoe_megatron.methods.registry import METHODS, PHASES, phase_of_stage
 from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import stage_memory
 from tests.helpers.forked import run_job
@@ -40,20 +41,32 @@ def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
     assert_planned(world, tmp_path, ParallelLayout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "llama_pro", "moe", "llama_moe_v2"])
+def test_planned_bytes_of_other_methods(world: Path, tmp_path: Path, method: str) -> None:
+    words = ["--hf-dir", world / "base", "--output-dir", tmp_path / "start", "--method", method]
+    assert hf_to_mixmoe.main(list(map(str, words))) == 0
+    phase = METHODS[method].phases[0].name
+    assert_planned(world, tmp_path / "logs", ParallelLayout(tp=2), phase, str(tmp_path / "start"), "mono", "bf16")
+
+
 def assert_planned(
-    world: Path, logs: Path, layout: ParallelLayout, stage: int, parent: str, data: str, dtype: str, flag: str = ""
+    world: Path,
+    logs: Path,
+    layout: ParallelLayout,
+    which: int | str,
+    parent: str,
+    data: str,
+    dtype: str,
+    flag: str = "",
 ) -> None:
     """Train one step in so many processes and compare every rank's bytes with the plan."""
-    metadata = read_metadata(world / parent)
-    model = Model(
-        megatron_args_from_hf(metadata.hf_config),
-        MixMoEOptions.from_dict(metadata.options or {}),
-        phase_of_stage(stage),
-    )
+    phase = PHASES[which] if isinstance(which, str) else phase_of_stage(which)
+    model = Model.of(replace(describe_model(read_metadata(world / parent), 0), phase=phase))
     batch = Batch(2, 8, 32, dtype=dtype, grads_in_fp32=not flag)
     flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", *layout.flags()]
     flags += ["--micro-batch-size", "2", *(["--bf16"] if dtype == "bf16" else []), *flag.split()]
-    words = train_words(stage, world / parent, world / data, None, 1, " ".join(flags))
+    flags += ["--data-cache-path", str(world / "cache")]
+    words = train_words(which, world / parent, world / data, None, 1, " ".join(flags))
     job = run_job(["tests/helpers/measured_run.py", *words[1:]], layout.world_size, logs)
     planned = [memory for pp_rank in range(layout.pp) for memory in stage_memory(model, layout, batch, pp_rank)]
     for rank, memory in enumerate(planned):
