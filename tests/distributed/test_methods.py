@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,10 @@ LAYOUTS = {
     "PP2, recompute full": (2, PP + FULL),
 }
 WITH_EXPERTS = {"EP2": (2, EP), "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP)}
+QUICK = {
+    ("llama_pro", "PP2, recompute full"), ("lora", "DP2, distributed optimizer, overlap"), ("lora", "CP2"),
+    ("moe", "EP2"), ("llama_moe_v2", "PP2"),
+}  # fmt: skip
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
 
@@ -97,14 +102,15 @@ def assert_close(found: Path, expected: Path) -> None:
         assert difference < allowed, f"{name} differs by {difference:.1e} of its largest value"
 
 
-@pytest.mark.parametrize(
-    ("method", "phase", "layout"),
-    [
-        (method, phase, layout)
-        for method, phase in TRAININGS
-        for layout in [*LAYOUTS, *(WITH_EXPERTS if "moe" in method else {})]
-    ],
-)
+def combinations() -> Iterator[Any]:
+    """Every phase under every layout that makes sense for it; the quick ones are TP2 for all, and one of each other."""
+    for method, phase in TRAININGS:
+        for layout in [*LAYOUTS, *(WITH_EXPERTS if PHASES[phase].groups else {})] if phase != "norms" else ["TP2 SP"]:
+            is_quick = layout == "TP2 SP" or (phase, layout) in QUICK
+            yield pytest.param(method, phase, layout, marks=[] if is_quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("method", "phase", "layout"), combinations())
 def test_n_processes_equal_one(runs: Runs, method: str, phase: str, layout: str, tmp_path: Path) -> None:
     processes, flags = (LAYOUTS | WITH_EXPERTS)[layout]
     expected, (losses, norms) = runs.alone(method, phase)
