@@ -47,10 +47,16 @@ class Footprint(NamedTuple):
     generation_seconds: float
 
 
-def _model_of(checkpoint: Path) -> Model:
-    metadata = read_metadata(checkpoint)
+def trained_model(training: Training, root: Path) -> Model:
+    """Return the model that a training trains, of which the system's start has been made.
+
+    Args:
+        training: Of the grid.
+        root: Directory of all jobs.
+    """
+    metadata = read_metadata(training.start.directory(root) / CHECKPOINT)
     options = MixMoEOptions.from_dict(metadata.options or {}) if metadata.phase.groups else MixMoEOptions()
-    return Model(metadata.megatron_args, options, metadata.phase, metadata.new_layers)
+    return Model(metadata.megatron_args, options, training.phase, metadata.new_layers)
 
 
 def _counts(model: Model) -> tuple[int, int, int]:
@@ -65,8 +71,15 @@ def _counts(model: Model) -> tuple[int, int, int]:
     return total, round(active), trained
 
 
-def _training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
-    """Return a training's operations; texts of a parallel corpus are taken to be all of their mean length."""
+def count_training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
+    """Return a training's operations; texts of a parallel corpus are taken to be all of their mean length.
+
+    Args:
+        model: Of `trained_model`.
+        training: Of the grid; its token files have been made.
+        sequence: Tokens of a monolingual sample.
+        root: Directory of all jobs.
+    """
     samples, length = training.steps * training.batch, float(sequence)
     if training.kind == "parallel":
         manifests = [read_manifest(job.directory(root) / TOKENS) for job in training.data]
@@ -86,7 +99,7 @@ def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:
     of_seeds = [grid.trainings(name, seed) for seed in seeds]
     sequence = int(grid.size["sequence"])
     base = Model(megatron_args_from_hf(read_hf_config(grid.base)), MixMoEOptions(), DENSE)
-    models = [_model_of(training.job.directory(root) / CHECKPOINT) for training in of_seeds[0]]
+    models = [trained_model(training, root) for training in of_seeds[0]]
     total, active, _ = _counts(models[-1] if models else base)
     last = models[-1] if models else base
     token = step_flops(last.sizes(), last.phase, last.options.topk_per_group, 1, sequence / 2).forward
@@ -96,7 +109,7 @@ def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:
         total,
         active,
         tuple(_counts(model)[2] for model in models),
-        sum(_training_flops(model, training, sequence, root) for model, training in pairs),
+        sum(count_training_flops(model, training, sequence, root) for model, training in pairs),
         token,
         sum(seconds) / len(seeds),
         _generation_seconds(grid, name, root),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import yaml
 from safetensors import safe_open
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.registry import METHODS
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import METHODS, PHASES, phase_of_stage
 from mixmoe_megatron.study.jobs import OWN, Job
 
 BASE_SYSTEM = "base"
@@ -60,6 +61,8 @@ class Training(NamedTuple):
 
     Attributes:
         kind: Of text, ``monolingual`` or ``parallel``.
+        phase: That it trains.
+        start: Made the system's first checkpoint from the base.
         job: Leaves a checkpoint.
         data: Jobs that make its token files.
         steps: Of training.
@@ -67,6 +70,8 @@ class Training(NamedTuple):
     """
 
     kind: str
+    phase: Phase
+    start: Job
     job: Job
     data: list[Job]
     steps: int
@@ -126,6 +131,7 @@ class Grid:
     Attributes:
         content: Of `read_grid`.
         settings: Of the command line.
+        steps: Of training, by system and kind of text, in place of the size's.
 
     Raises:
         MixMoEError: The size is not in the grid, a setting is out of range, or a pair has no text.
@@ -133,6 +139,7 @@ class Grid:
 
     content: dict[str, Any]
     settings: StudySettings
+    steps: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = self.content["sizes"]
@@ -222,15 +229,19 @@ class Grid:
         factor = self.size.get("rate_factors", {}).get(method, 1.0) if factor is None else factor
         return float(f"{self.size['learning_rates'][method][kind] * factor:.3g}")
 
-    def _train(self, name: str, kind: str, seed: int, parent: Job, factor: float | None) -> Training:
+    def _train(
+        self, name: str, kind: str, seed: int, start: Job, parent: Job, factor: float | None
+    ) -> Training:  # fmt: skip
         system, size = self.content["systems"][name], self.size
-        steps = size[kind]["steps_a_minute"] * self.settings.minutes
+        steps = self.steps.get((name, kind), size[kind]["steps_a_minute"] * self.settings.minutes)
         interval, rate = steps // 2 + 1, self.rate(system["method"], kind, factor)
         data = self._prepared(kind)
-        own, phase = f"{OWN}/{CHECKPOINT}", system.get("phases", {}).get(kind)
-        trained = ["--phase", phase] if phase else self.content["methods"][system["method"]][kind]
+        own = f"{OWN}/{CHECKPOINT}"
+        method = self.content["methods"][system["method"]]
+        flag, value = ["--phase", system["phases"][kind]] if kind in system.get("phases", ()) else method[kind]
+        phase = PHASES[value] if flag == "--phase" else phase_of_stage(value)
         words = [
-            "train", *trained, "--init-from", parent.path(CHECKPOINT),
+            "train", flag, value, "--init-from", parent.path(CHECKPOINT),
             "--load", own, "--save", own, "--save-interval", interval, "--train-iters", steps,
             "--data-path", *(job.path(TOKENS) for job in data), "--seq-length", size["sequence"],
             "--micro-batch-size", size[kind]["batch"], "--global-batch-size", size[kind]["batch"],
@@ -244,7 +255,7 @@ class Grid:
         job = self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
                         cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
                         disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
-        return Training(kind, job, data, steps, size[kind]["batch"])
+        return Training(kind, phase, start, job, data, steps, size[kind]["batch"])
 
     def trainings(self, name: str, seed: int, factor: float | None = None) -> list[Training]:
         """Return the trainings of a system, each from the last; none of the untouched base.
@@ -256,9 +267,9 @@ class Grid:
         """
         found: list[Training] = []
         if system := self.content["systems"][name]:
-            last = self._start(name, seed)
+            start = last = self._start(name, seed)
             for kind in system["text"]:
-                found.append(self._train(name, kind, seed, last, factor))
+                found.append(self._train(name, kind, seed, start, last, factor))
                 last = found[-1].job
         return found
 

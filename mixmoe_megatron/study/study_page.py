@@ -19,7 +19,7 @@ from mixmoe_megatron.study.footprint import Footprint
 from mixmoe_megatron.study.grid import Grid, absent_systems
 from mixmoe_megatron.study.html_report import render_html
 from mixmoe_megatron.study.jobs import with_parents
-from mixmoe_megatron.study.statistics import Contrast, Estimate
+from mixmoe_megatron.study.statistics import Contrast, Estimate, seed_means
 from mixmoe_megatron.study.study_results import RETENTION, TRANSLATION, TableResults, read_results
 from mixmoe_megatron.study.tables import csv_text, p_value_text, signed, table
 
@@ -132,6 +132,7 @@ def _settings_section(grid: Grid) -> str:
     lines = [
         f"Size {settings.size}, MINUTES={settings.minutes}, SEEDS={settings.seeds}, {settings.dtype}, base "
         f"{code_span(grid.base)}, {', '.join(settings.pairs)}, {grid.segments} segments each way at most.",
+        f"All systems train for the same {'operations' if grid.steps else 'steps, on the same tokens'}.",
         HOW_TO_READ,
         table(
             ["highest learning rate", "monolingual", "parallel"],
@@ -179,6 +180,14 @@ def _record(grid: Grid, tables: Mapping[str, TableResults], root: Path) -> dict[
             for name, results in tables.items()
             for (first, second, endpoint), contrast in results.claims.items()
         ],
+        "seeds": {
+            system: {
+                endpoint: seed_means(blocks).tolist()
+                for endpoint, blocks in ((TRANSLATION, scores.translation), (RETENTION, scores.retention))
+            }
+            for results in tables.values()
+            for system, scores in results.systems.items()
+        },
         "seconds": {name: done["seconds"] for name, done in finished.items()},
     }
 

@@ -12,7 +12,7 @@ from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.data.storage import TokenFileWriter
 from mixmoe_megatron.methods.full import DENSE
-from mixmoe_megatron.methods.mixmoe import STAGE1, STAGE2
+from mixmoe_megatron.methods.mixmoe import UPCYCLED
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.study.grid import CHECKPOINT, EVALUATED, TOKENS, Grid, Training
 from mixmoe_megatron.study.jobs import Job, with_parents
@@ -30,12 +30,12 @@ def finish(job: Job, root: Path) -> Path:
 
 
 def pretend_training(grid: Grid, training: Training, root: Path, is_mixmoe: bool) -> None:
-    """Leave a checkpoint's metadata, two steps of a log and token files."""
+    """Leave the start's metadata, token files and two steps of a log."""
     config, directory = read_hf_config(grid.base), finish(training.job, root)
-    phase = (STAGE1 if training.kind == "monolingual" else STAGE2) if is_mixmoe else DENSE
     options = MixMoEOptions().to_dict() if is_mixmoe else None
-    (directory / CHECKPOINT).mkdir(exist_ok=True)
-    write_metadata(directory / CHECKPOINT, Metadata(phase, options, megatron_args_from_hf(config), config))
+    start = finish(training.start, root) / CHECKPOINT
+    start.mkdir(exist_ok=True)
+    write_metadata(start, Metadata(UPCYCLED if is_mixmoe else DENSE, options, megatron_args_from_hf(config), config))
     if not (directory / "tensorboard").exists():
         with SummaryWriter(str(directory / "tensorboard")) as writer:
             for step in (1, 2):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.study.budgets import matched_steps
 from mixmoe_megatron.study.footprint import read_footprint
 from mixmoe_megatron.study.grid import TRIAL_FACTORS, TRIAL_SEED, Grid, StudySettings, absent_systems, read_grid
 from mixmoe_megatron.study.jobs import Job, with_parents
@@ -43,7 +44,7 @@ def names(jobs: dict[str, Job]) -> set[str]:
 
 def test_table_iii_needs_of_what_vii_ran_nothing_again(content: dict[str, Any]) -> None:
     seven, three = jobs_of(content, "VII"), jobs_of(content, "III")
-    new = {job.name for key, job in three.items() if key not in seven and not re.search(r"\bmoe", job.name)}
+    new = {job.name for key, job in three.items() if key not in seven and not re.search(r" (moe|unfrozen|one_stage)", job.name)}
     assert new == {f"{word} stage1, seed {seed}" for word in ("export", "evaluate") for seed in (1, 2)}
 
 
@@ -167,6 +168,23 @@ def test_what_a_system_is_and_costs(content: dict[str, Any], tmp_path: Path) -> 
     assert mixmoe.training_flops < full.training_flops
     assert mixmoe.token_flops < base.token_flops == full.token_flops  # one expert a group: half of an FFN
     assert (full.training_seconds, base.training_seconds, full.generation_seconds) == (3.0, 0.0, 1.5)
+
+
+def test_budgets_of_equal_operations(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    with pytest.raises(MixMoEError, match="run it once without --dry-run"):
+        matched_steps(grid, ["pt_sft"], root)
+    pretend_table(grid, "VII", root)
+    steps = matched_steps(grid, grid.systems_of("VII"), root)
+    before = {kind: content["sizes"]["toy"][kind]["steps_a_minute"] for kind in ("monolingual", "parallel")}
+    assert {kind: steps["mixmoe", kind] for kind in before} == before
+    assert steps["sft", "parallel"] == steps["pt_sft", "parallel"] < before["parallel"]
+    matched = Grid(content, SETTINGS, steps)
+    pretend_table(matched, "VII", root)
+    spent = {name: read_footprint(matched, name, root).training_flops for name in ("pt_sft", "mixmoe")}
+    assert spent["pt_sft"] == pytest.approx(spent["mixmoe"], rel=0.05)
+    words = " ".join(matched.trainings("sft", 1)[0].job.words)
+    assert f"--train-iters {steps['sft', 'parallel']} " in words
 
 
 def test_rates_are_chosen_on_valid_files_by_their_own_seed(content: dict[str, Any], tmp_path: Path) -> None:
