@@ -7,11 +7,13 @@ machine; seconds are those of the jobs.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.data.storage import read_manifest
 from mixmoe_megatron.evaluation.provenance import read_json
 from mixmoe_megatron.methods.base import part_of
@@ -55,8 +57,8 @@ def trained_model(training: Training, root: Path) -> Model:
         root: Directory of all jobs.
     """
     metadata = read_metadata(training.start.directory(root) / CHECKPOINT)
-    options = MixMoEOptions.from_dict(metadata.options or {}) if metadata.phase.groups else MixMoEOptions()
-    return Model(metadata.megatron_args, options, training.phase, metadata.new_layers)
+    description = describe_model(metadata, metadata.megatron_args["vocab_size"])
+    return Model.of(replace(description, phase=training.phase))
 
 
 def _counts(model: Model) -> tuple[int, int, int]:
