@@ -208,7 +208,7 @@ def draw_series(points: Mapping[str, Estimate], loads: Mapping[str, Sequence[flo
     places, values = range(len(points)), list(points.values())
     arms = [[value.mean - value.low for value in values], [value.high - value.mean for value in values]]
     grid[0].errorbar(places, [value.mean for value in values], yerr=arms, fmt="o-", capsize=3, color=PALETTE[2])
-    grid[0].set_ylabel("chrF++, mean of sentences")
+    grid[0].set_ylabel("chrF++")
     for index, (group, measured) in enumerate(loads.items()):
         grid[1].plot(places, measured, "o-", color=PALETTE[2 + 2 * index], label=f" {group.upper()} experts")
         grid[1].set_ylabel("load_max (1: balanced)")
