@@ -23,6 +23,8 @@ from mixmoe_megatron.study.jobs import OWN, Job
 
 BASE_SYSTEM = "base"
 EVALUATED = "model"  # what an evaluation calls its one system: so it does not depend on what the grid calls it
+TRIAL_FACTORS = (1 / 3, 1.0, 3.0)  # of a method's learning rates: the same three for each
+TRIAL_SEED = 1000  # of the trainings that choose among them; tables have smaller seeds
 _CHECKPOINT, _MODEL = "checkpoint", "model"
 _SECONDS_A_SEGMENT, _SECONDS_A_START = 0.15, 8.0
 _BYTES_A_PARAMETER = 16  # of a saved training: weight, two moments of Adam in float32, and the export
@@ -118,6 +120,8 @@ class Grid:
             raise MixMoEError(f"There is no size {self.settings.size!r}: choose one of {', '.join(sizes)}.")
         if self.settings.minutes < 1 or self.settings.seeds < 1:
             raise MixMoEError("MINUTES and SEEDS must be whole numbers from 1.")
+        if self.settings.seeds >= TRIAL_SEED:
+            raise MixMoEError(f"SEEDS must be below {TRIAL_SEED}, the seed with which learning rates are chosen.")
         if not (Path(self.base) / "config.json").is_file():
             raise MixMoEError(f"BASE={self.base} is not a Hugging Face model directory: config.json is missing.")
         for pair in self.settings.pairs:
@@ -187,10 +191,21 @@ class Grid:
             files=[self.base], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
 
-    def _train(self, name: str, kind: str, seed: int, parent: Job) -> Job:
+    def rate(self, method: str, kind: str, factor: float | None = None) -> float:
+        """Return a method's highest learning rate.
+
+        Args:
+            method: Of the grid's methods.
+            kind: Of text, ``monolingual`` or ``parallel``.
+            factor: Of the size's ``learning_rates``; None: the one that was chosen for the method (``rate_factors``).
+        """
+        factor = self.size.get("rate_factors", {}).get(method, 1.0) if factor is None else factor
+        return float(f"{self.size['learning_rates'][method][kind] * factor:.3g}")
+
+    def _train(self, name: str, kind: str, seed: int, parent: Job, factor: float | None) -> Job:
         system, size = self.content["systems"][name], self.size
         steps = size[kind]["steps_a_minute"] * self.settings.minutes
-        interval, rate = steps // 2 + 1, float(size["learning_rates"][system["method"]][kind])
+        interval, rate = steps // 2 + 1, self.rate(system["method"], kind, factor)
         data = self._prepared(kind)
         own = f"{OWN}/{_CHECKPOINT}"
         words = [
@@ -209,9 +224,9 @@ class Grid:
                          cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
                          disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
 
-    def _evaluate(self, label: str, model: str, parents: Sequence[Job]) -> Job:
-        tests = [f"{pair}={self._text(pair, 'test')}" for pair in self.settings.pairs]
-        monolingual = [f"{language}={self._mono(language, 'test')}" for language in self.languages]
+    def _evaluate(self, label: str, model: str, parents: Sequence[Job], split: str = "test") -> Job:
+        tests = [f"{pair}={self._text(pair, split)}" for pair in self.settings.pairs]
+        monolingual = [f"{language}={self._mono(language, split)}" for language in self.languages if split == "test"]
         words = ["evaluate", "--system", f"{EVALUATED}={model}"]
         words += [word for test in tests for word in ("--test", test)]
         words += [word for text in monolingual for word in ("--mono", text)]
@@ -233,15 +248,41 @@ class Grid:
         system = self.content["systems"][name]
         if not system:
             return self._evaluate(name, self.base, [])
+        export = self._export(name, seed)
+        return self._evaluate(f"{name}, seed {seed}", export.path(_MODEL), [export])
+
+    def _export(self, name: str, seed: int, factor: float | None = None) -> Job:
+        """Return the job that leaves a trained system as a Hugging Face model."""
         trained = self._start(name, seed)
-        for kind in system["text"]:
-            trained = self._train(name, kind, seed, trained)
-        export = self._job(
+        for kind in self.content["systems"][name]["text"]:
+            trained = self._train(name, kind, seed, trained, factor)
+        return self._job(
             f"export {name}, seed {seed}",
             ["to-hf", "--checkpoint-dir", trained.path(_CHECKPOINT), "--force", "--output-dir", f"{OWN}/{_MODEL}"],
             [trained], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
-        return self._evaluate(f"{name}, seed {seed}", export.path(_MODEL), [export])
+
+    def trials(self, tables: Sequence[str]) -> dict[tuple[str, float], Job]:
+        """Return what tells a good learning rate: evaluations on the valid files, at each of `TRIAL_FACTORS`.
+
+        Args:
+            tables: Whose methods are tried, each as its first system that reads both kinds of text.
+
+        Returns:
+            Method and factor to the evaluation.
+        """
+        tried: dict[str, str] = {}
+        for name in dict.fromkeys(name for table in tables for name in self.systems_of(table)):
+            system = self.content["systems"][name]
+            if system and len(system["text"]) == 2:
+                tried.setdefault(system["method"], name)
+        found = {}
+        for method, name in tried.items():
+            for factor in TRIAL_FACTORS:
+                export = self._export(name, TRIAL_SEED, factor)
+                label = f"{method} at {factor:.2g} times its learning rates"
+                found[method, factor] = self._evaluate(label, export.path(_MODEL), [export], "valid")
+        return found
 
     def systems_of(self, table: str) -> list[str]:
         """Return the systems of a table that this version can train, the base first even where the table lacks it.
@@ -255,6 +296,13 @@ class Grid:
         absent = absent_systems(self.content)
         named = [name for name in tables[table]["systems"] if name not in absent]
         return named if BASE_SYSTEM in named else [BASE_SYSTEM, *named]
+
+    def absence(self, tables: Sequence[str]) -> str:
+        """Return a sentence that names the tables' systems whose method this version lacks; empty if there is none."""
+        named = dict.fromkeys(name for table in tables for name in self.content["tables"][table]["systems"])
+        absent = {name: method for name, method in absent_systems(self.content).items() if name in named}
+        what = "; ".join(f"{name} needs the method {method}" for name, method in absent.items())
+        return f"Left out: {what}." if what else ""
 
     def claims_of(self, table: str) -> list[tuple[str, str]]:
         """Return the table's claims "first is better than second" of systems that this version can train."""

@@ -59,8 +59,8 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def _sentence_scores(folder: Path, direction: str) -> Block:
-    """Return chrF++ of each sentence, [segments]."""
+def sentence_scores(folder: Path, direction: str) -> Block:
+    """Return chrF++ of each sentence of an evaluation's hypotheses, [segments]."""
     chrf = CHRF(word_order=2)
     pairs = zip(*(_lines(folder / f"{direction}.{name}.txt") for name in (EVALUATED, "reference")), strict=True)
     return np.array([chrf.sentence_score(hypothesis, [reference]).score for hypothesis, reference in pairs])
@@ -99,7 +99,7 @@ def read_scores(folders: list[Path], base: dict[str, Any]) -> SystemScores:
         retention.append(100.0 * (after - before) / before.mean())
     loads = [value for found in evaluations for value in _load_max(found)]
     translation = [
-        np.stack([_sentence_scores(folder / "hypotheses", direction) for folder in folders]) for direction in directions
+        np.stack([sentence_scores(folder / "hypotheses", direction) for folder in folders]) for direction in directions
     ]
     return SystemScores(corpus, translation, retention, float(np.mean(loads)) if loads else None)
 
