@@ -25,7 +25,8 @@ BASE_SYSTEM = "base"
 EVALUATED = "model"  # what an evaluation calls its one system: so it does not depend on what the grid calls it
 TRIAL_FACTORS = (1 / 3, 1.0, 3.0)  # of a method's learning rates: the same three for each
 TRIAL_SEED = 1000  # of the trainings that choose among them; tables have smaller seeds
-_CHECKPOINT, _MODEL = "checkpoint", "model"
+CHECKPOINT, TOKENS = "checkpoint", "tokens"  # what jobs leave in their directories
+_MODEL = "model"
 _SECONDS_A_SEGMENT, _SECONDS_A_START = 0.15, 8.0
 _BYTES_A_PARAMETER = 16  # of a saved training: weight, two moments of Adam in float32, and the export
 _PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
@@ -54,6 +55,24 @@ class StudySettings(NamedTuple):
     dtype: str
 
 
+class Training(NamedTuple):
+    """A training of a system.
+
+    Attributes:
+        kind: Of text, ``monolingual`` or ``parallel``.
+        job: Leaves a checkpoint.
+        data: Jobs that make its token files.
+        steps: Of training.
+        batch: Sequences of a step.
+    """
+
+    kind: str
+    job: Job
+    data: list[Job]
+    steps: int
+    batch: int
+
+
 def read_grid(path: Path) -> dict[str, Any]:
     """Read a grid and check that its names are known to each other.
 
@@ -70,7 +89,8 @@ def read_grid(path: Path) -> dict[str, Any]:
         if system and system["method"] not in grid["methods"]:
             raise MixMoEError(f"The grid's system {name} is of the method {system['method']}, which methods lacks.")
     for name, entry in grid["tables"].items():
-        for system in [*entry["systems"], *(name for claim in entry["claims"] for name in claim)]:
+        claimed = [name for claim in entry["claims"] for name in claim]
+        for system in [*entry["systems"], *claimed, *entry.get("axis", {}).get("values", ())]:
             if system not in grid["systems"]:
                 raise MixMoEError(f"The grid's table {name} has the system {system}, which systems lacks.")
     return dict(grid)
@@ -163,7 +183,7 @@ class Grid:
 
     def _prepared(self, kind: str) -> list[Job]:
         """Return the jobs that make token files of one kind of text."""
-        common = ["--tokenizer", self.base, "--output-prefix", f"{OWN}/tokens"]
+        common = ["--tokenizer", self.base, "--output-prefix", f"{OWN}/{TOKENS}"]
         if kind == "monolingual":
             return [
                 self._job(f"data {language}", ["preprocess", "mono", "--input", self._mono(language, "train"), *common],
@@ -187,7 +207,7 @@ class Grid:
         return self._job(
             f"start {name}, seed {seed}",
             ["hf-to-megatron", "--hf-dir", self.base, *words, "--seed", seed, "--force", "--output-dir",
-             f"{OWN}/{_CHECKPOINT}"],
+             f"{OWN}/{CHECKPOINT}"],
             files=[self.base], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
 
@@ -202,16 +222,16 @@ class Grid:
         factor = self.size.get("rate_factors", {}).get(method, 1.0) if factor is None else factor
         return float(f"{self.size['learning_rates'][method][kind] * factor:.3g}")
 
-    def _train(self, name: str, kind: str, seed: int, parent: Job, factor: float | None) -> Job:
+    def _train(self, name: str, kind: str, seed: int, parent: Job, factor: float | None) -> Training:
         system, size = self.content["systems"][name], self.size
         steps = size[kind]["steps_a_minute"] * self.settings.minutes
         interval, rate = steps // 2 + 1, self.rate(system["method"], kind, factor)
         data = self._prepared(kind)
-        own = f"{OWN}/{_CHECKPOINT}"
+        own = f"{OWN}/{CHECKPOINT}"
         words = [
-            "train", *self.content["methods"][system["method"]][kind], "--init-from", parent.path(_CHECKPOINT),
+            "train", *self.content["methods"][system["method"]][kind], "--init-from", parent.path(CHECKPOINT),
             "--load", own, "--save", own, "--save-interval", interval, "--train-iters", steps,
-            "--data-path", *(job.path("tokens") for job in data), "--seq-length", size["sequence"],
+            "--data-path", *(job.path(TOKENS) for job in data), "--seq-length", size["sequence"],
             "--micro-batch-size", size[kind]["batch"], "--global-batch-size", size[kind]["batch"],
             "--lr", rate, "--min-lr", rate / 10, "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.03",
             "--weight-decay", "0.0", "--clip-grad", "1.0", "--seed", seed, "--num-workers", "0", "--eval-iters", "0",
@@ -220,9 +240,26 @@ class Grid:
         ]  # fmt: skip
         if kind == "monolingual":
             words += ["--split", "100,0,0", "--data-cache-path", f"{OWN}/cache"]
-        return self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
-                         cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
-                         disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
+        job = self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
+                        cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
+                        disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
+        return Training(kind, job, data, steps, size[kind]["batch"])
+
+    def trainings(self, name: str, seed: int, factor: float | None = None) -> list[Training]:
+        """Return the trainings of a system, each from the last; none of the untouched base.
+
+        Args:
+            name: Of the grid's systems.
+            seed: From 1.
+            factor: As in `rate`.
+        """
+        found: list[Training] = []
+        if system := self.content["systems"][name]:
+            last = self._start(name, seed)
+            for kind in system["text"]:
+                found.append(self._train(name, kind, seed, last, factor))
+                last = found[-1].job
+        return found
 
     def _evaluate(self, label: str, model: str, parents: Sequence[Job], split: str = "test") -> Job:
         tests = [f"{pair}={self._text(pair, split)}" for pair in self.settings.pairs]
@@ -253,12 +290,10 @@ class Grid:
 
     def _export(self, name: str, seed: int, factor: float | None = None) -> Job:
         """Return the job that leaves a trained system as a Hugging Face model."""
-        trained = self._start(name, seed)
-        for kind in self.content["systems"][name]["text"]:
-            trained = self._train(name, kind, seed, trained, factor)
+        trained = self.trainings(name, seed, factor)[-1].job
         return self._job(
             f"export {name}, seed {seed}",
-            ["to-hf", "--checkpoint-dir", trained.path(_CHECKPOINT), "--force", "--output-dir", f"{OWN}/{_MODEL}"],
+            ["to-hf", "--checkpoint-dir", trained.path(CHECKPOINT), "--force", "--output-dir", f"{OWN}/{_MODEL}"],
             [trained], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
 
