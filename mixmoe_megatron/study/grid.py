@@ -227,9 +227,10 @@ class Grid:
         steps = size[kind]["steps_a_minute"] * self.settings.minutes
         interval, rate = steps // 2 + 1, self.rate(system["method"], kind, factor)
         data = self._prepared(kind)
-        own = f"{OWN}/{CHECKPOINT}"
+        own, phase = f"{OWN}/{CHECKPOINT}", system.get("phases", {}).get(kind)
+        trained = ["--phase", phase] if phase else self.content["methods"][system["method"]][kind]
         words = [
-            "train", *self.content["methods"][system["method"]][kind], "--init-from", parent.path(CHECKPOINT),
+            "train", *trained, "--init-from", parent.path(CHECKPOINT),
             "--load", own, "--save", own, "--save-interval", interval, "--train-iters", steps,
             "--data-path", *(job.path(TOKENS) for job in data), "--seq-length", size["sequence"],
             "--micro-batch-size", size[kind]["batch"], "--global-batch-size", size[kind]["batch"],
