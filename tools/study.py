@@ -63,20 +63,6 @@ def describe_plan(grid: Grid, wanted: list[Job], root: Path, workers: int) -> st
     )
 
 
-def write_results(grid: Grid, tables: list[str], args: argparse.Namespace, root: Path) -> list[str]:
-    """Write what the jobs that have run tell, and return it in sentences."""
-    if not args.choose_rates:
-        from mixmoe_megatron.study.study_page import write_study
-
-        return [*write_study(grid, tables, args.output_dir, root), f"Page: {args.output_dir / 'study.html'}"]
-    from mixmoe_megatron.cli import write_text
-    from mixmoe_megatron.study.trials import read_trials, trial_sentences, trials_csv
-
-    trials = read_trials(grid, tables, root)
-    write_text(args.output_dir / "rates.csv", trials_csv(grid, trials))
-    return trial_sentences(trials)
-
-
 def run(args: argparse.Namespace) -> None:
     """Run what is missing, then write and print what can be said."""
     from mixmoe_megatron.dtypes import choose
@@ -84,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     from mixmoe_megatron.study.budgets import counted_jobs, matched_steps
     from mixmoe_megatron.study.grid import Grid, StudySettings, read_grid
     from mixmoe_megatron.study.jobs import run_jobs
+    from mixmoe_megatron.study.study_page import write_study
+    from mixmoe_megatron.study.trials import write_rates
 
     if args.workers < 1:
         raise MixMoEError("--workers must be a whole number from 1.")
@@ -109,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
         run_jobs(wanted, root, args.workers, lambda job: print(f"$ {job.typed(root)}", flush=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command goes on from here") from None
-    for sentence in write_results(grid, tables, args, root):
+    write = write_rates if args.choose_rates else write_study
+    for sentence in write(grid, tables, args.output_dir, root):
         print(sentence)
 
 

@@ -21,4 +21,5 @@ words=()
 # shellcheck disable=SC2086
 PYTHONPATH="$PWD" exec .venv/bin/python tools/study.py --table ${TABLE:-VII} --seeds "${SEEDS:-3}" \
   --minutes "${MINUTES:-12}" --pairs ${PAIRS:-de-en} --size "${SIZE:-toy}" --base "$BASE" \
-  --match "${MATCH:-tokens}" --dtype "${DTYPE:-auto}" --workers "${WORKERS:-2}" --output-dir "${OUT:-runs/study}" "${words[@]}"
+  --match "${MATCH:-tokens}" --dtype "${DTYPE:-auto}" --workers "${WORKERS:-2}" \
+  --output-dir "${OUT:-runs/study}" "${words[@]}"

@@ -202,7 +202,7 @@ def write_study(grid: Grid, names: list[str], output_dir: Path, root: Path) -> l
         root: Directory of all jobs.
 
     Returns:
-        The sentences of all claims.
+        The sentences of all claims, and where the page is.
     """
     tables = {name: read_results(grid, name, root) for name in names}
     rows = list[list[object]]()
@@ -220,8 +220,9 @@ def write_study(grid: Grid, names: list[str], output_dir: Path, root: Path) -> l
     write_text(output_dir / "study.csv",
                csv_text(["table", "system", "direction", "figure", "value", "low", "high"], rows))  # fmt: skip
     write_json(output_dir / "study.json", _record(grid, tables, root))
-    return [
+    sentences = [
         f"{name}: {claim_sentence(*claim, contrast)}"
         for name, found in tables.items()
         for claim, contrast in found.claims.items()
     ]
+    return [*sentences, f"Page: {output_dir / 'study.html'}"]

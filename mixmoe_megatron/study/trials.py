@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mixmoe_megatron.cli import write_text
 from mixmoe_megatron.evaluation.provenance import read_json
 from mixmoe_megatron.study.grid import TRIAL_FACTORS, Grid
 from mixmoe_megatron.study.study_results import sentence_scores
@@ -79,3 +80,20 @@ def trial_sentences(trials: Sequence[Trial]) -> list[str]:
         sentences.append(f"{method}: {factor:.2g} times its learning rates (chrF++ {scores}{edge}).")
     factors = ", ".join(f"{method}: {factor:.3g}" for method, factor in chosen.items())
     return [*sentences, f"Put it into the grid: rate_factors: {{{factors}}}"]
+
+
+def write_rates(grid: Grid, tables: Sequence[str], output_dir: Path, root: Path) -> list[str]:
+    """Write rates.csv.
+
+    Args:
+        grid: The study.
+        tables: Whose methods were tried; all jobs have run.
+        output_dir: Must exist.
+        root: Directory of all jobs.
+
+    Returns:
+        What was chosen, in sentences.
+    """
+    trials = read_trials(grid, tables, root)
+    write_text(output_dir / "rates.csv", trials_csv(grid, trials))
+    return trial_sentences(trials)

@@ -44,7 +44,11 @@ def names(jobs: dict[str, Job]) -> set[str]:
 
 def test_table_iii_needs_of_what_vii_ran_nothing_again(content: dict[str, Any]) -> None:
     seven, three = jobs_of(content, "VII"), jobs_of(content, "III")
-    new = {job.name for key, job in three.items() if key not in seven and not re.search(r" (moe|unfrozen|one_stage)", job.name)}
+    new = {
+        job.name
+        for key, job in three.items()
+        if key not in seven and not re.search(r" (moe|unfrozen|one_stage)", job.name)
+    }
     assert new == {f"{word} stage1, seed {seed}" for word in ("export", "evaluate") for seed in (1, 2)}
 
 
@@ -126,6 +130,7 @@ def test_the_page_says_what_the_scores_say_and_the_same_each_time(content: dict[
     grid, root = Grid(content, SETTINGS._replace(seeds=6)), tmp_path / "jobs"
     pretend_table(grid, "VII", root)
     sentences = write_study(grid, ["VII"], tmp_path, root)
+    assert sentences.pop() == f"Page: {tmp_path}/study.html"
     told = {sentence.partition(": ")[2].partition(" (")[0] for sentence in sentences}
     assert "mixmoe better than sft in translation: equal" in told
     assert "mixmoe better than base in translation: holds" not in told  # six claims of six seeds: Holm forbids it
