@@ -29,7 +29,7 @@ protocol: setup  ## the paper's protocol, scaled down: seven languages, 14 direc
 interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, MINUTES, BASE and OUT
 	@bash examples/interference/run.sh
 
-study: setup  ## the paper's tables with a verdict; TABLE, SEEDS, MINUTES, PAIRS, SIZE, BASE, WORKERS, DRY and OUT
+study: setup  ## the paper's tables with a verdict; TABLE, SEEDS, MINUTES, PAIRS, SIZE, BASE, RATES, DRY, OUT
 	@bash examples/study/run.sh
 
 real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT

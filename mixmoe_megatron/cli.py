@@ -47,6 +47,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells of each file that it has read
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 

@@ -34,4 +34,21 @@ STAGE2 = Phase(
     data=("parallel",),
     made_by="train stage 2 first (tools/pretrain_mixmoe.py --mixmoe-stage 2).",
 )
-MIXMOE = Method("mixmoe", "mixture-of-experts of LM and MT groups, the rest frozen", (UPCYCLED, STAGE1, STAGE2))
+
+_BOTH = ("LM experts", "MT experts", "LM routers", "MT routers")
+#: Ablation: stage 2 with nothing of the mixture frozen, so that translation may change the LM experts.
+STAGE2_UNFROZEN = Phase("stage2_unfrozen", GROUPS, _BOTH, ("stage1",), ("parallel",), STAGE2.made_by)
+#: Ablation: both groups from the start, without stage 1.
+ONE_STAGE = Phase(
+    "one_stage",
+    GROUPS,
+    _BOTH,
+    ("upcycled",),
+    ("parallel",),
+    "train it (tools/pretrain_mixmoe.py --phase one_stage).",
+)
+MIXMOE = Method(
+    "mixmoe",
+    "mixture-of-experts of LM and MT groups, the rest frozen",
+    (UPCYCLED, STAGE1, STAGE2, STAGE2_UNFROZEN, ONE_STAGE),
+)

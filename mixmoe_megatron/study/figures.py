@@ -174,6 +174,52 @@ def draw_plane(points: Mapping[str, tuple[Estimate, Estimate]], path: Path) -> N
     _save(figure, path)
 
 
+def draw_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Draw the loss of several systems over their steps, each as its moving average.
+
+    Args:
+        curves: System to (step, nats a token).
+        path: The PNG file.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (system, points) in enumerate(curves.items()):
+        steps, values = zip(*points, strict=True)
+        colour = PALETTE[(index + 1) % len(PALETTE)]
+        axes.plot(steps, smooth(values), color=colour, linewidth=1.6, label=f" {system}")
+    axes.set_xlabel("step on parallel text")
+    axes.set_ylabel("cross-entropy (nats per token), moving average")
+    axes.legend(frameon=False)
+    _tidy(axes)
+    _save(figure, path)
+
+
+def draw_series(points: Mapping[str, Estimate], loads: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """Draw chrF++ over the values of one option with its 95 % intervals, and below it the load of the experts.
+
+    Args:
+        points: Value to chrF++, in order.
+        loads: Expert group to `load_max` at each of the values; none: not drawn.
+        title: Of the option.
+        path: The PNG file.
+    """
+    figure = Figure(figsize=(6.4, 4.4 if loads else 3.0), layout="constrained")
+    grid = figure.subplots(1 + bool(loads), 1, squeeze=False, sharex=True)[:, 0]
+    places, values = range(len(points)), list(points.values())
+    arms = [[value.mean - value.low for value in values], [value.high - value.mean for value in values]]
+    grid[0].errorbar(places, [value.mean for value in values], yerr=arms, fmt="o-", capsize=3, color=PALETTE[2])
+    grid[0].set_ylabel("chrF++")
+    for index, (group, measured) in enumerate(loads.items()):
+        grid[1].plot(places, measured, "o-", color=PALETTE[2 + 2 * index], label=f" {group.upper()} experts")
+        grid[1].set_ylabel("load_max (1: balanced)")
+        grid[1].legend(frameon=False)
+    grid[-1].set_xticks(places, list(points))
+    grid[-1].set_xlabel(title)
+    for axes in grid:
+        _tidy(axes)
+    _save(figure, path)
+
+
 def _heatmap(
     axes: Axes, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], colours: str, ends: Sequence[float]
 ) -> AxesImage:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,16 @@ import yaml
 from safetensors import safe_open
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.registry import METHODS
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import METHODS, PHASES, phase_of_stage
 from mixmoe_megatron.study.jobs import OWN, Job
 
 BASE_SYSTEM = "base"
 EVALUATED = "model"  # what an evaluation calls its one system: so it does not depend on what the grid calls it
-_CHECKPOINT, _MODEL = "checkpoint", "model"
+TRIAL_FACTORS = (1 / 3, 1.0, 3.0)  # of a method's learning rates: the same three for each
+TRIAL_SEED = 1000  # of the trainings that choose among them; tables have smaller seeds
+CHECKPOINT, TOKENS = "checkpoint", "tokens"  # what jobs leave in their directories
+_MODEL = "model"
 _SECONDS_A_SEGMENT, _SECONDS_A_START = 0.15, 8.0
 _BYTES_A_PARAMETER = 16  # of a saved training: weight, two moments of Adam in float32, and the export
 _PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
@@ -52,6 +56,28 @@ class StudySettings(NamedTuple):
     dtype: str
 
 
+class Training(NamedTuple):
+    """A training of a system.
+
+    Attributes:
+        kind: Of text, ``monolingual`` or ``parallel``.
+        phase: That it trains.
+        start: Made the system's first checkpoint from the base.
+        job: Leaves a checkpoint.
+        data: Jobs that make its token files.
+        steps: Of training.
+        batch: Sequences of a step.
+    """
+
+    kind: str
+    phase: Phase
+    start: Job
+    job: Job
+    data: list[Job]
+    steps: int
+    batch: int
+
+
 def read_grid(path: Path) -> dict[str, Any]:
     """Read a grid and check that its names are known to each other.
 
@@ -68,7 +94,8 @@ def read_grid(path: Path) -> dict[str, Any]:
         if system and system["method"] not in grid["methods"]:
             raise MixMoEError(f"The grid's system {name} is of the method {system['method']}, which methods lacks.")
     for name, entry in grid["tables"].items():
-        for system in [*entry["systems"], *(name for claim in entry["claims"] for name in claim)]:
+        claimed = [name for claim in entry["claims"] for name in claim]
+        for system in [*entry["systems"], *claimed, *entry.get("axis", {}).get("values", ())]:
             if system not in grid["systems"]:
                 raise MixMoEError(f"The grid's table {name} has the system {system}, which systems lacks.")
     return dict(grid)
@@ -104,6 +131,7 @@ class Grid:
     Attributes:
         content: Of `read_grid`.
         settings: Of the command line.
+        steps: Of training, by system and kind of text, in place of the size's.
 
     Raises:
         MixMoEError: The size is not in the grid, a setting is out of range, or a pair has no text.
@@ -111,6 +139,7 @@ class Grid:
 
     content: dict[str, Any]
     settings: StudySettings
+    steps: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = self.content["sizes"]
@@ -118,6 +147,8 @@ class Grid:
             raise MixMoEError(f"There is no size {self.settings.size!r}: choose one of {', '.join(sizes)}.")
         if self.settings.minutes < 1 or self.settings.seeds < 1:
             raise MixMoEError("MINUTES and SEEDS must be whole numbers from 1.")
+        if self.settings.seeds >= TRIAL_SEED:
+            raise MixMoEError(f"SEEDS must be below {TRIAL_SEED}, the seed with which learning rates are chosen.")
         if not (Path(self.base) / "config.json").is_file():
             raise MixMoEError(f"BASE={self.base} is not a Hugging Face model directory: config.json is missing.")
         for pair in self.settings.pairs:
@@ -159,7 +190,7 @@ class Grid:
 
     def _prepared(self, kind: str) -> list[Job]:
         """Return the jobs that make token files of one kind of text."""
-        common = ["--tokenizer", self.base, "--output-prefix", f"{OWN}/tokens"]
+        common = ["--tokenizer", self.base, "--output-prefix", f"{OWN}/{TOKENS}"]
         if kind == "monolingual":
             return [
                 self._job(f"data {language}", ["preprocess", "mono", "--input", self._mono(language, "train"), *common],
@@ -183,20 +214,36 @@ class Grid:
         return self._job(
             f"start {name}, seed {seed}",
             ["hf-to-megatron", "--hf-dir", self.base, *words, "--seed", seed, "--force", "--output-dir",
-             f"{OWN}/{_CHECKPOINT}"],
+             f"{OWN}/{CHECKPOINT}"],
             files=[self.base], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
 
-    def _train(self, name: str, kind: str, seed: int, parent: Job) -> Job:
+    def rate(self, method: str, kind: str, factor: float | None = None) -> float:
+        """Return a method's highest learning rate.
+
+        Args:
+            method: Of the grid's methods.
+            kind: Of text, ``monolingual`` or ``parallel``.
+            factor: Of the size's ``learning_rates``; None: the one that was chosen for the method (``rate_factors``).
+        """
+        factor = self.size.get("rate_factors", {}).get(method, 1.0) if factor is None else factor
+        return float(f"{self.size['learning_rates'][method][kind] * factor:.3g}")
+
+    def _train(
+        self, name: str, kind: str, seed: int, start: Job, parent: Job, factor: float | None
+    ) -> Training:  # fmt: skip
         system, size = self.content["systems"][name], self.size
-        steps = size[kind]["steps_a_minute"] * self.settings.minutes
-        interval, rate = steps // 2 + 1, float(size["learning_rates"][system["method"]][kind])
+        steps = self.steps.get((name, kind), size[kind]["steps_a_minute"] * self.settings.minutes)
+        interval, rate = steps // 2 + 1, self.rate(system["method"], kind, factor)
         data = self._prepared(kind)
-        own = f"{OWN}/{_CHECKPOINT}"
+        own = f"{OWN}/{CHECKPOINT}"
+        method = self.content["methods"][system["method"]]
+        flag, value = ["--phase", system["phases"][kind]] if kind in system.get("phases", ()) else method[kind]
+        phase = PHASES[value] if flag == "--phase" else phase_of_stage(value)
         words = [
-            "train", *self.content["methods"][system["method"]][kind], "--init-from", parent.path(_CHECKPOINT),
+            "train", flag, value, "--init-from", parent.path(CHECKPOINT),
             "--load", own, "--save", own, "--save-interval", interval, "--train-iters", steps,
-            "--data-path", *(job.path("tokens") for job in data), "--seq-length", size["sequence"],
+            "--data-path", *(job.path(TOKENS) for job in data), "--seq-length", size["sequence"],
             "--micro-batch-size", size[kind]["batch"], "--global-batch-size", size[kind]["batch"],
             "--lr", rate, "--min-lr", rate / 10, "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.03",
             "--weight-decay", "0.0", "--clip-grad", "1.0", "--seed", seed, "--num-workers", "0", "--eval-iters", "0",
@@ -205,13 +252,30 @@ class Grid:
         ]  # fmt: skip
         if kind == "monolingual":
             words += ["--split", "100,0,0", "--data-cache-path", f"{OWN}/cache"]
-        return self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
-                         cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
-                         disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
+        job = self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
+                        cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
+                        disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
+        return Training(kind, phase, start, job, data, steps, size[kind]["batch"])
 
-    def _evaluate(self, label: str, model: str, parents: Sequence[Job]) -> Job:
-        tests = [f"{pair}={self._text(pair, 'test')}" for pair in self.settings.pairs]
-        monolingual = [f"{language}={self._mono(language, 'test')}" for language in self.languages]
+    def trainings(self, name: str, seed: int, factor: float | None = None) -> list[Training]:
+        """Return the trainings of a system, each from the last; none of the untouched base.
+
+        Args:
+            name: Of the grid's systems.
+            seed: From 1.
+            factor: As in `rate`.
+        """
+        found: list[Training] = []
+        if system := self.content["systems"][name]:
+            start = last = self._start(name, seed)
+            for kind in system["text"]:
+                found.append(self._train(name, kind, seed, start, last, factor))
+                last = found[-1].job
+        return found
+
+    def _evaluate(self, label: str, model: str, parents: Sequence[Job], split: str = "test") -> Job:
+        tests = [f"{pair}={self._text(pair, split)}" for pair in self.settings.pairs]
+        monolingual = [f"{language}={self._mono(language, split)}" for language in self.languages if split == "test"]
         words = ["evaluate", "--system", f"{EVALUATED}={model}"]
         words += [word for test in tests for word in ("--test", test)]
         words += [word for text in monolingual for word in ("--mono", text)]
@@ -233,15 +297,39 @@ class Grid:
         system = self.content["systems"][name]
         if not system:
             return self._evaluate(name, self.base, [])
-        trained = self._start(name, seed)
-        for kind in system["text"]:
-            trained = self._train(name, kind, seed, trained)
-        export = self._job(
+        export = self._export(name, seed)
+        return self._evaluate(f"{name}, seed {seed}", export.path(_MODEL), [export])
+
+    def _export(self, name: str, seed: int, factor: float | None = None) -> Job:
+        """Return the job that leaves a trained system as a Hugging Face model."""
+        trained = self.trainings(name, seed, factor)[-1].job
+        return self._job(
             f"export {name}, seed {seed}",
-            ["to-hf", "--checkpoint-dir", trained.path(_CHECKPOINT), "--force", "--output-dir", f"{OWN}/{_MODEL}"],
+            ["to-hf", "--checkpoint-dir", trained.path(CHECKPOINT), "--force", "--output-dir", f"{OWN}/{_MODEL}"],
             [trained], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
-        return self._evaluate(f"{name}, seed {seed}", export.path(_MODEL), [export])
+
+    def trials(self, tables: Sequence[str]) -> dict[tuple[str, float], Job]:
+        """Return what tells a good learning rate: evaluations on the valid files, at each of `TRIAL_FACTORS`.
+
+        Args:
+            tables: Whose methods are tried, each as its first system that reads both kinds of text.
+
+        Returns:
+            Method and factor to the evaluation.
+        """
+        tried: dict[str, str] = {}
+        for name in dict.fromkeys(name for table in tables for name in self.systems_of(table)):
+            system = self.content["systems"][name]
+            if system and len(system["text"]) == 2:
+                tried.setdefault(system["method"], name)
+        found = {}
+        for method, name in tried.items():
+            for factor in TRIAL_FACTORS:
+                export = self._export(name, TRIAL_SEED, factor)
+                label = f"{method} at {factor:.2g} times its learning rates"
+                found[method, factor] = self._evaluate(label, export.path(_MODEL), [export], "valid")
+        return found
 
     def systems_of(self, table: str) -> list[str]:
         """Return the systems of a table that this version can train, the base first even where the table lacks it.
@@ -255,6 +343,13 @@ class Grid:
         absent = absent_systems(self.content)
         named = [name for name in tables[table]["systems"] if name not in absent]
         return named if BASE_SYSTEM in named else [BASE_SYSTEM, *named]
+
+    def absence(self, tables: Sequence[str]) -> str:
+        """Return a sentence that names the tables' systems whose method this version lacks; empty if there is none."""
+        named = dict.fromkeys(name for table in tables for name in self.content["tables"][table]["systems"])
+        absent = {name: method for name, method in absent_systems(self.content).items() if name in named}
+        what = "; ".join(f"{name} needs the method {method}" for name, method in absent.items())
+        return f"Left out: {what}." if what else ""
 
     def claims_of(self, table: str) -> list[tuple[str, str]]:
         """Return the table's claims "first is better than second" of systems that this version can train."""

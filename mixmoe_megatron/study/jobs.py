@@ -3,9 +3,10 @@
 A job is a command that a user could type. Its key is a hash of the command, of the files that it reads and, since the
 command names the parents' directories, of the parents' keys. All jobs with one key are one job, whoever asks for it.
 
-Layout: ``jobs/KEY/command`` (the command line), ``log``, ``lock``, ``done.json`` (seconds; the last thing written), and
-what the command writes. A job's process holds ``lock``, and so does one that outlived a killed study: who wants the job
-next waits for it, then runs the command again, which goes on from what is there. Every command has to allow that.
+Layout: ``jobs/KEY/command`` (the command line), ``log``, ``lock``, ``done.json`` (seconds and commit; the last thing
+written), and what the command writes. A job's process holds ``lock``, and so does one that outlived a killed study: who
+wants the job next waits for it, then runs the command again, which goes on from what is there. Every command has to
+allow that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from mixmoe_megatron.cli import write_json, write_text
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.evaluation.provenance import git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +136,8 @@ def run_job(job: Job, root: Path, environment: dict[str, str], stopping: threadi
         if process.returncode:
             raise MixMoEError(f"{job.name} failed{_reason(directory / 'log')}; its whole output is in {directory}/log.")
         seconds = time.monotonic() - start
-        write_json(directory / "done.json", {"name": job.name, "seconds": round(seconds, 1), "command": job.words})
+        done = {"name": job.name, "seconds": round(seconds, 1), "command": job.words, "commit": git_commit()}
+        write_json(directory / "done.json", done)
         return seconds
 
 

@@ -13,11 +13,25 @@ import numpy as np
 from sacrebleu.metrics import CHRF
 
 from mixmoe_megatron.evaluation.provenance import read_json
+from mixmoe_megatron.study.footprint import Footprint, read_footprint
 from mixmoe_megatron.study.grid import BASE_SYSTEM, EVALUATED, Grid
 from mixmoe_megatron.study.jobs import Job
 from mixmoe_megatron.study.statistics import Block, Contrast, Estimate, compare_systems, hierarchical_bootstrap
+from mixmoe_megatron.study.training_log import read_training_log
 
 TRANSLATION, RETENTION = "translation", "retention"
+
+
+class Load(NamedTuple):
+    """How the tokens of the test translations spread over a group's experts, mean over layers, directions and seeds.
+
+    Attributes:
+        load_max: The largest share of an expert times the number of experts: 1 is balanced.
+        entropy: Of the shares, over that of equal shares: 1 is balanced, 0 is one expert for all.
+    """
+
+    load_max: float
+    entropy: float
 
 
 class SystemScores(NamedTuple):
@@ -28,14 +42,13 @@ class SystemScores(NamedTuple):
         translation: Of each direction chrF++ of each sentence, [seeds, segments].
         retention: Of each language what each text adds to the change of bits a byte in percent, [seeds, texts]; their
             mean is the change, above 0: worse.
-        load_max: The largest share of tokens of an expert times the number of experts, mean over layers, groups,
-            languages and seeds: 1 is balanced; None of a dense model.
+        loads: Name of an expert group to its load; empty where no router was measured.
     """
 
     corpus: dict[str, dict[str, float]]
     translation: list[Block]
     retention: list[Block]
-    load_max: float | None
+    loads: dict[str, Load]
 
     @property
     def estimates(self) -> tuple[Estimate, Estimate]:
@@ -48,10 +61,14 @@ class TableResults(NamedTuple):
 
     Attributes:
         systems: By name, the base first.
+        footprints: What each of them is and costs.
+        curves: System to the mean over seeds of its loss on parallel text, (step, nats a token); of those that read it.
         claims: (first, second, endpoint) to what can be said of "first is better than second" by it.
     """
 
     systems: dict[str, SystemScores]
+    footprints: dict[str, Footprint]
+    curves: dict[str, list[tuple[int, float]]]
     claims: dict[tuple[str, str, str], Contrast]
 
 
@@ -59,21 +76,34 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def _sentence_scores(folder: Path, direction: str) -> Block:
-    """Return chrF++ of each sentence, [segments]."""
+def sentence_scores(folder: Path, direction: str) -> Block:
+    """Return chrF++ of each sentence of an evaluation's hypotheses, [segments]."""
     chrf = CHRF(word_order=2)
     pairs = zip(*(_lines(folder / f"{direction}.{name}.txt") for name in (EVALUATED, "reference")), strict=True)
     return np.array([chrf.sentence_score(hypothesis, [reference]).score for hypothesis, reference in pairs])
 
 
-def _load_max(evaluation: dict[str, Any]) -> list[float]:
-    shares = [
-        group["share"]
-        for language in evaluation["routing"].get(EVALUATED, {}).values()
-        for groups in language["layers"].values()
-        for group in groups.values()
+def _loads(evaluations: list[dict[str, Any]]) -> dict[str, Load]:
+    found: dict[str, list[Load]] = {}
+    for evaluation in evaluations:
+        for direction in evaluation["routing_of_directions"].get(EVALUATED, {}).values():
+            for groups in direction["layers"].values():
+                for name, group in groups.items():
+                    share = np.array(group["share"])
+                    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum() / np.log(len(share))
+                    found.setdefault(name, []).append(Load(share.max() * len(share), entropy))
+    return {name: Load(*map(float, np.mean(loads, axis=0))) for name, loads in found.items()}
+
+
+def _curve(grid: Grid, name: str, root: Path) -> list[tuple[int, float]]:
+    """Return the mean over seeds of the loss on parallel text; empty where the system does not read any."""
+    curves = [
+        read_training_log(training.job.directory(root) / "tensorboard")["lm_loss"]
+        for seed in range(1, grid.settings.seeds + 1)
+        for training in grid.trainings(name, seed)
+        if training.kind == "parallel"
     ]
-    return [max(share) * len(share) for share in shares]
+    return [(rows[0][0], float(np.mean([loss for _, loss in rows]))) for rows in zip(*curves, strict=True)]
 
 
 def read_scores(folders: list[Path], base: dict[str, Any]) -> SystemScores:
@@ -97,11 +127,10 @@ def read_scores(folders: list[Path], base: dict[str, Any]) -> SystemScores:
         before = np.array(base["perplexity"][language][EVALUATED]["text_bits"])
         after = np.array([found["perplexity"][language][EVALUATED]["text_bits"] for found in evaluations])
         retention.append(100.0 * (after - before) / before.mean())
-    loads = [value for found in evaluations for value in _load_max(found)]
     translation = [
-        np.stack([_sentence_scores(folder / "hypotheses", direction) for folder in folders]) for direction in directions
+        np.stack([sentence_scores(folder / "hypotheses", direction) for folder in folders]) for direction in directions
     ]
-    return SystemScores(corpus, translation, retention, float(np.mean(loads)) if loads else None)
+    return SystemScores(corpus, translation, retention, _loads(evaluations))
 
 
 def read_results(grid: Grid, table: str, root: Path) -> TableResults:
@@ -126,4 +155,6 @@ def read_results(grid: Grid, table: str, root: Path) -> TableResults:
         claims += [(first, second, TRANSLATION), (first, second, RETENTION)]
         blocks.append([a - b for a, b in zip(one.translation, other.translation, strict=True)])
         blocks.append([b - a for a, b in zip(one.retention, other.retention, strict=True)])
-    return TableResults(systems, dict(zip(claims, compare_systems(blocks), strict=True)))
+    footprints = {name: read_footprint(grid, name, root) for name in systems}
+    curves = {name: curve for name in systems if (curve := _curve(grid, name, root))}
+    return TableResults(systems, footprints, curves, dict(zip(claims, compare_systems(blocks), strict=True)))

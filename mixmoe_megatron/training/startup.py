@@ -28,7 +28,7 @@ from mixmoe_megatron.checkpoint.torch_dist_writer import CONTENT_METADATA
 from mixmoe_megatron.dtypes import AUTO, choose_device, choose_dtype, training_note
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Phase
-from mixmoe_megatron.methods.mixmoe import STAGE2
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.freezing import freeze_parameters, parameter_report
 from mixmoe_megatron.model.frozen_prefix import run_frozen_layers_ahead
 from mixmoe_megatron.model.moe_layer import MixMoELayer
@@ -42,8 +42,8 @@ ModelChunks = list[Any]
 def load_parent(chunks: ModelChunks, directory: Path, phase: Phase) -> ModelChunks:
     """Fill a fresh model from its parent, under whatever parallel layout this run has.
 
-    Stage 2 reads what stage 1 wrote and starts the MT group from the LM group (option `mt_router_init`). What several
-    data-parallel ranks need is read by one of them, which sends it to the others.
+    A phase with both groups starts from one with LM experts alone: the MT group starts from the LM group (option
+    `mt_router_init`). What several data-parallel ranks need is read by one of them, which sends it to the others.
 
     Args:
         chunks: this rank's parts of the model, not wrapped yet.
@@ -62,9 +62,10 @@ def load_parent(chunks: ModelChunks, directory: Path, phase: Phase) -> ModelChun
     # a Hugging Face directory cannot be asked: it is read as our own writer would have written it
     stored_as = CONTENT_METADATA if from_hf else dist_checkpointing.load_content_metadata(str(path))
     replicas = mpu.get_data_parallel_group(with_context_parallel=True)
+    adds_mt_group = phase.groups == GROUPS  # no phase with both groups starts from another one
     for chunk in chunks:
         state = chunk.sharded_state_dict(metadata=stored_as)
-        if phase == STAGE2:
+        if adds_mt_group:
             state = {key: value for key, value in state.items() if not _is_mt(key)}
         if from_hf:
             loaded = load_from_hf(state, plan, replicas)
@@ -74,7 +75,7 @@ def load_parent(chunks: ModelChunks, directory: Path, phase: Phase) -> ModelChun
         absent = chunk.load_state_dict(loaded, strict=False).missing_keys
         if missing := [key for key in absent if not (_is_mt(key) or key.endswith("_extra_state"))]:
             raise MixMoEError(f"{path} lacks {missing[0]} ({len(missing)} tensors are missing).")
-        if phase == STAGE2:
+        if adds_mt_group:
             for module in chunk.modules():
                 if isinstance(module, MixMoELayer):
                     module.initialize_mt_from_lm()

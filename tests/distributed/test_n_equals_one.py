@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
-from mixmoe_megatron.methods.registry import phase_of_stage
+from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
 from tests.distributed.conftest import COMMON, STEPS, Log
 from tests.helpers.training import checkpoint_tensors, train
 
@@ -101,6 +101,21 @@ def test_n_processes_equal_one(
     for name, tensor in checkpoint_tensors(run).items():
         difference = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-3)
         assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
+
+
+@pytest.mark.parametrize(("phase", "parent"), [("one_stage", "upcycled"), ("stage2_unfrozen", "stage1")])
+def test_the_ablations_train_both_groups(
+    world: Path, one_process: dict[int, Log], phase: str, parent: str, tmp_path: Path
+) -> None:
+    alone, run, flags = tmp_path / "alone", tmp_path / "run", COMMON + "--seq-length 160 "
+    expected = train(phase, world / parent, world / "pairs", alone, STEPS, flags)
+    losses, norms = train(phase, world / parent, world / "pairs", run, STEPS, flags + EP, 2)
+    assert losses == pytest.approx(expected[0], abs=1e-5, rel=0)
+    assert norms == pytest.approx(expected[1], rel=2e-3)
+    before, after = checkpoint_tensors(world / parent), checkpoint_tensors(alone)
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {name for name in before if PHASES[phase].is_trained(name)}
+    assert_optimizer_state_of_trained_tensors_only(run, PHASES[phase].is_trained)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -74,7 +74,8 @@ def test_a_killed_study_gives_the_same_tables_and_shares_its_jobs(world: Path, t
     for name in ("study.csv", "study.md", "table_VII.tex", "table_VII.png"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     said = finish(world, tmp_path / "whole", "--table", "III")
-    assert "[2 of 2] evaluate stage1, seed 1" in said
+    assert "evaluate stage1, seed 1: " in said and "train moe on parallel text, seed 1: " in said
+    assert not [name for name in ("sft", "pt_sft", "mixmoe") if f"train {name} on " in said]
 
 
 def test_a_dry_run_writes_nothing(world: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ WITH_EXTRAS = {
     *(f"{PACKAGE}.evaluation.{name}" for name in ("comet_scores", "meteor", "scores")),
     *(
         f"{PACKAGE}.study.{name}"
-        for name in ("figures", "html_report", "report", "runner", "study_page", "study_results", "transfer")
+        for name in ("figures", "html_report", "report", "runner", "study_page", "study_results", "transfer", "trials")
     ),
 }
 #: command lines that need an extra, and the package that is found missing; none of the files exists

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.study.grid import EVALUATED, Grid, StudySettings, absent_systems, read_grid
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.study.budgets import matched_steps
+from mixmoe_megatron.study.footprint import read_footprint
+from mixmoe_megatron.study.grid import TRIAL_FACTORS, TRIAL_SEED, Grid, StudySettings, absent_systems, read_grid
 from mixmoe_megatron.study.jobs import Job, with_parents
 from mixmoe_megatron.study.study_page import write_study
+from mixmoe_megatron.study.trials import chosen_factors, read_trials, trial_sentences, trials_csv
 from tests.helpers.browser import BROWSER, Page
+from tests.helpers.pretended_study import LENGTH, pretend_evaluation, pretend_table
 
 SETTINGS = StudySettings("toy", 1, 2, ("de-en",), "", "examples/data", "float32")
 GRID = Path("examples/study/study.yaml")
@@ -38,7 +44,11 @@ def names(jobs: dict[str, Job]) -> set[str]:
 
 def test_table_iii_needs_of_what_vii_ran_nothing_again(content: dict[str, Any]) -> None:
     seven, three = jobs_of(content, "VII"), jobs_of(content, "III")
-    new = {job.name for key, job in three.items() if key not in seven and not re.search(r"\bmoe", job.name)}
+    new = {
+        job.name
+        for key, job in three.items()
+        if key not in seven and not re.search(r" (moe|unfrozen|one_stage)", job.name)
+    }
     assert new == {f"{word} stage1, seed {seed}" for word in ("export", "evaluate") for seed in (1, 2)}
 
 
@@ -85,7 +95,8 @@ def test_every_table_can_be_planned_and_an_absent_method_is_left_out(content: di
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"size": "huge"}, "There is no size 'huge': choose one of toy, real."),
+        ({"size": "huge"}, "There is no size 'huge': choose one of toy, small, real."),
+        ({"seeds": TRIAL_SEED}, "SEEDS must be below 1000, the seed with which learning rates are chosen."),
         ({"seeds": 0}, "MINUTES and SEEDS must be whole numbers from 1."),
         ({"pairs": ("xx-en",)}, "There is no examples/data/xx-en.train.tsv.gz: choose other PAIRS."),
         ({"base": "/nowhere"}, "BASE=/nowhere is not a Hugging Face model directory: config.json is missing."),
@@ -115,42 +126,21 @@ def test_wrong_grids_and_tables(content: dict[str, Any], tmp_path: Path) -> None
         read_grid(file)
 
 
-def pretend_evaluations(grid: Grid, table: str, root: Path) -> None:
-    """Leave what the jobs of a table would: mixmoe translates as sft does, and forgets 10 %, the others nothing."""
-    for system, jobs in grid.evaluations(table).items():
-        for job in with_parents(jobs):
-            job.directory(root).mkdir(parents=True, exist_ok=True)
-            (job.directory(root) / "done.json").write_text('{"seconds": 1.5}')
-        for job in jobs:
-            folder = job.directory(root) / "evaluation" / "hypotheses"
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = ["the same words", "other words <b>here</b>"]
-            (folder / "de-en.reference.txt").write_text("".join(f"{line}\n" for line in lines))
-            said = lines if system != "base" else ["", "none"]
-            (folder / f"de-en.{EVALUATED}.txt").write_text("".join(f"{line}\n" for line in said))
-            bits = np.array([100.0, 300.0]) * (1.1 if system == "mixmoe" else 1.0)
-            routing = {"de": {"layers": {"3": {"lm": {"share": [0.5, 0.25, 0.25, 0.0]}}}}}
-            content = {
-                "directions": {"de-en": {EVALUATED: {"bleu": 10.0, "chrf": 20.0, "chrf_plus_plus": 30.0}}},
-                "perplexity": {"de": {EVALUATED: {"text_bits": bits.tolist()}}},
-                "routing": {EVALUATED: routing} if system == "mixmoe" else {},
-            }
-            (folder.parent / "evaluation.json").write_text(json.dumps(content))
-
-
 def test_the_page_says_what_the_scores_say_and_the_same_each_time(content: dict[str, Any], tmp_path: Path) -> None:
     grid, root = Grid(content, SETTINGS._replace(seeds=6)), tmp_path / "jobs"
-    pretend_evaluations(grid, "VII", root)
+    pretend_table(grid, "VII", root)
     sentences = write_study(grid, ["VII"], tmp_path, root)
+    assert sentences.pop() == f"Page: {tmp_path}/study.html"
     told = {sentence.partition(": ")[2].partition(" (")[0] for sentence in sentences}
     assert "mixmoe better than sft in translation: equal" in told
     assert "mixmoe better than base in translation: holds" not in told  # six claims of six seeds: Holm forbids it
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert set(written) == {
-        "study.md", "study.html", "study.csv", "study.json", "table_VII.tex", "table_VII.png"
+        "study.md", "study.html", "study.csv", "study.json", "table_VII.tex", "table_VII.png", "table_VII_loss.png"
     }  # fmt: skip
     assert "VII,mixmoe,all,retention,10." in written["study.csv"].decode()
-    assert "VII,mixmoe,all,load_max,2.0" in written["study.csv"].decode()
+    assert "VII,mixmoe,all,load_max mt,2.0" in written["study.csv"].decode()
+    assert "VII,mixmoe,all,entropy lm,0.75," in written["study.csv"].decode()  # 1.5 of 2 bits
     assert "31.81" in written["study.md"].decode() and "<b>" not in written["study.html"].decode()
     write_study(grid, ["VII"], tmp_path, root)
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -158,16 +148,84 @@ def test_the_page_says_what_the_scores_say_and_the_same_each_time(content: dict[
 
 def test_ten_seeds_of_one_sign_are_a_verdict(content: dict[str, Any], tmp_path: Path) -> None:
     grid, root = Grid(content, SETTINGS._replace(seeds=10)), tmp_path / "jobs"
-    pretend_evaluations(grid, "VII", root)
+    pretend_table(grid, "VII", root)
     told = {text.partition(": ")[2].partition(" (")[0] for text in write_study(grid, ["VII"], tmp_path, root)}
     assert "mixmoe better than base in translation: holds" in told
     assert "mixmoe better than sft in retention: fails" in told
 
 
+def test_what_a_system_is_and_costs(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    pretend_table(grid, "VII", root)
+    base, full, mixmoe = (read_footprint(grid, name, root) for name in ("base", "pt_sft", "mixmoe"))
+    weights = load_file(f"{grid.base}/model.safetensors")
+    assert base.total == base.active == full.total == sum(math.prod(tensor.shape) for tensor in weights.values())
+    assert base.trained == () and full.trained == (full.total, full.total) and base.training_flops == 0
+    width, inner, experts, layers = 192, 576, 4, 2
+    group = layers * (3 * width * inner + experts * (2 * width + 1))  # a group's experts are one FFN; router, bias
+    assert mixmoe.trained == (group, group)
+    assert mixmoe.total == base.total + layers * (2 * experts * (2 * width + 1) + 3 * width * inner)
+    idle = 2 * layers * 3 * width * inner * (1 - MixMoEOptions().topk_per_group / experts)
+    assert mixmoe.active == mixmoe.total - idle
+    size = content["sizes"]["toy"]
+    tokens = 12 * size["monolingual"]["batch"] * size["sequence"] + 40 * size["parallel"]["batch"] * LENGTH
+    assert 6 * full.total < full.training_flops / tokens < 7 * full.total  # and attention
+    assert mixmoe.training_flops < full.training_flops
+    assert mixmoe.token_flops < base.token_flops == full.token_flops  # one expert a group: half of an FFN
+    assert (full.training_seconds, base.training_seconds, full.generation_seconds) == (3.0, 0.0, 1.5)
+
+
+def test_budgets_of_equal_operations(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    with pytest.raises(MixMoEError, match="run it once without --dry-run"):
+        matched_steps(grid, ["pt_sft"], root)
+    pretend_table(grid, "VII", root)
+    steps = matched_steps(grid, grid.systems_of("VII"), root)
+    before = {kind: content["sizes"]["toy"][kind]["steps_a_minute"] for kind in ("monolingual", "parallel")}
+    assert {kind: steps["mixmoe", kind] for kind in before} == before
+    assert steps["sft", "parallel"] == steps["pt_sft", "parallel"] < before["parallel"]
+    matched = Grid(content, SETTINGS, steps)
+    pretend_table(matched, "VII", root)
+    spent = {name: read_footprint(matched, name, root).training_flops for name in ("pt_sft", "mixmoe")}
+    assert spent["pt_sft"] == pytest.approx(spent["mixmoe"], rel=0.05)
+    words = " ".join(matched.trainings("sft", 1)[0].job.words)
+    assert f"--train-iters {steps['sft', 'parallel']} " in words
+
+
+def test_rates_are_chosen_on_valid_files_by_their_own_seed(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    jobs = grid.trials(["VII", "III"])
+    assert {factor for method, factor in jobs if method == "full"} == set(TRIAL_FACTORS)
+    for (method, factor), job in jobs.items():
+        pretend_evaluation(job, root, "sft" if factor == (3.0 if method == "full" else 1.0) else "base")
+    ordered = with_parents(jobs.values())
+    assert not {job.key for job in ordered if job.name.startswith("train")} & set(jobs_of(content, "VII"))
+    assert not [job for job in ordered if "test.tsv.gz" in " ".join(job.words)]
+    trials = read_trials(grid, ["VII", "III"], root)
+    factors = chosen_factors(trials)
+    assert factors["full"] == 3.0 and factors["mixmoe"] == 1.0
+    rows = trials_csv(grid, trials).splitlines()
+    assert "full,3,0.0015,0.0015,100.0,yes,abc" in rows
+    assert [row for row in rows if row.startswith("full,1,0.0005,0.0005,") and row.endswith(",,abc")]
+    said = "full: 3 times its learning rates (chrF++ 1.14 at 0.33, 1.14 at 1, 100.00 at 3, an end of the three: "
+    assert [sentence for sentence in trial_sentences(trials) if sentence.startswith(said)]
+    changed = copy.deepcopy(content)
+    changed["sizes"]["toy"]["rate_factors"] = factors
+    assert Grid(changed, SETTINGS).rate("full", "parallel") == 0.0015 != grid.rate("full", "parallel")
+
+
+def test_a_series_is_drawn_over_its_option(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    pretend_table(grid, "3", root)
+    write_study(grid, ["3"], tmp_path, root)
+    assert "![3: experts in each group](table_3_series.png)" in (tmp_path / "study.md").read_text()
+    assert (tmp_path / "table_3_series.png").stat().st_size > 5000
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_a_browser_shows_the_page_on_a_phone(content: dict[str, Any], tmp_path: Path) -> None:
     grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
-    pretend_evaluations(grid, "VII", root)
+    pretend_table(grid, "VII", root)
     write_study(grid, ["VII"], tmp_path, root)
     address = (tmp_path / "study.html").as_uri()
     with Page(address, tmp_path / "profile", width=375) as page:
@@ -177,4 +235,4 @@ def test_a_browser_shows_the_page_on_a_phone(content: dict[str, Any], tmp_path: 
         requests, complaints = page.requests, page.complaints
         page.screenshot(tmp_path / "page.png")
     assert [url for url in requests if not url.startswith("data:")] == [address] and complaints == []
-    assert widths == [375, 375] and len(pictures) == 1 and pictures[0] > 500
+    assert widths == [375, 375] and len(pictures) == 2 and min(pictures) > 500

@@ -1,0 +1,128 @@
+"""What a system of a study is and costs: parameters, operations, seconds.
+
+Parameters and operations are counted from the checkpoints' metadata and the token files, so they are the same on every
+machine; seconds are those of the jobs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mixmoe_megatron.checkpoint.metadata import read_metadata
+from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.prepared import describe_model
+from mixmoe_megatron.data.storage import read_manifest
+from mixmoe_megatron.evaluation.provenance import read_json
+from mixmoe_megatron.methods.base import part_of
+from mixmoe_megatron.methods.full import DENSE
+from mixmoe_megatron.model.flops import step_flops
+from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.planning.layouts import Model, ParallelLayout
+from mixmoe_megatron.planning.memory import rank_parameters
+from mixmoe_megatron.study.grid import CHECKPOINT, EVALUATED, TOKENS, Grid, Training
+
+_EXPERTS = ("LM experts", "MT experts")
+
+
+class Footprint(NamedTuple):
+    """What a system is and costs, of its first seed.
+
+    Attributes:
+        total: Parameters that the model has in the end.
+        active: Of them those that a token meets: of n experts it meets k.
+        trained: Parameters that each training trains, in their order; those of Mix-MoE's stages are different ones.
+        training_flops: Floating-point operations of all trainings, padding left out, a mean text length assumed.
+        token_flops: Operations of the forward pass of a token, behind half a sequence.
+        training_seconds: Of the training jobs, mean over seeds, start-up included, of a killed one its last part.
+        generation_seconds: Of a translated segment, mean over seeds.
+    """
+
+    total: int
+    active: int
+    trained: tuple[int, ...]
+    training_flops: float
+    token_flops: float
+    training_seconds: float
+    generation_seconds: float
+
+
+def trained_model(training: Training, root: Path) -> Model:
+    """Return the model that a training trains, of which the system's start has been made.
+
+    Args:
+        training: Of the grid.
+        root: Directory of all jobs.
+    """
+    metadata = read_metadata(training.start.directory(root) / CHECKPOINT)
+    description = describe_model(metadata, metadata.megatron_args["vocab_size"])
+    return Model.of(replace(description, phase=training.phase))
+
+
+def _counts(model: Model) -> tuple[int, int, int]:
+    """Return total, active and trained parameters."""
+    options, total, active, trained = model.options, 0, 0.0, 0
+    met = options.topk_per_group / options.num_experts_per_group
+    for parameter in rank_parameters(model.sizes(), ParallelLayout(), 0):
+        size = math.prod(parameter.shape)
+        total += size
+        active += size * (met if part_of(parameter.name) in _EXPERTS else 1.0)
+        trained += size * model.is_trained(parameter.name)
+    return total, round(active), trained
+
+
+def count_training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
+    """Return a training's operations; texts of a parallel corpus are taken to be all of their mean length.
+
+    Args:
+        model: Of `trained_model`.
+        training: Of the grid; its token files have been made.
+        sequence: Tokens of a monolingual sample.
+        root: Directory of all jobs.
+    """
+    samples, length = training.steps * training.batch, float(sequence)
+    if training.kind == "parallel":
+        manifests = [read_manifest(job.directory(root) / TOKENS) for job in training.data]
+        length = sum(found["tokens"] for found in manifests) / sum(found["documents"] for found in manifests)
+    return step_flops(model.sizes(), model.phase, model.options.topk_per_group, samples * length, length).total
+
+
+def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:
+    """Return what a system is and costs; its jobs have run.
+
+    Args:
+        grid: The study.
+        name: Of its systems.
+        root: Directory of all jobs.
+    """
+    seeds = range(1, grid.settings.seeds + 1)
+    of_seeds = [grid.trainings(name, seed) for seed in seeds]
+    sequence = int(grid.size["sequence"])
+    base = Model(megatron_args_from_hf(read_hf_config(grid.base)), MixMoEOptions(), DENSE)
+    models = [trained_model(training, root) for training in of_seeds[0]]
+    total, active, _ = _counts(models[-1] if models else base)
+    last = models[-1] if models else base
+    token = step_flops(last.sizes(), last.phase, last.options.topk_per_group, 1, sequence / 2).forward
+    pairs = zip(models, of_seeds[0], strict=True)
+    seconds = [read_json(training.job.directory(root) / "done.json")["seconds"] for row in of_seeds for training in row]
+    return Footprint(
+        total,
+        active,
+        tuple(_counts(model)[2] for model in models),
+        sum(count_training_flops(model, training, sequence, root) for model, training in pairs),
+        token,
+        sum(seconds) / len(seeds),
+        _generation_seconds(grid, name, root),
+    )
+
+
+def _generation_seconds(grid: Grid, name: str, root: Path) -> float:
+    found, segments = 0.0, 0
+    for seed in range(1, grid.settings.seeds + 1):
+        evaluation = read_json(grid.evaluation(name, seed).directory(root) / "evaluation" / "evaluation.json")
+        seconds = evaluation["seconds"][EVALUATED]
+        found += sum(value for step, value in seconds.items() if step.startswith("translate "))
+        segments += sum(evaluation["num_test_segments"].values())
+    return found / segments
