@@ -28,8 +28,6 @@ from mixmoe_megatron.megatron_patches.install import prepare_megatron
 from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.flops import step_flops
-from mixmoe_megatron.planning.layouts import ParallelLayout
-from mixmoe_megatron.planning.memory import rank_parameters
 
 _LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
 _ENGINE_MODULE = "mixmoe_megatron.training.engine_step"
@@ -117,6 +115,9 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
 
 def _counts(phase: Phase, task: Task) -> dict[str, float]:
     """Operations of a step, and parameters: all, those that train, those that a token meets."""
+    from mixmoe_megatron.planning.layouts import ParallelLayout  # Megatron, which has to find the process prepared
+    from mixmoe_megatron.planning.memory import rank_parameters
+
     model = replace(describe_start(read_hf_config(task.hf_dir), PHASES[phase.starts_from[0]]), phase=phase)
     sizes, k = model.sizes, model.options.topk_per_group if model.options else 1
     total = trained = active = 0.0

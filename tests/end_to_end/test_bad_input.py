@@ -73,7 +73,7 @@ CASES: dict[str, tuple[str, str]] = {
     "pairs: missing column": (PAIRS + "{bad}/column.tsv", "{bad}/column.tsv, line 1: no column 'en'"),
     "train: no phase": (
         TRAIN,
-        "give --phase, one of dense, stage1, stage2, lora, llama_pro",
+        "give --phase, one of dense, stage1, stage2, ",
     ),
     "train: stage 3": (TRAIN + " --mixmoe-stage 3", "--mixmoe-stage must be one of 0, 1, 2; got 3"),
     "train: stage not a number": (TRAIN + " --mixmoe-stage one", "argument --mixmoe-stage: invalid int value: 'one'"),

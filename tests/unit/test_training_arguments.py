@@ -121,7 +121,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
         (["--mixmoe-stage", 2, "--load", run], f"--load {run} must be a run of --phase stage2"),
         (
             [],
-            "give --phase, one of dense, stage1, stage2, lora, llama_pro",
+            "give --phase, one of dense, stage1, stage2, ",
         ),
         (
             ["--phase", "upcycled"],
