@@ -9,7 +9,7 @@ from copy import deepcopy
 from functools import partial
 
 import transformers
-from fairseq2.composition import register_model_family, register_tokenizer_family
+from fairseq2.composition import register_dataset_family, register_model_family, register_tokenizer_family
 from fairseq2.data.tokenizers import TokenizerHubAccessor
 from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConverter
@@ -23,6 +23,14 @@ from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
 from mixmoe_megatron.integrations.fairseq2.architecture import FAMILY, MixMoEModelConfig, architectures
+from mixmoe_megatron.integrations.fairseq2.corpora import (
+    MONOLINGUAL_FAMILY,
+    PARALLEL_FAMILY,
+    MonolingualCorpus,
+    MonolingualCorpusConfig,
+    ParallelCorpus,
+    ParallelCorpusConfig,
+)
 from mixmoe_megatron.integrations.fairseq2.hf_exporting import ExportedMixMoEConfig, MixMoEHuggingFaceConverter
 from mixmoe_megatron.integrations.fairseq2.native_model import create_mixmoe_model
 from mixmoe_megatron.integrations.fairseq2.native_tokenizer import (
@@ -38,7 +46,7 @@ get_mixmoe_tokenizer_hub = TokenizerHubAccessor(FAMILY, kls=MixMoETokenizer, con
 
 
 def setup_fairseq2_extension(container: DependencyContainer) -> None:
-    """Register the model family with its presets and its export to Hugging Face, and the tokenizer family.
+    """Register the model family with its presets and its export to Hugging Face, the tokenizer family, datasets.
 
     Args:
         container: of fairseq2.
@@ -60,4 +68,8 @@ def setup_fairseq2_extension(container: DependencyContainer) -> None:
     for name, config in architectures().items():
         register_arch(name)(partial(deepcopy, config))
     container.register_type(HuggingFaceConverter, MixMoEHuggingFaceConverter, key=FAMILY)
+    register_dataset_family(
+        container, MONOLINGUAL_FAMILY, MonolingualCorpus, MonolingualCorpusConfig, opener=MonolingualCorpus
+    )
+    register_dataset_family(container, PARALLEL_FAMILY, ParallelCorpus, ParallelCorpusConfig, opener=ParallelCorpus)
     register_tokenizer_family(container, FAMILY, MixMoETokenizer, MixMoETokenizerConfig, loader=load_mixmoe_tokenizer)

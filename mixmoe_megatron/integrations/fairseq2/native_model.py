@@ -94,10 +94,14 @@ class MixMoEFeedForward(FeedForwardNetwork):
 
     Args:
         config: of the whole model.
+
+    Attributes:
+        lb_reduction: `mean` or `sum`, how the aux losses of the model's layers go together.
     """
 
     def __init__(self, config: MixMoEConfig) -> None:
         super().__init__()
+        self.lb_reduction = config.mixmoe.get("lb_reduction", "mean")
         for name in GROUPS[: config.stage]:
             self.add_module(name, RoutedGroup(config))
 
