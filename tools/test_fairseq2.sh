@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests of the fairseq2 integration, in an environment of its own that sees .venv's packages behind it. Called by
-# `make test-fairseq2`. ONLY_SETUP=1 makes the environment and stops. No GPU.
+# `make test-fairseq2`; words after the script's name go to pytest. ONLY_SETUP=1 makes the environment and stops. No GPU.
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,4 +26,6 @@ if [ "$(cat "$VENV/.complete" 2>/dev/null)" != "$PWD ${PACKAGES[*]} $(cksum <pyp
   ln -s "python3.12/site-packages/_soundfile_data/libsndfile_$(uname -m).so" "$VENV/lib/libsndfile.so.1"
   printf '%s\n' "$PWD ${PACKAGES[*]} $(cksum <pyproject.toml)" >"$VENV/.complete"
 fi
-[ "${ONLY_SETUP:-}" = 1 ] || OMP_NUM_THREADS=1 exec "$VENV/bin/python" -m pytest -q tests/fairseq2 "$@"
+[ "${ONLY_SETUP:-}" != 1 ] || exit 0
+[ $# -gt 0 ] || set -- tests/fairseq2
+OMP_NUM_THREADS=1 exec "$VENV/bin/python" -m pytest -q "$@"

@@ -155,7 +155,7 @@ class MixMoERecipe(Recipe):
             kind, family = _CORPUS_OF_STAGE[stage]
             if not isinstance(corpus, kind):
                 raise MixMoEError(
-                    f"A model of stage {stage} trains on a dataset of the family {family}: {name} is none."
+                    f"A model of stage {stage} trains on data of the family {family}: {name} is of another."
                 )
             options = section.read_options(num_accumulate, config.common.seed, shuffle)
             return corpus.create_reader(tokenizer, context.gangs, options)
