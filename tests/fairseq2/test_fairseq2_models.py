@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer
 
+from mixmoe_megatron.hf import router_aux_loss
 from mixmoe_megatron.integrations.fairseq2.architecture import MixMoEModelConfig, architectures
 from tests.helpers.conversion import assert_bit_equal, load_weights_of
 from tests.helpers.fairseq2_models import REASON, add_card, export_tiny, run_python
@@ -89,6 +91,45 @@ def test_packed_documents_do_not_see_each_other(world: World) -> None:
         packed = model(ids, BatchLayout.of(ids, lengths, packed=True))
     for document, logits in zip(ids.split(lengths), packed.split(lengths), strict=True):
         torch.testing.assert_close(logits, logits_of(model, document[None])[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_stage1", "llama_k2", "qwen_k2", "llama_tied"])
+def test_loss_aux_losses_and_gradients(world: World, name: str) -> None:
+    """Of a batch as the recipe takes it: padded, the loss on the target, the aux losses without padding."""
+    from fairseq2.datasets import SequenceBatch
+    from fairseq2.metrics import MetricBag
+
+    from mixmoe_megatron.integrations.fairseq2.recipe import MixMoETrainUnit
+    from mixmoe_megatron.integrations.fairseq2.state_dicts import from_any_state_dict
+
+    ids, lengths = torch.randint(4, 450, (3, 24)), [24, 15, 9]
+    places = torch.arange(24).expand(3, -1)
+    is_text = places < torch.tensor(lengths)[:, None]
+    is_target = is_text & (places >= 5)
+    model, hf = load(world[0] / name).train(), world[1][name].train()
+    unit, metrics = MixMoETrainUnit(model, model, 0.5), MetricBag(device=torch.device("cpu"))
+    unit.prepare_metric_bag(metrics)
+    loss, num_targets = unit.process_batch(SequenceBatch(ids, lengths, target_mask=is_target), metrics)
+    (loss / num_targets).backward()
+
+    is_input = is_text[:, 1:]  # the last token of each row is a target only
+    out = hf(ids[:, :-1], attention_mask=is_input.long(), output_router_logits=True)
+    labels = ids.where(is_target, -100)[:, 1:]
+    aux_losses = router_aux_loss(out.router_logits, hf.config.stage, hf.config.topk_per_group, is_input)
+    hf.zero_grad()
+    expected = cross_entropy(out.logits.flatten(0, 1), labels.flatten()) + 0.5 * aux_losses.sum()
+    expected.backward()
+    hf.eval()
+
+    assert num_targets == int((labels != -100).sum())
+    torch.testing.assert_close(loss / num_targets, expected, rtol=0, atol=1e-5)
+    for group, value in zip(("lm", "mt"), aux_losses, strict=False):
+        assert float(metrics.metrics[f"{group}_aux_loss"].compute()) == pytest.approx(float(value), abs=1e-5)
+    gradients = {key: parameter.grad for key, parameter in hf.named_parameters()}
+    config = MixMoEModelConfig.from_hf(hf.config.to_dict())
+    gradients = from_any_state_dict(gradients, config)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_rope_beyond_8192_positions(world: World) -> None:

@@ -226,18 +226,17 @@ def test_training_goes_on_in_megatron(world: Path, trained: Metrics, tmp_path: P
     assert losses[1] < losses[0]
 
 
-TINY_LLAMA = {"model_dim": 32, "num_layers": 1, "num_attn_heads": 2, "num_key_value_heads": 1, "vocab_size": 600}
+TINY_LLAMA = {
+    "model.name": None, "model.family": "llama", "model.arch": "llama3_2_1b",
+    "model.config_overrides": {"model_dim": 32, "num_layers": 1, "num_attn_heads": 2, "num_key_value_heads": 1},
+}  # fmt: skip
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "static": (1, {"trainer.mixed_precision.mode": "static"}, "trainer.mixed_precision.mode static casts the routers"),
     "bf16": (1, {"model.dtype": "bfloat16"}, "model.dtype must be float32"),
     "data": (2, {}, "A model of stage 1 trains on data of the family mixmoe_monolingual: dataset is of another."),
     "no file": (1, {"dataset.config_overrides.paths": []}, "names no file"),
     "missing": (1, {"dataset.config_overrides.paths": ["nowhere.txt"]}, "Cannot read nowhere.txt"),
-    "another model": (
-        1,
-        {"model": {"family": "llama", "arch": "llama3_2_1b", "config_overrides": TINY_LLAMA}},
-        "must be of the family mixmoe",
-    ),
+    "another model": (1, TINY_LLAMA, "must be of the family mixmoe"),
 }
 
 
