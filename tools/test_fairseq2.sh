@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of the fairseq2 integration, in an environment of its own that sees the packages of .venv behind it. Called by
+# The tests of the fairseq2 integration, in an environment of its own that sees the packages of .venv behind it. Run by
 # `make test-fairseq2`; words after the name of the script go to pytest. ONLY_SETUP=1 makes the environment and no more.
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -206,9 +206,8 @@ class ParallelCorpus:
             indices = torch.from_numpy(ids).to(torch.int64)
             return {"indices": indices, "target_mask": torch.arange(len(indices)) >= prompt_length}
 
-        sizes = create_bucket_sizes(
-            max_seq_len=options.max_seq_len, min_seq_len=1, max_num_elements=options.max_num_tokens
-        )
+        room = options.max_num_tokens // options.max_seq_len * options.max_seq_len  # fairseq2 wants a multiple
+        sizes = create_bucket_sizes(max_seq_len=options.max_seq_len, min_seq_len=1, max_num_elements=room)
         mask = CollateOptionsOverride("target_mask", pad_value=False)
         collate = Collater(pad_value=tokenizer.pad_id, overrides=[mask])
         builder = _in_order(len(documents), gangs, options).map(example).bucket_by_length(sizes, selector="indices")

@@ -58,7 +58,10 @@ from mixmoe_megatron.integrations.fairseq2.native_tokenizer import MixMoETokeniz
 from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.options import PAPER_AUX_LOSS_COEFF
 
-_CORPUS_OF_STAGE: dict[int, tuple[type[Any], str]] = {1: (MonolingualCorpus, MONOLINGUAL_FAMILY), 2: (ParallelCorpus, PARALLEL_FAMILY)}
+_CORPUS_OF_STAGE: dict[int, tuple[type[Any], str]] = {
+    1: (MonolingualCorpus, MONOLINGUAL_FAMILY),
+    2: (ParallelCorpus, PARALLEL_FAMILY),
+}
 
 
 @dataclass(kw_only=True)
