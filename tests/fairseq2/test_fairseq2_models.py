@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from mixmoe_megatron.hf import router_aux_loss
 from mixmoe_megatron.integrations.fairseq2.architecture import MixMoEModelConfig, architectures
@@ -188,25 +187,6 @@ def test_an_unsplit_router_would_be_moved_by_weight_decay(world: World) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"use_sliding_window": True, "sliding_window": 8}, "A model with a sliding window does not run in fairseq2"),
-        ({"attention_dropout": 0.1}, "attention_dropout must be 0 in fairseq2"),
-        ({"topk_per_group": 9}, "topk_per_group must be in 1..num_experts_per_group, got 9 of 4."),
-        ({"model_type": "llama"}, "is a model of type 'llama', not mixmoe"),
-    ],
-)
-def test_what_cannot_be_a_card_is_refused(world: World, tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    shutil.copytree(world[0] / "qwen", tmp_path / "changed")
-    config = json.loads((tmp_path / "changed" / "config.json").read_text())
-    config.pop("num_experts_per_tok"), config.pop("layer_types")
-    (tmp_path / "changed" / "config.json").write_text(json.dumps({**config, **change}))
-    done = run_python(["tools/fairseq2_card.py", tmp_path / "changed", "--output-dir", tmp_path])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and told in done.stderr and done.stderr.count("\n") == 1
-
-
 def test_cards_are_listed(world: World) -> None:
     done = run_python(["-m", "fairseq2.assets", "list"], world[0] / "cards")
     assert done.returncode == 0, done.stderr
@@ -216,12 +196,42 @@ def test_cards_are_listed(world: World) -> None:
     assert all(f"mixmoe_{name}" in done.stdout for name in MODELS)
 
 
-def test_configurations_survive_the_way_there_and_back(world: World) -> None:
-    for name in MODELS:
-        config = AutoConfig.from_pretrained(world[0] / name).to_dict()
-        assert MixMoEModelConfig.from_hf(config).to_hf().to_dict() == {**config, "architectures": None}, name
-    for name, arch in architectures().items():
-        assert arch.to_hf().num_hidden_layers == arch.num_hidden_layers, name
+def test_presets_are_the_papers_bases() -> None:
+    """As many parameters as the dense model, the MT group and the routers."""
+    from mixmoe_megatron.integrations.fairseq2.native_model import create_mixmoe_model
+
+    dense = {"llama3_2_1b": 1235814400, "llama3_1_8b": 8030261248, "qwen2_5_0_5b": 494032768}
+    dense["qwen2_5_14b"] = 14770033664
+    for name, number in dense.items():
+        arch = architectures()[name]
+        layers, hidden = arch.num_hidden_layers // 4, arch.hidden_size
+        with torch.device("meta"):
+            model = create_mixmoe_model(arch)
+        added = layers * (3 * hidden * arch.intermediate_size + 2 * 4 * (hidden + 1))
+        assert sum(parameter.numel() for parameter in model.parameters()) == number + added, name
+
+
+def test_an_eos_that_pads_is_a_target(world: World) -> None:
+    """fairseq2 takes the padding id out of the loss, masks or not."""
+    ids = torch.randint(4, 450, (1, 12))
+    ids[0, -1] = 2
+    for pad, expected in ((0, 0), (2, None), (None, None)):
+        model = load(world[0] / "llama", pad_token_id=pad)
+        assert model.pad_idx == expected
+        logits = logits_of(model, ids[:, :-1])[0]
+        loss = model.compute_loss(logits[None], ids[:, 1:])
+        torch.testing.assert_close(loss, cross_entropy(logits, ids[0, 1:], reduction="sum"))
+
+
+def test_another_release_of_fairseq2_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fairseq2.runtime.dependency import DependencyContainer
+
+    from mixmoe_megatron.errors import MixMoEError
+    from mixmoe_megatron.integrations.fairseq2 import extension
+
+    monkeypatch.setattr(extension.metadata, "version", lambda name: "0.9.0")
+    with pytest.raises(MixMoEError, match=r"goes with fairseq2 0\.8\.x, not 0\.9\.0: "):
+        extension.setup_fairseq2_extension(DependencyContainer())
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_bf16"])

@@ -40,11 +40,11 @@ def run_python(words: list[Any], cards: Path | None = None, processes: int = 1) 
     launcher = (
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     )
-    settings = {**os.environ, **SETTINGS}
+    root = Path(__file__).resolve().parents[2]
+    settings = {**os.environ, **SETTINGS, "PYTHONPATH": str(root)}
     settings.pop("FAIRSEQ2_USER_ASSET_DIR", None)
     if cards is not None:
         settings["FAIRSEQ2_USER_ASSET_DIR"] = str(cards)
-    root = Path(__file__).resolve().parents[2]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, words)], cwd=root, env=settings, capture_output=True, text=True
     )

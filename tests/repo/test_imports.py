@@ -17,7 +17,8 @@ from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, is_w
 OPTIONAL_MODULES = {
     f"{PACKAGE}.integrations.megatron_bridge": ("tests/bridge/",),
     f"{PACKAGE}.integrations.fairseq2": (
-        f"{PACKAGE}/integrations/fairseq2/", "tests/fairseq2/", "tests/helpers/fairseq2_models.py", "tools/fairseq2_",
+        f"{PACKAGE}/integrations/fairseq2/", "tests/fairseq2/", "tests/helpers/fairseq2_models.py",
+        "tests/unit/test_fairseq2_cards.py", "tools/fairseq2_",
     ),
 }  # fmt: skip
 NOT_THE_PACKAGE = ["tools", "examples", "checkpoints_conversion", "tests"]

@@ -153,7 +153,7 @@ def architectures() -> dict[str, MixMoEModelConfig]:
             num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
         ),
         "qwen2_5_14b": MixMoEModelConfig(
-            **qwen, vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48,
-            num_attention_heads=40, num_key_value_heads=8,
+            **{**qwen, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}, vocab_size=152064, hidden_size=5120,
+            intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8,
         ),
     }  # fmt: skip

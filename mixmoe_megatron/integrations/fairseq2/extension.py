@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
+from importlib import metadata
 
 import transformers
 from fairseq2.composition import register_dataset_family, register_model_family, register_tokenizer_family
@@ -22,6 +23,7 @@ from fairseq2.models.transformer_lm import (
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.integrations.fairseq2.architecture import FAMILY, MixMoEModelConfig, architectures
 from mixmoe_megatron.integrations.fairseq2.corpora import (
     MONOLINGUAL_FAMILY,
@@ -40,6 +42,8 @@ from mixmoe_megatron.integrations.fairseq2.native_tokenizer import (
 )
 from mixmoe_megatron.integrations.fairseq2.state_dicts import from_any_state_dict
 
+#: What this was written for and tested with.
+RELEASE = "0.8."
 #: Models and tokenizers of the family by name, as fairseq2's other families have it.
 get_mixmoe_model_hub = ModelHubAccessor(FAMILY, kls=TransformerLM, config_kls=MixMoEModelConfig)
 get_mixmoe_tokenizer_hub = TokenizerHubAccessor(FAMILY, kls=MixMoETokenizer, config_kls=MixMoETokenizerConfig)
@@ -50,7 +54,13 @@ def setup_fairseq2_extension(container: DependencyContainer) -> None:
 
     Args:
         container: of fairseq2.
+
+    Raises:
+        MixMoEError: fairseq2 is of another release, whose interfaces are others.
     """
+    version = metadata.version("fairseq2")
+    if not version.startswith(RELEASE):
+        raise MixMoEError(f"Mix-MoE goes with fairseq2 {RELEASE}x, not {version}: each release changes its interfaces.")
     # Where fairseq2's exporter looks classes up.
     transformers.ExportedMixMoEConfig = ExportedMixMoEConfig  # type: ignore[attr-defined]
     register_model_family(
