@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup hooks quickstart protocol interference study real transfer pictures test test-all test-distributed
-.PHONY: test-te test-bridge test-transformers5 test-gpu test-gpus gpu-packages lint format clean clean-venv
+.PHONY: test-te test-bridge test-fairseq2 test-transformers5 test-gpu test-gpus gpu-packages lint format clean
+.PHONY: clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
@@ -61,6 +62,9 @@ test-bridge: setup  ## Megatron-Bridge on exported models, in .venv-bridge (made
 	@tools/setup_te_environment.sh
 	@tools/test_bridge.sh
 
+test-fairseq2: setup  ## Mix-MoE as a model family of fairseq2, in .venv-fairseq2 (made when missing); no GPU
+	@tools/test_fairseq2.sh
+
 test-gpu: setup  ## one GPU, ten minutes: what needs CUDA, row by row, runs/gpu_report.json; DEVICE=cpu without one
 	@.venv/bin/python -m tests.gpu.run --jobs $(GPU_JOBS)
 
@@ -84,4 +88,4 @@ clean:  ## remove caches and build output
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 clean-venv: clean  ## remove the environment too
-	@rm -rf .venv .venv-te .venv-bridge .venv-transformers5*
+	@rm -rf .venv .venv-te .venv-bridge .venv-fairseq2 .venv-transformers5*

@@ -31,6 +31,8 @@ COMMANDS = {
     "plan": "tools/plan_cluster.py",
     "check-checkpoint": "tools/check_checkpoint.py",
     "check-tokenizer": "tools/check_tokenizer.py",
+    "fairseq2-card": "tools/fairseq2_card.py",
+    "fairseq2-translate": "tools/fairseq2_translate.py",
     "benchmark-conversion": "tools/benchmark_conversion.py",
     "benchmark-generation": "tools/benchmark_generation.py",
     "benchmark-layer": "tools/benchmark_layer.py",

@@ -82,7 +82,7 @@ def build_monolingual(
     """
     options = options or MonolingualOptions()
     counts: Counter[str] = Counter(read=0, kept=0)
-    documents = _documents(inputs, tokenizer, options, counts)
+    documents = monolingual_documents(inputs, tokenizer, options, counts)
     how = {"kind": "monolingual", "options": asdict(options), "counts": counts}
     return build_token_file(prefix, tokenizer, inputs, documents, how)
 
@@ -104,10 +104,20 @@ def blend_weights(prefixes: Sequence[str | Path], temperature: float) -> list[fl
     return [power / sum(powers) for power in powers]
 
 
-def _documents(
+def monolingual_documents(
     inputs: Sequence[str | Path], tokenizer: TextTokenizer, options: MonolingualOptions, counts: Counter[str]
 ) -> Iterator[Document]:
-    """Yield ([ids with EOS], 0) of each document that is long enough."""
+    """Yield ([ids with EOS], 0) of each document that is long enough.
+
+    Args:
+        inputs: as for `build_monolingual`.
+        tokenizer: The model's tokenizer.
+        options: Columns and filters.
+        counts: What is read and dropped is added here.
+
+    Raises:
+        MixMoEError: An input is unreadable or lacks a column.
+    """
     for texts in batched(_texts(inputs, tokenizer, options, counts), BATCH_DOCUMENTS):
         for ids in tokenizer.encode(texts, add_special_tokens=True):
             if len(ids) - (tokenizer.bos_id is not None) > options.min_tokens:

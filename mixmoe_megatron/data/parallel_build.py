@@ -119,16 +119,34 @@ def build_parallel(
     per_direction: Counter[str] = Counter()
 
     def documents() -> Iterator[Document]:
-        for pairs in batched(_usable_pairs(inputs, tokenizer, options, counts), BATCH_PAIRS):
-            for mode, prompt_ids, target_ids in _encode(pairs, tokenizer, options, counts):
-                if options.max_tokens is not None and len(prompt_ids) + len(target_ids) > options.max_tokens:
-                    drop(counts, "too_many_tokens")
-                    continue
-                per_direction[options.directions[mode]] += 1
-                yield [prompt_ids, target_ids], mode
+        for sequences, mode in parallel_documents(inputs, tokenizer, options, counts):
+            per_direction[options.directions[mode]] += 1
+            yield sequences, mode
 
     how = {"options": asdict(options), "directions": options.directions, "documents_per_direction": per_direction}
     return build_token_file(prefix, tokenizer, inputs, documents(), {"kind": "parallel", "counts": counts, **how})
+
+
+def parallel_documents(
+    inputs: Sequence[str | Path], tokenizer: TextTokenizer, options: ParallelOptions, counts: Counter[str]
+) -> Iterator[Document]:
+    """Yield ([prompt ids, target ids with EOS], place of the direction in `options.directions`) of each pair to learn.
+
+    Args:
+        inputs: as for `build_parallel`.
+        tokenizer: The model's tokenizer.
+        options: Languages, columns, filters and prompt.
+        counts: What is read and dropped is added here.
+
+    Raises:
+        MixMoEError: An input is unreadable or lacks a column.
+    """
+    for pairs in batched(_usable_pairs(inputs, tokenizer, options, counts), BATCH_PAIRS):
+        for mode, prompt_ids, target_ids in _encode(pairs, tokenizer, options, counts):
+            if options.max_tokens is not None and len(prompt_ids) + len(target_ids) > options.max_tokens:
+                drop(counts, "too_many_tokens")
+                continue
+            yield [prompt_ids, target_ids], mode
 
 
 def _usable_pairs(

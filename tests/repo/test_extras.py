@@ -12,8 +12,8 @@ import pytest
 
 from mixmoe_megatron.__main__ import COMMANDS
 from mixmoe_megatron.cli import EXTRAS
-from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, is_within, module_name
-from tests.repo.test_imports import OPTIONAL_MODULE
+from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, module_name
+from tests.repo.test_imports import is_optional
 
 #: the modules that score and draw: they import their extra's packages first, so that nobody waits for hours before
 WITH_EXTRAS = {
@@ -71,7 +71,7 @@ sys.stdout.write("RESULT" + json.dumps(result))
 def without_extras() -> dict[str, Any]:
     """What a process says that has none of the extras' packages."""
     modules = [module_name(name) for name in files_ending(".py", below=f"{PACKAGE}/")]
-    modules.remove(OPTIONAL_MODULE)
+    modules = [name for name in modules if not is_optional(name)]
     needing = {name: words for name, (words, _) in NEEDING.items()}
     work = json.dumps([sorted(EXTRAS), [name for name in modules if "__main__" not in name], COMMANDS, needing])
     command = [sys.executable, "-c", WITHOUT_EXTRAS, work]
@@ -111,6 +111,6 @@ def test_every_import_is_required_or_an_extra() -> None:
     with_transformers = {"huggingface_hub", "tokenizers"}
     inside = {PACKAGE, "configuration_mixmoe", "modeling_mixmoe", "transformer_engine", *sys.stdlib_module_names}
     sources = [*files_ending(".py", below=f"{PACKAGE}/"), *COMMANDS.values()]
-    imported = {name.partition(".")[0] for file in sources if not is_within(module_name(file), OPTIONAL_MODULE)
+    imported = {name.partition(".")[0] for file in sources if not is_optional(module_name(file))
                 for name, _ in imported_names(file)}  # fmt: skip
     assert imported - inside - {""} == required | with_transformers | set(EXTRAS)

@@ -12,8 +12,15 @@ import pytest
 
 from tests.repo.sources import PACKAGE, ROOT, files_ending, imported_names, is_within, module_name
 
-# The modules whose import needs a package that is not installed: nothing imports it, `make test-bridge` tests it.
-OPTIONAL_MODULE = f"{PACKAGE}.integrations.megatron_bridge"
+# The modules whose import needs a package that is not installed, and the files that may import them: their own, and
+# what `make test-bridge` and `make test-fairseq2` test or run.
+OPTIONAL_MODULES = {
+    f"{PACKAGE}.integrations.megatron_bridge": ("tests/bridge/",),
+    f"{PACKAGE}.integrations.fairseq2": (
+        f"{PACKAGE}/integrations/fairseq2/", "tests/fairseq2/", "tests/helpers/fairseq2_models.py",
+        "tests/unit/test_fairseq2_cards.py", "tools/fairseq2_",
+    ),
+}  # fmt: skip
 NOT_THE_PACKAGE = ["tools", "examples", "checkpoints_conversion", "tests"]
 # What a model computes with; its sizes, options and operations are plain Python that every room may read.
 _COMPUTING = ("attention", "backends", "expert_ops", "experts", "freezing", "frozen_prefix", "layer_specs", "recompute")
@@ -72,9 +79,14 @@ def test_self_contained_modules(pattern: str, allowed: list[str]) -> None:
     assert not found, "\n".join(found)
 
 
-def test_nothing_imports_the_optional_module() -> None:
-    files = [name for name in files_ending(".py") if not name.startswith("tests/bridge/")]
-    assert not [file for file in files for name, _ in imported_names(file) if is_within(name, OPTIONAL_MODULE)]
+def is_optional(name: str) -> bool:
+    return any(is_within(name, module) for module in OPTIONAL_MODULES)
+
+
+@pytest.mark.parametrize("module", OPTIONAL_MODULES)
+def test_nothing_else_imports_an_optional_module(module: str) -> None:
+    files = [name for name in files_ending(".py") if not name.startswith(OPTIONAL_MODULES[module])]
+    assert not [file for file in files for name, _ in imported_names(file) if is_within(name, module)]
 
 
 def test_few_rooms_import_megatron_training() -> None:
@@ -158,7 +170,7 @@ print("RESULT" + json.dumps(problems))
 
 def test_every_module_imports_without_gpu_libraries_warnings_or_side_effects() -> None:
     modules = [module_name(name) for name in files_ending(".py", below=f"{PACKAGE}/")]
-    modules.remove(OPTIONAL_MODULE)
+    modules = [name for name in modules if not is_optional(name)]
     scripts = [name for folder in ("tools/", "checkpoints_conversion/") for name in files_ending(".py", below=folder)]
     third_party = {
         name

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from tests.repo.sources import PACKAGE, files_ending, imported_names, text_of, tree_of
 
 ROOM = f"{PACKAGE}/megatron_patches/"
+#: A name that is added to another package's module, which changes nothing there: file and target, with the reason.
+ADDED = {
+    f"{PACKAGE}/integrations/fairseq2/extension.py": "transformers.ExportedMixMoEConfig",  # where fairseq2 looks for it
+}
 
 
 def assigned_attributes(tree: ast.Module) -> Iterator[ast.Attribute]:
@@ -35,6 +39,8 @@ def test_only_the_room_of_patches_changes_what_others_wrote() -> None:
             continue
         names = imported(tree_of(file))
         for target in assigned_attributes(tree_of(file)):
+            if ADDED.get(file) == ast.unparse(target):
+                continue
             if ast.unparse(target) == "sys.argv":  # what a command reads, handed to the command that `mixmoe` names
                 continue
             owner = target.value
