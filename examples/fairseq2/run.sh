@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The path of the quickstart with fairseq2 as the engine: upcycled -> card -> both stages -> Hugging Face, Megatron; scores.
+# The path of the quickstart with fairseq2 as the engine: upcycled, card, both stages, Hugging Face, Megatron, scores.
 #   PAIR=de-en         language pair, one of examples/data/*-en.train.tsv.gz
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: examples/quickstart/base)
 #   MINUTES=12         training steps and test segments grow with it; the real time depends on the machine

@@ -84,6 +84,9 @@ def commands(world: Path, out: Path) -> dict[str, list[str | Path]]:
                        "--prompt-length", "2", "--new-tokens", "2", "--output", out / "génération.json"],
         "study": ["tools/study.py", "--grid", ROOT / "examples/study/study.yaml", "--base", world / "base",
                   "--data", ROOT / "examples/data", "--dry-run", "--output-dir", out / "stüdy"],
+        "card": ["tools/fairseq2_card.py", out / "hf", "--name", "kärte", "--output-dir", out / "cards"],
+        "fairseq2": ["tools/fairseq2_translate.py", "--model", "kärte", "--input", world / "text.txt", "--output",
+                     out / "translations", "--source-language", "de", "--target-language", "en"],
         "startup": ["tools/benchmark_startup.py", "--commands", "plan", "routing", "--turns", "1"],
         "conversion": ["tools/benchmark_conversion.py", "--directory", world / "text.txt", "--repeats", "1"],
     }  # fmt: skip
@@ -149,6 +152,8 @@ def test_every_command_works_or_says_why_not(name: str, world: Path, tmp_path: P
     for key, result in results.items():
         if key == "conversion":
             assert_one_sentence(result["err"], "text.txt")
+        elif key == "fairseq2":
+            assert_one_sentence(result["err"], "fairseq2 is not installed")
         elif result["status"] or "Traceback" in result["err"] or "Exception ignored" in result["err"]:
             wrong[key] = f"status {result['status']}: {result['out'][-500:]}\n{result['err'][-3000:]}"
     assert not wrong, "\n".join(f"--- {key}: {text}" for key, text in wrong.items())
