@@ -19,6 +19,7 @@ if [ "$(cat "$VENV/.complete" 2>/dev/null)" != "$PWD ${PACKAGES[*]} $(cksum <pyp
   site=$VENV/lib/python3.12/site-packages
   printf '%s\n' "$PWD/.venv/lib/python3.12/site-packages" >"$site/behind.pth"
   pip() { "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps "$@" >>"$VENV/setup.log" 2>&1; }
+  rm -rf mixmoe_megatron.egg-info  # one of an older version would hide the entry point from what is started here
   # The package itself too: fairseq2 finds the extension among the entry points of what is installed.
   pip "${PACKAGES[@]}" && pip --no-build-isolation -e . ||
     { tail -5 "$VENV/setup.log" >&2; printf 'error: pip failed, its log is %s\n' "$VENV/setup.log" >&2; exit 1; }
