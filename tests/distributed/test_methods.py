@@ -28,7 +28,7 @@ from tests.distributed.test_n_equals_one import (
     TP,
     assert_optimizer_state_of_trained_tensors_only,
 )
-from tests.helpers.norms_method import register_norms
+from tests.helpers.norms_method import forget_norms, register_norms
 from tests.helpers.training import checkpoint_tensors, train
 
 STEPS = 10
@@ -87,6 +87,7 @@ def runs(world: Path) -> Iterator[Runs]:
     register_norms()
     with tempfile.TemporaryDirectory() as directory:
         yield Runs(world, Path(directory))
+    forget_norms()
 
 
 def assert_close(found: Path, expected: Path) -> None:
@@ -160,6 +161,6 @@ def test_an_export_is_the_model_and_comes_back(runs: Runs, method: str, phase: s
     assert read_metadata(back).new_layers == read_metadata(save).new_layers
 
 
+@pytest.mark.usefixtures("runs")
 def test_all_methods_are_tried() -> None:
-    register_norms()
     assert set(CASES) == set(METHODS) - {"mixmoe"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixmoe_megatron.methods.base import Method, Phase
-from mixmoe_megatron.methods.registry import METHODS, register
+from mixmoe_megatron.methods.registry import METHODS, PHASES, register
 
 NORMS = Phase(
     name="norms",
@@ -19,3 +19,9 @@ def register_norms() -> None:
     """Make the method known in this process, once."""
     if "norms" not in METHODS:
         register(Method("norms", "the layer norms of the dense model", (NORMS,)))
+
+
+def forget_norms() -> None:
+    """Leave the registry as it was, for the tests that follow in this process."""
+    METHODS.pop("norms", None)
+    PHASES.pop("norms", None)
