@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -47,7 +48,7 @@ class Model:
         """Whether a parameter trains, by its name in a GPTModel."""
         return self.phase.is_trained(parameter, self.new_layers)
 
-    @property
+    @cached_property
     def lowest_layer(self) -> int:
         """The layer whose attention gets no gradient while what follows it does; -1: gradients pass through all."""
         sizes = self.sizes()

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -100,6 +101,30 @@ def rank_parameters(sizes: Sizes, layout: ParallelLayout, pp_rank: int) -> Itera
         yield LocalParameter("decoder.final_layernorm.weight", (hidden,))
     if last and (not sizes.tied or shared):
         yield LocalParameter("output_layer.weight", vocab, is_shared_embedding=shared)
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters of a model: all, of them those that a token meets (of n experts it meets k), those that train."""
+
+    total: int
+    active: int
+    trained: int
+
+
+def count_parameters(model: Model) -> ParameterCounts:
+    """Count the parameters of a whole model.
+
+    Args:
+        model: the model.
+    """
+    met = model.options.topk_per_group / model.options.num_experts_per_group
+    total, active, trained = 0, 0.0, 0
+    for parameter in rank_parameters(model.sizes(), ParallelLayout(), 0):
+        size = math.prod(parameter.shape)
+        total += size
+        active += size * (met if parameter.is_expert else 1.0)
+        trained += size * model.is_trained(parameter.name)
+    return ParameterCounts(total, round(active), trained)
 
 
 def _adapters(layer: str, sizes: Sizes, inputs: int, outputs: dict[str, int]) -> Iterator[LocalParameter]:

@@ -6,7 +6,6 @@ The processes live together and take turns, so that all meet the same machine; a
 from __future__ import annotations
 
 import importlib
-import math
 import multiprocessing
 import os
 import tempfile
@@ -108,27 +107,22 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
     rows = {}
     for index, system in enumerate(systems):
         wall, cpu = (median(row[index][kind] for row in times) for kind in (0, 1))
-        rows[system.name] = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peaks[index]}
-        rows[system.name] |= {"built_bytes": built[index]} | {**_counts(PHASES[system.phase], task)}
+        times_and_bytes = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peaks[index], "built_bytes": built[index]}
+        rows[system.name] = times_and_bytes | _counts(PHASES[system.phase], task)
     return rows
 
 
 def _counts(phase: Phase, task: Task) -> dict[str, float]:
     """Operations of a step, and parameters: all, those that train, those that a token meets."""
-    from mixmoe_megatron.planning.layouts import ParallelLayout  # Megatron, which has to find the process prepared
-    from mixmoe_megatron.planning.memory import rank_parameters
+    from mixmoe_megatron.planning.layouts import Model  # Megatron, which has to find the process prepared
+    from mixmoe_megatron.planning.memory import count_parameters
 
-    model = replace(describe_start(read_hf_config(task.hf_dir), PHASES[phase.starts_from[0]]), phase=phase)
-    sizes, k = model.sizes, model.options.topk_per_group if model.options else 1
-    total = trained = active = 0.0
-    for parameter in rank_parameters(sizes, ParallelLayout(), 0):
-        size = math.prod(parameter.shape)
-        total += size
-        trained += size * phase.is_trained(parameter.name, sizes.new_layers)
-        active += size * (k / sizes.num_experts_per_group if parameter.is_expert else 1)
+    start = describe_start(read_hf_config(task.hf_dir), PHASES[phase.starts_from[0]])
+    model = Model.of(replace(start, phase=phase))
     tokens = task.batch_size * task.seq_length
-    flops = step_flops(sizes, phase, k, tokens, task.seq_length).total
-    return {"flops": flops, "parameters": total, "trained": trained, "active": active}
+    flops = step_flops(model.sizes(), phase, model.options.topk_per_group, tokens, task.seq_length).total
+    counts = count_parameters(model)
+    return {"flops": flops, "parameters": counts.total, "trained": counts.trained, "active": counts.active}
 
 
 def _context() -> Any:

@@ -6,7 +6,6 @@ machine; seconds are those of the jobs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +15,12 @@ from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_
 from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.data.storage import read_manifest
 from mixmoe_megatron.evaluation.provenance import read_json
-from mixmoe_megatron.methods.base import part_of
 from mixmoe_megatron.methods.full import DENSE
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.planning.layouts import Model, ParallelLayout
-from mixmoe_megatron.planning.memory import rank_parameters
+from mixmoe_megatron.planning.layouts import Model
+from mixmoe_megatron.planning.memory import count_parameters
 from mixmoe_megatron.study.grid import CHECKPOINT, EVALUATED, TOKENS, Grid, Training
-
-_EXPERTS = ("LM experts", "MT experts")
 
 
 class Footprint(NamedTuple):
@@ -61,18 +57,6 @@ def trained_model(training: Training, root: Path) -> Model:
     return Model.of(replace(description, phase=training.phase))
 
 
-def _counts(model: Model) -> tuple[int, int, int]:
-    """Return total, active and trained parameters."""
-    options, total, active, trained = model.options, 0, 0.0, 0
-    met = options.topk_per_group / options.num_experts_per_group
-    for parameter in rank_parameters(model.sizes(), ParallelLayout(), 0):
-        size = math.prod(parameter.shape)
-        total += size
-        active += size * (met if part_of(parameter.name) in _EXPERTS else 1.0)
-        trained += size * model.is_trained(parameter.name)
-    return total, round(active), trained
-
-
 def count_training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
     """Return a training's operations; texts of a parallel corpus are taken to be all of their mean length.
 
@@ -102,15 +86,15 @@ def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:
     sequence = int(grid.size["sequence"])
     base = Model(megatron_args_from_hf(read_hf_config(grid.base)), MixMoEOptions(), DENSE)
     models = [trained_model(training, root) for training in of_seeds[0]]
-    total, active, _ = _counts(models[-1] if models else base)
     last = models[-1] if models else base
+    total, active, _ = count_parameters(last)
     token = step_flops(last.sizes(), last.phase, last.options.topk_per_group, 1, sequence / 2).forward
     pairs = zip(models, of_seeds[0], strict=True)
     seconds = [read_json(training.job.directory(root) / "done.json")["seconds"] for row in of_seeds for training in row]
     return Footprint(
         total,
         active,
-        tuple(_counts(model)[2] for model in models),
+        tuple(count_parameters(model).trained for model in models),
         sum(count_training_flops(model, training, sequence, root) for model, training in pairs),
         token,
         sum(seconds) / len(seeds),
