@@ -58,14 +58,14 @@ class DeeperSource:
 
     Args:
         source: of a dense model of the Llama or Qwen2 family.
-        copied: 0-based numbers of the blocks that are copied, each once.
-        num_layers: blocks of the base.
+        new: 0-based numbers of the new layers, each a copy of the base's block before it.
+        num_layers: of the deeper model.
     """
 
-    def __init__(self, source: TensorSource, copied: Sequence[int], num_layers: int) -> None:
-        self._source, self._new = source, set(new_layers(copied))
+    def __init__(self, source: TensorSource, new: Sequence[int], num_layers: int) -> None:
+        self._source, self._new = source, set(new)
         #: the base's block for each layer of the deeper model
-        self._blocks = [block for block in range(num_layers) for _ in range(1 + (block in copied))]
+        self._blocks = [layer - sum(number <= layer for number in new) for layer in range(num_layers)]
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""

@@ -31,7 +31,6 @@ from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, count_ids
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Phase
-from mixmoe_megatron.methods.llama_pro import copied_blocks
 from mixmoe_megatron.methods.lora import LoRAOptions
 from mixmoe_megatron.methods.registry import METHODS, phase_of_stage
 from mixmoe_megatron.model.mapping import TABLES, Row
@@ -182,6 +181,9 @@ def read_hf_model(request: ImportRequest) -> PreparedCheckpoint:
     side_files(request.hf_dir)  # a bad link is told before hours of work
     reading = _reading(request, config)
     model = reading.model
+    if (multiple := request.make_vocab_size_divisible_by) is not None:
+        args = {**model.megatron_args, "make_vocab_size_divisible_by": multiple}
+        model = replace(model, megatron_args=args)
     model.checkpoint_args()  # refuses options that do not fit
     source = HashedSource(_hf_weights(request.hf_dir, config))
     target = Target("megatron", request.dtype, model.options, request.seed, request.check_finite)
@@ -226,19 +228,17 @@ def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
         return _exported_mixmoe(request, config)
     if config.get("model_type") == qwen2_moe.MODEL_TYPE:
         return _exported_qwen2_moe(request, config)
-    args, start = _megatron_args(request, config), request.start
+    start = request.start
     if request.adapter is not None:
         return _adapted(request, config)
     if start.has_new_layers and request.new_blocks is None and (Path(request.hf_dir) / METADATA_FILE).is_file():
         metadata = read_metadata(request.hf_dir)
         if metadata.phase.has_new_layers:
-            return _exported_deeper(metadata, config, args)
+            return _exported_deeper(metadata, config)
     model = describe_start(config, start, options=request.options, new_blocks=request.new_blocks, lora=request.lora)
-    model = replace(model, megatron_args=_megatron_args(request, model.hf_config))
     if start.has_new_layers:
-        layers = args["num_layers"]
-        copied = copied_blocks(layers, request.new_blocks)
-        return _Reading(model, "dense", rearranged=lambda source: DeeperSource(source, copied, layers))
+        layers = model.sizes.num_layers
+        return _Reading(model, "dense", rearranged=lambda source: DeeperSource(source, model.new_layers, layers))
     if start.has_adapters:
         return _Reading(model, "dense", TABLES["new lora"])
     if not start.groups:
@@ -250,8 +250,9 @@ def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
     return _Reading(model, "dense", TABLES["upcycle"], rearranged=regrouped)
 
 
-def _exported_deeper(metadata: Metadata, config: dict[str, Any], args: dict[str, Any]) -> _Reading:
+def _exported_deeper(metadata: Metadata, config: dict[str, Any]) -> _Reading:
     """A dense model that was exported with new layers."""
+    args = megatron_args_from_hf(config)
     if metadata.megatron_args.get("num_layers") != args["num_layers"]:
         raise MixMoEError(
             f"{METADATA_FILE} says {metadata.megatron_args.get('num_layers')} layers, but config.json "
@@ -268,13 +269,11 @@ def _adapted(request: ImportRequest, config: dict[str, Any]) -> _Reading:
     if request.lora is not None:
         raise MixMoEError("--adapter brings its own rank and alpha: leave --lora-rank and --lora-alpha out.")
     model = describe_start(config, request.start, lora=read_adapter_options(adapter))
-    model = replace(model, megatron_args=_megatron_args(request, config))
     data = read_metadata(adapter).data if (Path(adapter) / METADATA_FILE).is_file() else []
     return _Reading(model, "dense", TABLES["lora"], data, lambda source: AdaptedSource(source, adapter))
 
 
 def _exported_mixmoe(request: ImportRequest, config: dict[str, Any]) -> _Reading:
-    megatron_args = _megatron_args(request, config)
     if request.options is not None:
         raise MixMoEError(
             f"{request.hf_dir} is a Mix-MoE model already: its options are fixed, leave the option flags out."
@@ -286,7 +285,7 @@ def _exported_mixmoe(request: ImportRequest, config: dict[str, Any]) -> _Reading
         base_config["_name_or_path"] = shipped.hf_config["_name_or_path"]
     phase = shipped.phase if shipped else phase_of_stage(config["stage"])
     parent = "dense" if phase.name == "upcycled" else phase.name
-    model = ModelDescription(base_config, megatron_args, options, phase)
+    model = ModelDescription(base_config, megatron_args_from_hf(config), options, phase)
     return _Reading(model, parent, data=shipped.data if shipped else [])
 
 
@@ -297,17 +296,10 @@ def _exported_qwen2_moe(request: ImportRequest, config: dict[str, Any]) -> _Read
         )
     metadata = read_metadata(request.hf_dir)
     base, options = metadata.hf_config, MixMoEOptions.from_dict(metadata.options or {})
-    model = ModelDescription(base, _megatron_args(request, base), options, metadata.phase)
+    model = ModelDescription(base, megatron_args_from_hf(base), options, metadata.phase)
     qwen2_moe.check_qwen2_moe_config(config, base, options, model.sizes)
     scale = 1 / options.resolved_expert_scale
     return _Reading(
         model, metadata.phase.name, qwen2_moe.qwen2_moe_rows(model.sizes), metadata.data,
         lambda source: qwen2_moe.ScaledSource(source, scale),
     )  # fmt: skip
-
-
-def _megatron_args(request: ImportRequest, config: dict[str, Any]) -> dict[str, Any]:
-    args = megatron_args_from_hf(config)
-    if request.make_vocab_size_divisible_by is not None:
-        args["make_vocab_size_divisible_by"] = request.make_vocab_size_divisible_by
-    return args

@@ -51,12 +51,14 @@ class _Merged:
 
     def __call__(self, region: Region) -> Bits:
         weight = to_float32(self.dense.read(region), self.dense.dtype)
-        low = self._matrix("b")[region[0]] @ self._matrix("a")[:, region[1]]
+        low = self._matrix("b", 0, region[0]) @ self._matrix("a", 1, region[1])
         return from_float32(weight + np.float32(self.scale) * low, self.dense.dtype)
 
-    def _matrix(self, kind: str) -> Array:
+    def _matrix(self, kind: str, axis: int, part: slice) -> Array:
         name = f"{self.prefix}_{kind}"
-        return to_float32(self.source.read_region(name, whole(self.source.shape(name))), self.source.dtype(name))
+        region = list(whole(self.source.shape(name)))
+        region[axis] = part
+        return to_float32(self.source.read_region(name, tuple(region)), self.source.dtype(name))
 
 
 def merged(plan: list[LazyTensor], source: TensorSource, options: LoRAOptions) -> Iterator[LazyTensor]:
