@@ -78,8 +78,9 @@ class Metadata:
             must = "must not have" if self.options is not None else "must have"
             raise MixMoEError(f"{METADATA_FILE} of phase {self.phase.name!r} {must} options.")
         if self.phase.has_new_layers:
-            layers, last = (self.options or {}).get("new_layers"), self.megatron_args.get("num_layers", 0)
-            if not isinstance(layers, list) or not layers or not set(layers) <= set(range(last)):
+            layers, last = (self.options or {}).get("new_layers"), self.megatron_args.get("num_layers")
+            known = list(range(last)) if isinstance(last, int) else []
+            if not isinstance(layers, list) or not layers or any(layer not in known for layer in layers):
                 raise MixMoEError(
                     f"{METADATA_FILE}: options.new_layers must list layers of the {last} there are, not {layers!r}."
                 )

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -149,7 +150,8 @@ class _Worker:
         there.close()
 
     def ask(self, what: str) -> Any:
-        self.connection.send(what)
+        with suppress(BrokenPipeError):  # it failed: the answer says so
+            self.connection.send(what)
         answer = self.receive()
         self.is_done = what == "peak"
         return answer

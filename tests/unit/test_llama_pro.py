@@ -68,6 +68,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
     assert hf_to_mixmoe.main([*convert, "--method", "llama_pro"]) == 0
     metadata = json.loads((tmp_path / "out" / METADATA_FILE).read_text())
-    (tmp_path / "out" / METADATA_FILE).write_text(json.dumps(metadata | {"options": {"new_layers": [9]}}))
-    with pytest.raises(MixMoEError, match=r"options.new_layers must list layers of the 5 there are, not \[9\]"):
-        read_metadata(tmp_path / "out")
+    for wrong, told in (([9], r"\[9\]"), ([[1]], r"\[\[1\]\]"), ([], r"\[\]"), ("1", "'1'")):
+        (tmp_path / "out" / METADATA_FILE).write_text(json.dumps(metadata | {"options": {"new_layers": wrong}}))
+        with pytest.raises(MixMoEError, match=f"options.new_layers must list layers of the 5 there are, not {told}"):
+            read_metadata(tmp_path / "out")
