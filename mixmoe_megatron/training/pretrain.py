@@ -6,8 +6,6 @@ import os
 import sys
 import warnings
 
-from torch.distributed.elastic.utils.distributed import get_free_port
-
 from mixmoe_megatron.machine import order_device_queues
 from mixmoe_megatron.megatron_patches.install import prepare_megatron
 
@@ -28,7 +26,7 @@ def main() -> None:
 
 
 def stand_alone_environment() -> None:
-    """Without torchrun (no RANK), be a job of one process on a free port of this machine."""
+    """Without torchrun (no RANK), be a job of one process, whose store takes any free port of this machine."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(get_free_port()))
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")

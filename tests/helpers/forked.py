@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,8 +49,10 @@ class Job:
     ):
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = logs
-        common = {**(environment or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
-        common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        # The tests' own process serves the store, like torchrun's agent: no port that another job may take in between.
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        common = {**(environment or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": str(self._store.port)}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         self.processes: list[Any] = [
             _context().Process(
                 target=_run_script,
@@ -128,12 +131,6 @@ def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.preload"])
     return context
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
 
 
 def _run_script(words: list[str], environment: dict[str, str], log: Path, prelude: Callable[[], None] | None) -> None:
