@@ -99,6 +99,8 @@ step() {
 # Run a command after removing what a killed run left of its output, the last word.
 fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 
+TRAIN_FLAGS=()  # of an example, after all others: the last of two of the same name holds
+
 # One training stage in OUT/stage1, OUT/stage2 or $stage_dir: number, steps, parent, then the stage's own flags.
 train() {
   local stage=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/stage$1}"; shift 3
@@ -108,7 +110,7 @@ train() {
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
     --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 \
     --log-interval "$LOG_INTERVAL" --tensorboard-dir "$directory/tensorboard" \
-    --tensorboard-log-interval 1 "$@"
+    --tensorboard-log-interval 1 "$@" "${TRAIN_FLAGS[@]}"
 }
 
 # An export must load where this package can't be imported.
@@ -197,10 +199,12 @@ tokenize_multilingual() {
   done
 }
 
-# train_pairs STAGE STEPS PARENT LR PAIR...: on these pairs, both directions of each; LR falls to a tenth.
+# train_pairs STAGE STEPS PARENT LR PAIR...: on these pairs, both directions of each; LR falls to a tenth. Without pairs
+# TRAIN_FLAGS name the text.
 train_pairs() {
   local stage=$1 steps=$2 parent=$3 lr=$4; shift 4
-  train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/"}" \
+  [ $# -eq 0 ] || set -- --data-path "${@/#/"$OUT/data/"}"
+  train "$stage" "$steps" "$parent" "$@" \
     --micro-batch-size "$PAIR_BATCH" --global-batch-size "$PAIR_BATCH" \
     --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
 }

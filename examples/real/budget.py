@@ -2,6 +2,7 @@
 
 budget.py plan OUT HOURS    write OUT/plan: the steps that the measured seconds a step leave room for
 budget.py costs OUT PAIR    print a table of steps, tokens, seconds and trained parameters
+budget.py rates OUT PAIR    print what was tried with RATES=1
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mixmoe_megatron.study.tables import table
 STEPS = {"stage1": 3, "stage2": 10, "sft": 10}  # of one part, in the quickstart's proportion
 EXPORTS = EVALUATIONS = 4  # upcycled, stage 1, Mix-MoE and full fine-tuning come after the plan
 STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+VALID_LOSS = re.compile(r"on validation set \| lm loss value: ([\d.E+-]+)")
 PARAMETERS = re.compile(r"trained ([\d,]+) of ([\d,]+) parameters")
 MONO_TOKENS = 4 * 256  # of a step: run.sh's MONO_BATCH sequences
 PAIR_BATCH = 8
@@ -46,7 +48,7 @@ def seconds_of(out: Path) -> dict[str, float]:
 def write_plan(out: Path, hours: float) -> None:
     """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell; first steps are slow."""
     logs = {name: (out / "logs" / f"measure_{name}.log").read_text("utf-8") for name in STEPS}
-    step_seconds = {name: fmean(map(float, STEP_MS.findall(log)[1:])) / 1000 for name, log in logs.items()}
+    step_seconds = {name: fmean(map(float, STEP_MS.findall(log)[-3:])) / 1000 for name, log in logs.items()}
     parts = parts_in(hours, seconds_of(out), step_seconds)
     write_text(out / "plan", f"STAGE1_STEPS={STEPS['stage1'] * parts} STAGE2_STEPS={STEPS['stage2'] * parts}\n")
 
@@ -66,10 +68,26 @@ def print_costs(out: Path, pair: str) -> None:
     print(table(["training", "steps", "tokens", "seconds", "trained parameters", "all parameters"], sorted(rows)))
 
 
+def print_rates(out: Path, pair: str) -> None:
+    """Print the loss on valid text of each training and learning rate that was tried, the lowest one chosen."""
+    losses: dict[str, dict[float, float]] = {}
+    for path in (out / "logs").glob("rate_*.log"):
+        _, name, rate = path.stem.split("_")
+        losses.setdefault(name, {})[float(rate)] = float(VALID_LOSS.findall(path.read_text("utf-8"))[-1])
+    rows = [
+        [name, f"{rate:.3g}", f"{losses[name][rate]:.4f}", "yes" * (losses[name][rate] == min(losses[name].values()))]
+        for name in STEPS
+        for rate in sorted(losses[name])
+    ]
+    print(table(["training", "learning rate", f"loss on valid text, {pair}", "chosen"], rows))
+
+
 def main() -> int:
     """Run the command and return its exit status."""
     command, out, value = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    return run_command(lambda: write_plan(out, float(value)) if command == "plan" else print_costs(out, value))
+    commands = {"plan": lambda: write_plan(out, float(value)), "costs": lambda: print_costs(out, value),
+                "rates": lambda: print_rates(out, value)}  # fmt: skip
+    return run_command(commands[command])
 
 
 if __name__ == "__main__":

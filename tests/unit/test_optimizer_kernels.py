@@ -33,7 +33,10 @@ def test_installed_fused_kernels_are_not_used_without_cuda(monkeypatch: pytest.M
     monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     use_torch_kernels()
-    assert optimizer.Adam is torch.optim.AdamW and optimizer.USING_PYTORCH_OPTIMIZER
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = optimizer.Adam([weight], adam_w_mode=True, lr=0.1)  # as Megatron calls it where a fused one is installed
+    assert type(adam) is torch.optim.AdamW and adam.param_groups[0]["fused"]
+    assert type(optimizer.Adam([weight], adam_w_mode=False, lr=0.1)) is torch.optim.Adam
     assert not distrib_optimizer.HAVE_APEX_OR_TE
     this, that = [torch.full((4,), 3.0)], [torch.zeros(4)]
     base_optimizer._multi_tensor_copy_this_to_that(this, that, torch.zeros(1, dtype=torch.int))
