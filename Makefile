@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks quickstart protocol interference study real transfer pictures test test-all test-distributed
-.PHONY: test-te test-bridge test-fairseq2 test-transformers5 test-gpu test-gpus gpu-packages lint format clean
+.PHONY: help setup hooks quickstart protocol interference study methods real transfer pictures test test-all
+.PHONY: test-distributed test-te test-bridge test-fairseq2 test-transformers5 test-gpu test-gpus gpu-packages lint format clean
 .PHONY: clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
@@ -32,6 +32,9 @@ interference: setup  ## Mix-MoE beside full fine-tuning on the same text; PAIR, 
 
 study: setup  ## the paper's tables with a verdict; TABLE, SEEDS, MINUTES, PAIRS, SIZE, BASE, RATES, DRY, OUT
 	@bash examples/study/run.sh
+
+methods: setup  ## every method on one base: start, some steps, export, reload; METHODS, STEPS, PAIR, BASE and OUT
+	@bash examples/methods/run.sh
 
 real: setup  ## a pretrained base: zero-shot, upcycled, stage 1, Mix-MoE, full fine-tuning; PAIR, BASE, HOURS, OUT
 	@bash examples/real/run.sh

@@ -4,7 +4,7 @@
 #   upcycled  Mix-MoE before any training            stage1    after monolingual text
 #   sft       all parameters, parallel text          pt_sft    all parameters, monolingual text, then parallel text
 
-full() { stage_dir="$OUT/$1" "${@:2}"; }  # NAME, then train_mono or train_pairs with their words, in stage 0
+full() { stage_dir="$OUT/$1" "${@:2}"; }  # NAME, then train_mono or train_pairs with their words
 
 MEASURED_ON=""
 
@@ -27,21 +27,21 @@ convert_base() {
 
 train_mixmoe() {
   step stage1 "Mix-MoE: $STAGE1_STEPS steps on monolingual text" \
-    train_mono 1 "$STAGE1_STEPS" "$OUT/upcycled" "${PAIR%-en}" en
+    train_mono stage1 "$STAGE1_STEPS" "$OUT/upcycled" "${PAIR%-en}" en
   step stage2 "Mix-MoE: $STAGE2_STEPS steps on $PAIR, both directions" \
-    train_pairs 2 "$STAGE2_STEPS" "$OUT/stage1" "$PAIR_LR" "$PAIR"
+    train_pairs stage2 "$STAGE2_STEPS" "$OUT/stage1" "$PAIR_LR" "$PAIR"
 }
 
 train_sft() {
   step sft "sft: $STAGE2_STEPS steps on $PAIR, all parameters" \
-    full sft train_pairs 0 "$STAGE2_STEPS" "$OUT/dense" "$FULL_LR" "$PAIR"
+    full sft train_pairs dense "$STAGE2_STEPS" "$OUT/dense" "$FULL_LR" "$PAIR"
 }
 
 train_pt_sft() {
   step pt "pt_sft: $STAGE1_STEPS steps on monolingual text, all parameters" \
-    full pt train_mono 0 "$STAGE1_STEPS" "$OUT/dense" "${PAIR%-en}" en
+    full pt train_mono dense "$STAGE1_STEPS" "$OUT/dense" "${PAIR%-en}" en
   step pt_sft "pt_sft: $STAGE2_STEPS steps on $PAIR, all parameters" \
-    full pt_sft train_pairs 0 "$STAGE2_STEPS" "$OUT/pt" "$FULL_LR" "$PAIR"
+    full pt_sft train_pairs dense "$STAGE2_STEPS" "$OUT/pt" "$FULL_LR" "$PAIR"
 }
 
 # What a run ends with: its tables, and at last how Mix-MoE stands against the untouched base and full fine-tuning.

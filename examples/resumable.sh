@@ -101,12 +101,13 @@ fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 
 TRAIN_FLAGS=()  # of an example, after all others: the last of two of the same name holds
 
-# One training stage in OUT/stage1, OUT/stage2 or $stage_dir: number, steps, parent, then the stage's own flags.
+# One training in OUT/PHASE or $stage_dir: phase, steps, parent, then the phase's own flags.
 train() {
-  local stage=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/stage$1}"; shift 3
+  local phase=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/$1}" interval=$(($2 / 3 + 1)); shift 3
   case $DTYPE in bfloat16) set -- --bf16 "$@" ;; float16) set -- --fp16 "$@" ;; esac
-  "$PYTHON" tools/pretrain_mixmoe.py --mixmoe-stage "$stage" --init-from "$parent" \
-    --load "$directory" --save "$directory" --save-interval $((steps / 3 + 1)) --train-iters "$steps" \
+  "$PYTHON" tools/pretrain_mixmoe.py --phase "$phase" --init-from "$parent" \
+    --load "$directory" --save "$directory" --train-iters "$steps" \
+    --save-interval $interval --save-retain-interval $((3 * interval)) `# the last one alone stays` \
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
     --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 \
     --log-interval "$LOG_INTERVAL" --tensorboard-dir "$directory/tensorboard" \
@@ -184,7 +185,7 @@ multilingual_stage1() {
   step data "turn the text of eight languages into token files" tokenize_multilingual
   # shellcheck disable=SC2086
   step stage1 "$steps steps on monolingual text: LM experts and router" \
-    train_mono 1 "$steps" "$OUT/upcycled" en $LANGUAGES
+    train_mono stage1 "$steps" "$OUT/upcycled" en $LANGUAGES
 }
 
 tokenize_multilingual() {
@@ -199,20 +200,20 @@ tokenize_multilingual() {
   done
 }
 
-# train_pairs STAGE STEPS PARENT LR PAIR...: on these pairs, both directions of each; LR falls to a tenth. Without pairs
+# train_pairs PHASE STEPS PARENT LR PAIR...: on these pairs, both directions of each; LR falls to a tenth. Without pairs
 # TRAIN_FLAGS name the text.
 train_pairs() {
-  local stage=$1 steps=$2 parent=$3 lr=$4; shift 4
+  local phase=$1 steps=$2 parent=$3 lr=$4; shift 4
   [ $# -eq 0 ] || set -- --data-path "${@/#/"$OUT/data/"}"
-  train "$stage" "$steps" "$parent" "$@" \
+  train "$phase" "$steps" "$parent" "$@" \
     --micro-batch-size "$PAIR_BATCH" --global-batch-size "$PAIR_BATCH" \
     --lr "$lr" --min-lr "$("$PYTHON" -c "print($lr / 10)")"
 }
 
-# train_mono STAGE STEPS PARENT LANGUAGE...: on the text of these languages.
+# train_mono PHASE STEPS PARENT LANGUAGE...: on the text of these languages.
 train_mono() {
-  local stage=$1 steps=$2 parent=$3; shift 3
-  train "$stage" "$steps" "$parent" --data-path "${@/#/"$OUT/data/mono."}" --split 100,0,0 \
+  local phase=$1 steps=$2 parent=$3; shift 3
+  train "$phase" "$steps" "$parent" --data-path "${@/#/"$OUT/data/mono."}" --split 100,0,0 \
     --data-cache-path "$OUT/data/cache" --micro-batch-size "$MONO_BATCH" --global-batch-size "$MONO_BATCH" \
     --lr "$MONO_LR" --min-lr "$("$PYTHON" -c "print($MONO_LR / 10)")"
 }

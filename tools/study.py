@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--choose-rates", action="store_true", help="train each method at three learning rates, compare on valid files"
     )
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time (default: 1)")
+    parser.add_argument(
+        "--launcher", default="", metavar="WORDS", help="before each job's command, such as 'srun --gpus 1' under Slurm"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print jobs, hours, disk and parameters; run nothing")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/study"), help="the same command goes on there")
     return parser
@@ -79,11 +83,11 @@ def run(args: argparse.Namespace) -> None:
     settings = StudySettings(args.size, args.minutes, args.seeds, tuple(args.pairs), args.base, args.data, dtype)
     grid = Grid(read_grid(args.grid), settings)
     tables = list(grid.content["tables"]) if args.table == ["all"] else args.table
-    root = args.output_dir.resolve() / "jobs"
+    root, launcher = args.output_dir.resolve() / "jobs", shlex.split(args.launcher)
     if args.match == "flops":
         names = list(dict.fromkeys(name for table in tables for name in grid.systems_of(table)))
         if not args.dry_run:
-            run_jobs(counted_jobs(grid, names), root, args.workers)
+            run_jobs(counted_jobs(grid, names), root, args.workers, launcher=launcher)
         grid = replace(grid, steps=matched_steps(grid, names, root))
     wanted = [job for name in tables for row in grid.evaluations(name).values() for job in row]
     if args.choose_rates:
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         print(describe_plan(grid, wanted, root, args.workers))
         return
     try:
-        run_jobs(wanted, root, args.workers, lambda job: print(f"$ {job.typed(root)}", flush=True))
+        run_jobs(wanted, root, args.workers, lambda job: print(f"$ {job.typed(root)}", flush=True), launcher)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command goes on from here") from None
     write = write_rates if args.choose_rates else write_study

@@ -14,7 +14,7 @@ STAGE1_STEPS=$((MINUTES * 8)) STAGE2_STEPS=$((MINUTES * 60)) TEST_SEGMENTS=$((MI
 
 multilingual_stage1 $STAGE1_STEPS
 step stage2 "$STAGE2_STEPS steps on seven pairs, both directions: MT experts and router" \
-  train_pairs 2 $STAGE2_STEPS "$OUT/stage1" 2e-3 ${LANGUAGES// /-en }-en
+  train_pairs stage2 $STAGE2_STEPS "$OUT/stage1" 2e-3 ${LANGUAGES// /-en }-en
 step export "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_conversion/mixmoe_to_hf.py \
   --checkpoint-dir "$OUT/stage2" --output-dir "$OUT/hf_mixmoe" "$OUT/hf_mixmoe"
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"

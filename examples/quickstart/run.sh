@@ -19,11 +19,11 @@ step upcycle "cut every fourth FFN of $BASE into 4 LM experts" \
   fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" --output-dir "$OUT/upcycled" "$OUT/upcycled"
 step data "turn the $PAIR text of examples/data into token files" tokenize_pair "$PAIR"
 step stage1 "$STAGE1_STEPS steps on monolingual text: LM experts and router" \
-  train_mono 1 $STAGE1_STEPS "$OUT/upcycled" "${PAIR%-en}" en
+  train_mono stage1 $STAGE1_STEPS "$OUT/upcycled" "${PAIR%-en}" en
 step export1 "export stage 1 to Hugging Face" fresh "$PYTHON" checkpoints_conversion/mixmoe_to_hf.py \
   --checkpoint-dir "$OUT/stage1" --output-dir "$OUT/hf_stage1" "$OUT/hf_stage1"
 step stage2 "$STAGE2_STEPS steps on $PAIR, both directions: MT experts and router" \
-  train_pairs 2 $STAGE2_STEPS "$OUT/stage1" 2e-3 "$PAIR"
+  train_pairs stage2 $STAGE2_STEPS "$OUT/stage1" 2e-3 "$PAIR"
 step export2 "export Mix-MoE to Hugging Face" fresh "$PYTHON" checkpoints_conversion/mixmoe_to_hf.py \
   --checkpoint-dir "$OUT/stage2" --output-dir "$OUT/hf_mixmoe" "$OUT/hf_mixmoe"
 step reload "load the export without this package" reload "$OUT/hf_mixmoe"

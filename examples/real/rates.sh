@@ -1,6 +1,6 @@
-# Sourced by run.sh where RATES=1: each training for some steps at a third of its learning rate, at it and at three times
-# it, and the loss that it then has on text of the same kind that it has not read and no comparison reads.
-TRIAL_STEPS=60
+# Sourced by run.sh where RATES=1: each training for some steps at a third of its learning rate, at it and at three
+# times it, and the loss that it then has on text of the same kind that it has not read and no comparison reads.
+TRIAL_STEPS=30
 
 tokenize_valid() {
   "$PYTHON" tools/preprocess_data.py parallel --input "examples/data/$PAIR.valid.tsv.gz" --both-directions \
@@ -15,11 +15,11 @@ trial() {
   TRAIN_FLAGS=(--eval-interval 1000000 --eval-iters 40)  # after the last step alone
   case $name in
     stage1) MONO_LR=$rate TRAIN_FLAGS+=(--split 90,10,0)
-      full "$directory" train_mono 1 $TRIAL_STEPS "$OUT/upcycled" "${PAIR%-en}" en ;;
+      full "$directory" train_mono stage1 $TRIAL_STEPS "$OUT/upcycled" "${PAIR%-en}" en ;;
     stage2) TRAIN_FLAGS+=("${pairs[@]}")
-      full "$directory" train_pairs 2 $TRIAL_STEPS "$OUT/rates/stage1-$STAGE1_LR" "$rate" ;;
+      full "$directory" train_pairs stage2 $TRIAL_STEPS "$OUT/rates/stage1-$STAGE1_LR" "$rate" ;;
     sft) TRAIN_FLAGS+=("${pairs[@]}")
-      full "$directory" train_pairs 0 $TRIAL_STEPS "$OUT/dense" "$rate" ;;
+      full "$directory" train_pairs dense $TRIAL_STEPS "$OUT/dense" "$rate" ;;
   esac
   [ "$name" = stage1 ] && [ "$rate" = "$STAGE1_LR" ] || rm -rf "${OUT:?}/$directory"
 }

@@ -8,7 +8,7 @@
 #   SEGMENTS=200       test segments each way, and texts of each language
 #   PLAN=FILE          the plan of an earlier run (its OUT/plan) instead of a new one: same steps, so the same figures
 #   STAGE1_LR=2e-4 STAGE2_LR=2e-4 FULL_LR=2e-5  highest learning rates of stage 1, stage 2 and full fine-tuning
-#   RATES=1            no comparison: each training for 60 steps at a third of its rate, at it and at three times it
+#   RATES=1            no comparison: each training for 30 steps at a third of its rate, at it and at three times it
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/real      everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
@@ -42,10 +42,10 @@ step zero_shot "translate $SEGMENTS test segments each way with the untouched ba
 if [ -z "$PLAN" ]; then
   PLAN="$OUT/plan"
   measured() { LOG_INTERVAL=1 full "measured/$1" "${@:2}"; }
-  step measure_stage1 "measure a step of stage 1" measured stage1 train_mono 1 6 "$OUT/upcycled" "${PAIR%-en}" en
+  step measure_stage1 "measure a step of stage 1" measured stage1 train_mono stage1 6 "$OUT/upcycled" "${PAIR%-en}" en
   step measure_stage2 "measure a step of stage 2" \
-    measured stage2 train_pairs 2 6 "$OUT/measured/stage1" "$PAIR_LR" "$PAIR"
-  step measure_sft "measure a step of full fine-tuning" measured sft train_pairs 0 6 "$OUT/dense" "$FULL_LR" "$PAIR"
+    measured stage2 train_pairs stage2 6 "$OUT/measured/stage1" "$PAIR_LR" "$PAIR"
+  step measure_sft "measure a step of full fine-tuning" measured sft train_pairs dense 6 "$OUT/dense" "$FULL_LR" "$PAIR"
   rm -rf "$OUT/measured"
   step plan "divide $HOURS hours over the steps" "$PYTHON" examples/real/budget.py plan "$OUT" "$HOURS"
 fi

@@ -7,6 +7,7 @@
 #   SIZE=toy           or small, real: of study.yaml
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: the size's own)
 #   WORKERS=2          jobs at a time; they share the cores
+#   LAUNCHER=          before each job's command, such as "srun --gpus 1": then Slurm says where it runs
 #   MATCH=tokens       all train for the same steps; flops: for the same operations as Mix-MoE
 #   DTYPE=auto         float32, bfloat16, float16; auto: the fast one here
 #   RATES=1            no tables: train each of their methods at three learning rates, compare them on the valid files
@@ -21,5 +22,5 @@ words=()
 # shellcheck disable=SC2086
 PYTHONPATH="$PWD" exec .venv/bin/python tools/study.py --table ${TABLE:-VII} --seeds "${SEEDS:-3}" \
   --minutes "${MINUTES:-12}" --pairs ${PAIRS:-de-en} --size "${SIZE:-toy}" --base "$BASE" \
-  --match "${MATCH:-tokens}" --dtype "${DTYPE:-auto}" --workers "${WORKERS:-2}" \
+  --match "${MATCH:-tokens}" --dtype "${DTYPE:-auto}" --workers "${WORKERS:-2}" --launcher "${LAUNCHER:-}" \
   --output-dir "${OUT:-runs/study}" "${words[@]}"

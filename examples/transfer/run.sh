@@ -37,7 +37,7 @@ if [ -n "$FROM" ]; then
   for name in prepare upcycle data stage1; do cp "$FROM/steps/$name" "$OUT/steps/$name"; done
 fi
 
-train_pair() { stage_dir="$OUT/stage2_$1" train_pairs 2 $STAGE2_STEPS "$OUT/stage1" 2e-3 "$1"; }
+train_pair() { stage_dir="$OUT/stage2_$1" train_pairs stage2 $STAGE2_STEPS "$OUT/stage1" 2e-3 "$1"; }
 
 export_model() {
   fresh "$PYTHON" checkpoints_conversion/mixmoe_to_hf.py --checkpoint-dir "$OUT/$1" --output-dir "$OUT/$2" "$OUT/$2"

@@ -12,6 +12,7 @@ groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per ele
 |---|---|
 | attention | s H + 3 t (Q + K) / TP (one tensor of Q + 2 K, rotated Q + K, output Q); trained: + s H |
 | dense FFN | s H + 2 t F / TP; trained: + s H + t F / TP |
+| LoRA | what trained linear layers keep, and rank r times: 5 t + 2 s (q, k, v, gate, up of all tokens; o, down) |
 | MoE FFN | 2 s H (first MoE layer: s H) + r (H + 2 f / ETP); trained group: + its rows x f / ETP |
 | output | s H; trained: + s H; logits t P / TP, and 4 bytes for each of them (float32 softmax) |
 """
@@ -57,13 +58,14 @@ def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank
 
 def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int, tokens: int, size: int) -> int:
     """Bytes of one layer above the frozen prefix for one micro-batch."""
-    trained = model.is_trained(f"decoder.layers.{layer}.self_attention.linear_qkv.weight")
+    trained = model.is_trained(f"decoder.layers.{layer}.self_attention.linear_qkv.weight") or sizes.lora_rank > 0
     sequence = tokens // layout.tp * sizes.hidden_size
     query, key = sizes.num_attention_heads * sizes.kv_channels, sizes.num_query_groups * sizes.kv_channels
     attention = sequence * (1 + trained) + 3 * tokens * (query + key) // layout.tp
     if layer not in sizes.moe_layers:
         ffn = sequence * (1 + trained) + tokens * sizes.ffn_hidden_size * (2 + trained) // layout.tp
-        return size * (attention + ffn)
+        low = sizes.lora_rank * (5 * tokens + 2 * tokens // layout.tp)
+        return size * (attention + ffn + low)
     is_first = layer == model.lowest_layer
     rows = tokens // layout.tp * model.options.topk_per_group * layout.etp  # of one group
     inner = sizes.moe_ffn_hidden_size // layout.etp

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 from mixmoe_megatron.cli import write_json, write_text
 from mixmoe_megatron.errors import MixMoEError
@@ -89,6 +90,18 @@ class Job:
         return (self.directory(root) / "done.json").is_file()
 
 
+class Launch(NamedTuple):
+    """How the process of a job starts.
+
+    Attributes:
+        words: Before its command line, such as ``srun --gpus 1``; they must wait for its end, and end it when they end.
+        environment: Of the process.
+    """
+
+    words: tuple[str, ...]
+    environment: dict[str, str]
+
+
 def with_parents(jobs: Iterable[Job]) -> list[Job]:
     """Return jobs and all that they depend on, each key once, parents first."""
     known: dict[str, Job] = {}
@@ -102,33 +115,37 @@ def with_parents(jobs: Iterable[Job]) -> list[Job]:
     return [known[key] for key in TopologicalSorter(graph).static_order()]
 
 
-def run_job(job: Job, root: Path, environment: dict[str, str], stopping: threading.Event) -> float:
+def run_job(job: Job, root: Path, launch: Launch, stopping: threading.Event) -> float:
     """Run a job unless it is done.
 
     Args:
         job: Its parents are done.
         root: Directory of all jobs.
-        environment: Of the process.
+        launch: How its process starts.
         stopping: Set by who wants the job to be stopped.
 
     Returns:
         Seconds that it took; 0 where it was done.
 
     Raises:
-        MixMoEError: The command failed, or was stopped.
+        MixMoEError: The command failed or was stopped, or there is no such launcher.
     """
     directory = job.directory(root)
     directory.mkdir(parents=True, exist_ok=True)
-    command = job.command(root)
+    command = [*launch.words, *job.command(root)]
     with (directory / "lock").open("a") as lock, (directory / "log").open("ab") as log:
         _take(lock.fileno(), job, stopping)
         if job.is_done(root):
             return 0.0
         write_text(directory / "command", job.typed(root) + "\n")
         start = time.monotonic()
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=(lock.fileno(),)
-        )
+        try:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=launch.environment,
+                pass_fds=(lock.fileno(),),
+            )  # fmt: skip
+        except OSError as error:
+            raise MixMoEError(f"Cannot start {command[0]} ({error.strerror}), which {job.name} needs.") from error
         while process.poll() is None:
             if stopping.wait(_POLL_SECONDS):
                 process.terminate()
@@ -179,17 +196,24 @@ class _Progress:
         logger.info("[%d of %d] %s: %.0f s%s", self._number, self._total, job.name, seconds, rest)
 
 
-def run_jobs(jobs: Sequence[Job], root: Path, workers: int = 1, started: Callable[[Job], None] | None = None) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    root: Path,
+    workers: int = 1,
+    started: Callable[[Job], None] | None = None,
+    launcher: Sequence[str] = (),
+) -> None:
     """Run jobs and what they depend on, several at a time; the same call goes on after a kill.
 
     Args:
         jobs: What is wanted.
         root: Directory of all jobs, created if absent.
-        workers: Jobs at a time; they share the processor's cores unless OMP_NUM_THREADS says otherwise.
+        workers: Jobs at a time; they share the processor's cores unless OMP_NUM_THREADS or a launcher says otherwise.
         started: Called with each job that is about to run.
+        launcher: Words before the command line of each job, see `Launch`.
 
     Raises:
-        MixMoEError: A command failed; what runs beside it is stopped.
+        MixMoEError: A command failed, or there is no such launcher; what runs beside it is stopped.
     """
     ordered = with_parents(jobs)
     waiting = [job for job in ordered if not job.is_done(root)]
@@ -198,14 +222,15 @@ def run_jobs(jobs: Sequence[Job], root: Path, workers: int = 1, started: Callabl
     by_key, progress = {job.key: job for job in waiting}, _Progress(waiting, workers)
     sorter = TopologicalSorter({job.key: [p.key for p in job.parents if p.key in by_key] for job in waiting})
     sorter.prepare()
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    shared = {} if launcher else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    environment = {**shared, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    launch = Launch(tuple(launcher), environment)
     stopping, running = threading.Event(), dict[Future[float], str]()
     with ThreadPoolExecutor(workers) as pool:
         try:
             while sorter.is_active():
                 for key in sorter.get_ready():
-                    running[pool.submit(_start, by_key[key], root, environment, stopping, started)] = key
+                    running[pool.submit(_start, by_key[key], root, launch, stopping, started)] = key
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     key = running.pop(future)
                     progress.tell(by_key[key], future.result())
@@ -215,8 +240,8 @@ def run_jobs(jobs: Sequence[Job], root: Path, workers: int = 1, started: Callabl
 
 
 def _start(
-    job: Job, root: Path, environment: dict[str, str], stopping: threading.Event, started: Callable[[Job], None] | None
+    job: Job, root: Path, launch: Launch, stopping: threading.Event, started: Callable[[Job], None] | None
 ) -> float:
     if started and not stopping.is_set():
         started(job)
-    return run_job(job, root, environment, stopping)
+    return run_job(job, root, launch, stopping)

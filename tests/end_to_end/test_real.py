@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,16 +29,35 @@ def test_wrong_settings_are_refused(variables: dict[str, str], sentence: str, tm
     assert_refused("real", tmp_path, sentence, **variables)
 
 
-def test_the_hours_are_divided_by_measured_seconds() -> None:
+def load_budget() -> ModuleType:
     spec = importlib.util.spec_from_file_location("budget", ROOT / "examples" / "real" / "budget.py")
     assert spec and spec.loader
     budget = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(budget)
+    return budget
+
+
+def test_the_hours_are_divided_by_measured_seconds() -> None:
+    budget = load_budget()
     spent = {"dense": 10, "zero_shot": 100, "measure_stage1": 20, "measure_stage2": 20, "measure_sft": 20}
     step_seconds = {"stage1": 4.0, "stage2": 6.0, "sft": 8.0}
     left = 3600 - 170 - 60 - 40 - 400
     assert budget.parts_in(1.0, spent, step_seconds) == left // (3 * 4 + 10 * 6 + 10 * 8)
     assert budget.parts_in(0.01, spent, step_seconds) == 1
+
+
+@pytest.mark.slow
+def test_three_learning_rates_of_each_training(tmp_path: Path) -> None:
+    save_tiny_dense(tmp_path / "base", "qwen2")
+    status, output = run_example("real", tmp_path, RATES="1", BASE=str(tmp_path / "base"), PAIR="et-en")
+    assert status == 0, output[-3000:]
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "out" / "rates.md").read_text().splitlines()[2:]]
+    tried = [(name.strip(), float(rate)) for name, rate, *_ in rows]
+    assert tried == [("stage1", 6.67e-5), ("stage1", 2e-4), ("stage1", 6e-4), ("stage2", 6.67e-5), ("stage2", 2e-4),
+                     ("stage2", 6e-4), ("sft", 6.67e-6), ("sft", 2e-5), ("sft", 6e-5)]  # fmt: skip
+    for name in ("stage1", "stage2", "sft"):
+        losses = {float(loss): chosen.strip() for training, _, loss, chosen in rows if training.strip() == name}
+        assert losses[min(losses)] == "yes" and list(losses.values()).count("yes") == 1
 
 
 @pytest.mark.slow

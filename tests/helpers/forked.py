@@ -52,7 +52,11 @@ class Job:
         # The tests' own process serves the store, like torchrun's agent: no port that another job may take in between.
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         common = {**(environment or {}), "MASTER_ADDR": "localhost", "MASTER_PORT": str(self._store.port)}
-        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        common |= {
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+        }
         self.processes: list[Any] = [
             _context().Process(
                 target=_run_script,

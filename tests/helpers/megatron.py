@@ -114,3 +114,20 @@ def fingerprint(chunks: list[Any]) -> dict[str, str]:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             result[f"{index}/{name.removeprefix('module.')}"] = digest.hexdigest()
     return result
+
+
+def saved_bytes(module: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward pass, the module's own parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    assert loss.requires_grad
+    return sum(saved.values())

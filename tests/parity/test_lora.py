@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,14 @@ from transformers import AutoModelForCausalLM
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion import parity
 from mixmoe_megatron.conversion.hf_config import ADAPTER_FILE
+from mixmoe_megatron.conversion.prepared import describe_model
+from mixmoe_megatron.methods.registry import PHASES
+from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.mapping import LORA_LAYERS
+from mixmoe_megatron.planning.activations import activation_bytes
+from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from tests.helpers.conversion import base_fields, run_conversion
+from tests.helpers.megatron import model_loss, saved_bytes
 from tests.helpers.tiny_hf import save_tiny_dense
 from tests.parity.test_model_parity import TOKENS, assert_parity
 
@@ -52,6 +59,19 @@ def test_the_start_is_pefts(tmp_path: Path, family: str) -> None:
             bound = value.shape[1] ** -0.5
             assert value.shape[0] == 8 and value.abs().max() <= bound, name
             assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.15), name
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_planned_activations_are_near_what_autograd_saves(tmp_path: Path, rank: int) -> None:
+    _, checkpoint = start(tmp_path, "llama", "--lora-rank", str(rank))
+    metadata = read_metadata(checkpoint)
+    model = freeze_for_phase(parity.build_megatron_model(metadata), PHASES["lora"])
+    assert isinstance(model, torch.nn.Module)
+    model.output_layer.gather_output = False  # as in training
+    description = describe_model(metadata, metadata.megatron_args["vocab_size"])
+    planned = Model.of(replace(description, phase=PHASES["lora"]))
+    estimate = activation_bytes(planned, ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0)
+    assert 0.6 < estimate / saved_bytes(model, lambda: model_loss(model, 4, 32)) < 1.1
 
 
 def with_random_matrices(checkpoint: Path) -> torch.nn.Module:

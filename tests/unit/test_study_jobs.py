@@ -56,6 +56,20 @@ def test_a_key_is_of_command_parents_and_inputs_not_of_the_name(tmp_path: Path) 
     assert [found.name for found in with_parents(graph(tmp_path))][::3] == ["first", "last"]
 
 
+def test_a_launcher_starts_every_command_and_changes_no_job(tmp_path: Path) -> None:
+    launcher = tmp_path / "srun"
+    launcher.write_text('#!/bin/sh\necho "$1 ${OMP_NUM_THREADS:-none}"; shift\nexec "$@"\n')
+    launcher.chmod(0o755)
+    job = Job("job", ("echo", "here"))
+    run_jobs([job], tmp_path / "jobs", launcher=[str(launcher), "--gpus=1"])
+    threads = os.environ.get("OMP_NUM_THREADS", "none")  # the node's own cores, not a share of this machine's
+    assert (job.directory(tmp_path / "jobs") / "log").read_text().splitlines() == [f"--gpus=1 {threads}", "here"]
+    run_jobs([job], tmp_path / "jobs")  # done by whatever started it
+    assert "echo here" in (job.directory(tmp_path / "jobs") / "command").read_text()
+    with pytest.raises(MixMoEError, match=r"Cannot start nowhere/srun .*, which other needs"):
+        run_jobs([Job("other", ("true",))], tmp_path / "jobs", launcher=["nowhere/srun"])
+
+
 def test_a_failure_is_one_sentence_and_stops_what_runs_beside_it(tmp_path: Path) -> None:
     broken = Job("broken", (sys.executable, "-c", "import time; time.sleep(1); raise SystemExit('error: no space.')"))
     beside = Job("beside", ("sleep", "60"))
