@@ -3,8 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup hooks quickstart protocol interference study methods real transfer pictures test test-all
-.PHONY: test-distributed test-te test-bridge test-fairseq2 test-transformers5 test-gpu test-gpus gpu-packages lint format clean
-.PHONY: clean-venv
+.PHONY: test-distributed test-te test-bridge test-fairseq2 test-transformers5 test-gpu test-gpus gpu-packages
+.PHONY: lint format clean clean-venv
 
 # Two pytest workers with one thread each: more threads than cores slow torch down several times.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 --durations 15
