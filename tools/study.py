@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", default="", metavar="DIR", help="dense Hugging Face model; default: the size's")
     parser.add_argument("--data", default="examples/data", metavar="DIR", help="text, named as in examples/data")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the fast one here")
-    parser.add_argument("--match", choices=("tokens", "flops"), default="tokens", help="budgets (default: tokens)")
+    parser.add_argument("--match", choices=("tokens", "flops", "parameters"), default="tokens", help="budgets")
     parser.add_argument(
         "--choose-rates", action="store_true", help="train each method at three learning rates, compare on valid files"
     )
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     """Run what is missing, then write and print what can be said."""
     from mixmoe_megatron.dtypes import choose
     from mixmoe_megatron.errors import MixMoEError
-    from mixmoe_megatron.study.budgets import counted_jobs, matched_steps
+    from mixmoe_megatron.study.budgets import counted_jobs, matched_starts, matched_steps
     from mixmoe_megatron.study.grid import Grid, StudySettings, read_grid
     from mixmoe_megatron.study.jobs import run_jobs
     from mixmoe_megatron.study.study_page import write_study
@@ -84,11 +84,14 @@ def run(args: argparse.Namespace) -> None:
     grid = Grid(read_grid(args.grid), settings)
     tables = list(grid.content["tables"]) if args.table == ["all"] else args.table
     root, launcher = args.output_dir.resolve() / "jobs", shlex.split(args.launcher)
-    if args.match == "flops":
+    if args.match != "tokens":
         names = list(dict.fromkeys(name for table in tables for name in grid.systems_of(table)))
         if not args.dry_run:
             run_jobs(counted_jobs(grid, names), root, args.workers, launcher=launcher)
-        grid = replace(grid, steps=matched_steps(grid, names, root))
+        if args.match == "flops":
+            grid = replace(grid, steps=matched_steps(grid, names, root))
+        else:
+            grid = replace(grid, starts=matched_starts(grid, names, root))
     wanted = [job for name in tables for row in grid.evaluations(name).values() for job in row]
     if args.choose_rates:
         wanted = list(grid.trials(tables).values())

@@ -8,7 +8,8 @@
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: the size's own)
 #   WORKERS=2          jobs at a time; they share the cores
 #   LAUNCHER=          before each job's command, such as "srun --gpus 1": then Slurm says where it runs
-#   MATCH=tokens       all train for the same steps; flops: for the same operations as Mix-MoE
+#   MATCH=tokens       all train for the same steps; flops: for the same operations as Mix-MoE;
+#                      parameters: LoRA and LLaMA-Pro train as many as Mix-MoE does at a time
 #   DTYPE=auto         float32, bfloat16, float16; auto: the fast one here
 #   RATES=1            no tables: train each of their methods at three learning rates, compare them on the valid files
 #   DRY=1              say what would be run, how long and how much it takes; run nothing

@@ -1,7 +1,6 @@
-"""Budgets matched by operations: each training gets as many steps as the operations of the reference's pay for.
+"""Budgets matched to the reference's: operations by steps, trained parameters by the size of what a method adds.
 
-Without this all systems train for the same steps, so on the same tokens. Trained parameters are not matched but told:
-a system of another size is a line in the grid.
+Without this all systems train for the same steps, so on the same tokens, and each method has its own size.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.planning.memory import count_parameters
 from mixmoe_megatron.study.footprint import count_training_flops, trained_model
 from mixmoe_megatron.study.grid import Grid
 from mixmoe_megatron.study.jobs import Job
@@ -18,7 +18,7 @@ REFERENCE = "mixmoe"
 
 
 def counted_jobs(grid: Grid, names: Sequence[str]) -> list[Job]:
-    """Return the jobs that `matched_steps` reads: starts and token files, a few seconds each.
+    """Return the jobs that matching reads: starts and token files, a few seconds each.
 
     Args:
         grid: The study, not matched.
@@ -39,10 +39,7 @@ def matched_steps(grid: Grid, names: Sequence[str], root: Path) -> dict[tuple[st
     Raises:
         MixMoEError: They have not, or the grid lacks the reference.
     """
-    if REFERENCE not in grid.content["systems"]:
-        raise MixMoEError(f"Operations are matched to the system {REFERENCE}, which the grid lacks.")
-    if not all(job.is_done(root) for job in counted_jobs(grid, names)):
-        raise MixMoEError("To match operations, the systems' starts must be there: run it once without --dry-run.")
+    _check(grid, names, root)
     sequence, wanted = int(grid.size["sequence"]), dict[str, float]()
     steps = {}
     for name in [REFERENCE, *names]:
@@ -50,3 +47,36 @@ def matched_steps(grid: Grid, names: Sequence[str], root: Path) -> dict[tuple[st
             flops = count_training_flops(trained_model(training, root), training, sequence, root)
             steps[name, training.kind] = max(1, round(training.steps * wanted.setdefault(training.kind, flops) / flops))
     return steps
+
+
+def matched_starts(grid: Grid, names: Sequence[str], root: Path) -> dict[str, tuple[str, ...]]:
+    """Return what gives systems about as many trained parameters as the reference trains at a time.
+
+    Only methods have this whose entry in the grid names an option for it, ``matched_by``: what they train is in
+    proportion to it.
+
+    Args:
+        grid: The study, not matched.
+        names: Of its systems.
+        root: Directory of all jobs; `counted_jobs` have run.
+
+    Raises:
+        MixMoEError: They have not, or the grid lacks the reference.
+    """
+    _check(grid, names, root)
+    wanted = count_parameters(trained_model(grid.trainings(REFERENCE, 1)[0], root)).trained
+    starts: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        system = grid.content["systems"][name]
+        if system and (flag := grid.content["methods"][system["method"]].get("matched_by")):
+            model = trained_model(grid.trainings(name, 1)[0], root)
+            now = {"--lora-rank": model.lora_rank, "--new-blocks": len(model.new_layers)}[flag]
+            starts[name] = (flag, str(max(1, round(now * wanted / count_parameters(model).trained))))
+    return starts
+
+
+def _check(grid: Grid, names: Sequence[str], root: Path) -> None:
+    if REFERENCE not in grid.content["systems"]:
+        raise MixMoEError(f"Budgets are matched to the system {REFERENCE}, which the grid lacks.")
+    if not all(job.is_done(root) for job in counted_jobs(grid, names)):
+        raise MixMoEError("To match budgets, the systems' starts must be there: run it once without --dry-run.")

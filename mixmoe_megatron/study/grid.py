@@ -132,6 +132,7 @@ class Grid:
         content: Of `read_grid`.
         settings: Of the command line.
         steps: Of training, by system and kind of text, in place of the size's.
+        starts: What systems' starts take beside their own words.
 
     Raises:
         MixMoEError: The size is not in the grid, a setting is out of range, or a pair has no text.
@@ -140,6 +141,7 @@ class Grid:
     content: dict[str, Any]
     settings: StudySettings
     steps: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = self.content["sizes"]
@@ -210,7 +212,8 @@ class Grid:
 
     def _start(self, name: str, seed: int) -> Job:
         system = self.content["systems"][name]
-        words = [*self.content["methods"][system["method"]]["start"], *system.get("start", [])]
+        own = [*system.get("start", []), *self.starts.get(name, ())]
+        words = [*self.content["methods"][system["method"]]["start"], *own]
         return self._job(
             f"start {name}, seed {seed}",
             ["hf-to-megatron", "--hf-dir", self.base, *words, "--seed", seed, "--force", "--output-dir",

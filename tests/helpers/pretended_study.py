@@ -9,11 +9,12 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.hf_config import read_hf_config
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.data.storage import TokenFileWriter
-from mixmoe_megatron.methods.full import DENSE
-from mixmoe_megatron.methods.mixmoe import UPCYCLED
-from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.methods.lora import LoRAOptions
+from mixmoe_megatron.methods.registry import method_of
+from mixmoe_megatron.model.sizes import ModelDescription
 from mixmoe_megatron.study.grid import CHECKPOINT, EVALUATED, TOKENS, Grid, Training
 from mixmoe_megatron.study.jobs import Job, with_parents
 
@@ -29,13 +30,25 @@ def finish(job: Job, root: Path) -> Path:
     return directory
 
 
-def pretend_training(grid: Grid, training: Training, root: Path, is_mixmoe: bool) -> None:
+def described(grid: Grid, training: Training) -> ModelDescription:
+    """The model of the start that a training's first command makes, by the options of the grid's methods."""
+    words = training.start.words
+    given = {flag: words[place + 1] for place, flag in enumerate(words) if flag in ("--lora-rank", "--new-blocks")}
+    start = method_of(training.phase).phases[0]
+    return describe_start(
+        read_hf_config(grid.base),
+        start,
+        new_blocks=int(given["--new-blocks"]) if "--new-blocks" in given else None,
+        lora=LoRAOptions(int(given["--lora-rank"])) if "--lora-rank" in given else None,
+    )
+
+
+def pretend_training(grid: Grid, training: Training, root: Path) -> None:
     """Leave the start's metadata, token files and two steps of a log."""
-    config, directory = read_hf_config(grid.base), finish(training.job, root)
-    options = MixMoEOptions().to_dict() if is_mixmoe else None
+    model, directory = described(grid, training), finish(training.job, root)
     start = finish(training.start, root) / CHECKPOINT
     start.mkdir(exist_ok=True)
-    write_metadata(start, Metadata(UPCYCLED if is_mixmoe else DENSE, options, megatron_args_from_hf(config), config))
+    write_metadata(start, Metadata(model.phase, model.recorded_options(), model.megatron_args, model.hf_config))
     if not (directory / "tensorboard").exists():
         with SummaryWriter(str(directory / "tensorboard")) as writer:
             for step in (1, 2):
@@ -74,5 +87,5 @@ def pretend_table(grid: Grid, table: str, root: Path) -> None:
             finish(job, root)
         for seed, job in enumerate(jobs, start=1):
             for training in grid.trainings(system, seed):
-                pretend_training(grid, training, root, grid.content["systems"][system]["method"] == "mixmoe")
+                pretend_training(grid, training, root)
             pretend_evaluation(job, root, system)

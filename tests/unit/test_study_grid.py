@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.study.budgets import matched_steps
+from mixmoe_megatron.study.budgets import matched_starts, matched_steps
 from mixmoe_megatron.study.footprint import read_footprint
 from mixmoe_megatron.study.grid import TRIAL_FACTORS, TRIAL_SEED, Grid, StudySettings, absent_systems, read_grid
 from mixmoe_megatron.study.jobs import Job, with_parents
@@ -190,6 +190,22 @@ def test_budgets_of_equal_operations(content: dict[str, Any], tmp_path: Path) ->
     assert spent["pt_sft"] == pytest.approx(spent["mixmoe"], rel=0.05)
     words = " ".join(matched.trainings("sft", 1)[0].job.words)
     assert f"--train-iters {steps['sft', 'parallel']} " in words
+
+
+def test_budgets_of_equal_trained_parameters(content: dict[str, Any], tmp_path: Path) -> None:
+    grid, root = Grid(content, SETTINGS), tmp_path / "jobs"
+    names = grid.systems_of("II")
+    with pytest.raises(MixMoEError, match="run it once without --dry-run"):
+        matched_starts(grid, names, root)
+    pretend_table(grid, "II", root)
+    starts = matched_starts(grid, names, root)
+    assert set(starts) == {"lora", "llama_pro"}
+    matched = Grid(content, SETTINGS, starts=starts)
+    pretend_table(matched, "II", root)
+    before, after = (read_footprint(of, "lora", root).trained[0] for of in (grid, matched))
+    wanted = read_footprint(matched, "mixmoe", root).trained[0]
+    assert before < 0.5 * wanted and after == pytest.approx(wanted, rel=0.05)
+    assert read_footprint(matched, "full" if "full" in names else "pt_sft", root).trained[0] > wanted
 
 
 def test_rates_are_chosen_on_valid_files_by_their_own_seed(content: dict[str, Any], tmp_path: Path) -> None:
