@@ -101,13 +101,14 @@ fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 
 TRAIN_FLAGS=()  # of an example, after all others: the last of two of the same name holds
 
-# One training in OUT/PHASE or $stage_dir: phase, steps, parent, then the phase's own flags.
+# One training in OUT/PHASE or $stage_dir: phase, steps, parent, then the phase's own flags. Saved twice on the way, for a
+# run that goes on, and at the end; the last one alone stays.
 train() {
   local phase=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/$1}" interval=$(($2 / 3 + 1)); shift 3
   case $DTYPE in bfloat16) set -- --bf16 "$@" ;; float16) set -- --fp16 "$@" ;; esac
   "$PYTHON" tools/pretrain_mixmoe.py --phase "$phase" --init-from "$parent" \
     --load "$directory" --save "$directory" --train-iters "$steps" \
-    --save-interval $interval --save-retain-interval $((3 * interval)) `# the last one alone stays` \
+    --save-interval $interval --save-retain-interval $((3 * interval)) \
     --seq-length $SEQUENCE --seed 1234 --num-workers 0 --eval-iters 0 \
     --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0.0 --clip-grad 1.0 \
     --log-interval "$LOG_INTERVAL" --tensorboard-dir "$directory/tensorboard" \
