@@ -101,8 +101,8 @@ fresh() { rm -rf "${@:$#}"; "${@:1:$#-1}"; }
 
 TRAIN_FLAGS=()  # of an example, after all others: the last of two of the same name holds
 
-# One training in OUT/PHASE or $stage_dir: phase, steps, parent, then the phase's own flags. Saved twice on the way, for a
-# run that goes on, and at the end; the last one alone stays.
+# One training in OUT/PHASE or $stage_dir: phase, steps, parent, then the phase's own flags. It is saved twice on the
+# way, for a run that goes on, and at the end; the last checkpoint alone stays.
 train() {
   local phase=$1 steps=$2 parent=$3 directory="${stage_dir:-$OUT/$1}" interval=$(($2 / 3 + 1)); shift 3
   case $DTYPE in bfloat16) set -- --bf16 "$@" ;; float16) set -- --fp16 "$@" ;; esac
