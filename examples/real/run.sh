@@ -7,7 +7,7 @@
 #   HOURS=1.5          of the whole run; the steps are what the measured seconds a step leave room for
 #   SEGMENTS=200       test segments each way, and texts of each language
 #   PLAN=FILE          the plan of an earlier run (its OUT/plan) instead of a new one: same steps, so the same figures
-#   STAGE1_LR=2e-4 STAGE2_LR=2e-4 FULL_LR=2e-5  highest learning rates of stage 1, stage 2 and full fine-tuning
+#   STAGE1_LR=2e-4 STAGE2_LR=2e-4 FULL_LR=6.67e-6  highest learning rates of stage 1, stage 2 and full fine-tuning
 #   RATES=1            no comparison: each training for 30 steps at a third of its rate, at it and at three times it
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/real      everything is written there; a killed run goes on from its last finished step
@@ -16,7 +16,7 @@ PLAN="${PLAN:+$(realpath -m "$PLAN")}"
 source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 source examples/comparison.sh
 PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}"
-STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-2e-5}"
+STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-6.67e-6}"
 OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=64
 MEASURED_ON="examples/data/mono.${PAIR%-en}.train.txt.gz examples/data/mono.en.train.txt.gz"
 UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on
