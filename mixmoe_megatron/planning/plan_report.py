@@ -8,6 +8,7 @@ from typing import Any
 from mixmoe_megatron.planning.cluster_plan import RESERVE, Candidate, usable_memory
 from mixmoe_megatron.planning.costs import LATENCY, Cluster
 from mixmoe_megatron.planning.layouts import Batch, Model
+from mixmoe_megatron.planning.memory import count_parameters
 
 _GIB, _GB = 1024**3, 1e9
 _TRAFFIC = ("TP", "CP", "EP", "ETP", "PP", "DP")
@@ -23,12 +24,20 @@ def plan_text(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate
         plan: from `plan_layouts`.
         show: layouts in the table.
     """
-    lines = [*_assumptions(batch, cluster), "", *_table(batch, plan[:show])]
+    lines = [_parameters(model), *_assumptions(batch, cluster), "", *_table(batch, plan[:show])]
     if len(plan) > show:
         lines.append(f"and {len(plan) - show} more that fit (--show)")
     first = command_lines(model, batch, cluster, plan[0])
     lines += ["", "To run the first (put in your own paths; with several nodes, on each of them):"]
     return "\n".join([*lines, f"  {first['torchrun']}", "Under Slurm:", f"  {first['slurm']}"])
+
+
+def _parameters(model: Model) -> str:
+    total, active, trained = (count / 1e6 for count in count_parameters(model))
+    return (
+        f"{total:,.1f} million parameters; {active:,.1f} of them work on a token, {trained:,.1f} are trained in "
+        f"{model.phase.name}."
+    )
 
 
 def _assumptions(batch: Batch, cluster: Cluster) -> list[str]:
@@ -112,6 +121,7 @@ def plan_to_dict(model: Model, batch: Batch, cluster: Cluster, plan: list[Candid
     """Return the plan as JSON-able values: bytes, seconds, bytes a second, operations a second."""
     return {
         "phase": model.phase.name,
+        "parameters": count_parameters(model)._asdict(),
         "gpu": cluster.gpu.name,
         "gpus": cluster.gpus,
         "usable_memory_bytes": usable_memory(cluster),

@@ -137,11 +137,13 @@ def test_the_command_prints_a_table_and_the_lines_to_run(tmp_path: Path, capsys:
     assert "torchrun --nnodes=2" in output
     assert "sbatch --nodes=2" in output
     assert "estimate" in output and "exact" in output
+    assert "1,437.3 million parameters; 1,135.3 of them work on a token, 201.4 are trained in stage2." in output
 
 
 def test_json_holds_the_same_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_cluster(tmp_path, "--stage 1 --gpus 8 --global-batch-size 32 --json") == 0
     plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"]["total"] > plan["parameters"]["active"] > 5 * plan["parameters"]["trained"] > 10**9
     cluster = Cluster(GPUS["A100-40G"], 8)
     expected = plan_layouts(model_of("llama3.2_1b", 1), BATCH, cluster)
     assert [entry["layout"] for entry in plan["layouts"]] == [candidate.to_dict()["layout"] for candidate in expected]
