@@ -36,7 +36,7 @@ begin_run() {
   settings="DTYPE=$DTYPE $1"
   export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
-  mkdir -p "$OUT/logs" "$OUT/steps"
+  mkdir -p "$OUT/logs" "$OUT/steps" "$OUT/spent"
   [ ! -f "$OUT/settings" ] || [ "$(cat "$OUT/settings")" = "$settings" ] \
     || fail "OUT=$OUT holds a run with $(cat "$OUT/settings"), not $settings; remove it or choose another OUT."
   echo "$settings" > "$OUT/settings"
@@ -73,8 +73,9 @@ sign_of_life() {
 
 # step NAME "what it says" COMMAND...: runs once, tells how far it is, keeps its output and its seconds.
 step() {
-  local name=$1 says=$2 start=$SECONDS next=10 log="$OUT/logs/$1.log" pid; shift 2
+  local name=$1 says=$2 start=$SECONDS next=10 log="$OUT/logs/$1.log" spent="$OUT/spent/$1" before=0 pid; shift 2
   if [ -f "$OUT/steps/$name" ]; then echo "[$name] done before"; return; fi
+  [ ! -s "$spent" ] || before=$(cat "$spent")  # of a killed run, to ten seconds
   echo "[$name] $says"
   set -m  # a process group of its own, so that all of the step can be stopped
   "$@" >> "$log" 2>&1 9>&- &
@@ -86,6 +87,7 @@ step() {
     sleep 0.5
     if [ $((SECONDS - start)) -ge $next ]; then
       next=$((next + 10)); echo "[$name] $((SECONDS - start)) s: $(sign_of_life "$log")"
+      echo $((before + SECONDS - start)) > "$spent"
     fi
   done
   trap - INT TERM
@@ -93,7 +95,7 @@ step() {
     grep -hE '^error: |^[A-Za-z.]*Error: ' "$log" | tail -1 >&2 || true
     fail "step $name failed; its whole output is in $log"
   fi
-  echo "$((SECONDS - start))" > "$OUT/steps/$name.tmp"; mv "$OUT/steps/$name.tmp" "$OUT/steps/$name"
+  echo "$((before + SECONDS - start))" > "$OUT/steps/$name.tmp"; mv "$OUT/steps/$name.tmp" "$OUT/steps/$name"
 }
 
 # Run a command after removing what a killed run left of its output, the last word.

@@ -56,6 +56,15 @@ def test_a_run_of_another_dtype_is_not_gone_on_with(tmp_path: Path) -> None:
     assert not list((tmp_path / "out" / "steps").iterdir())
 
 
+def test_the_seconds_of_a_step_are_those_of_all_its_attempts(tmp_path: Path) -> None:
+    for folder in ("logs", "steps", "spent"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "spent" / "train").write_text("40\n")  # by a run that was killed
+    script = f"set -euo pipefail; OUT={tmp_path}; source examples/resumable.sh; step train 'train it' sleep 1"
+    subprocess.run(["bash", "-c", script], cwd=ROOT, check=True)
+    assert 41 <= int((tmp_path / "steps" / "train").read_text()) < 50
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_and_ends_with_a_report(tmp_path: Path) -> None:
