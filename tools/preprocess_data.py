@@ -37,6 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="read TSV (with a header) or JSONL and take this column; several: their texts in turn",
     )
     mono.add_argument("--group-by", metavar="COLUMN", help="join consecutive rows of equal COLUMN to one document")
+    mono.add_argument(
+        "--beside-pairs",
+        type=int,
+        metavar="N",
+        help="text to train on together with pairs (`parallel`), in documents of at most N tokens; seq-length + 1",
+    )
     mono.set_defaults(run=run_mono)
 
     parallel = commands.add_parser("parallel", help="translation pairs of TSV or JSONL", allow_abbrev=False)
@@ -66,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_mono(args: argparse.Namespace) -> None:
     """Build monolingual data."""
     from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
+    from mixmoe_megatron.data.parallel_build import build_text_beside_pairs
     from mixmoe_megatron.data.tokenizers import leave_torch_out, open_tokenizer
 
     leave_torch_out()
@@ -75,7 +82,11 @@ def run_mono(args: argparse.Namespace) -> None:
         group_by=args.group_by,
         keep_duplicates=args.keep_duplicates,
     )
-    build_monolingual(args.input, open_tokenizer(args.tokenizer), args.output_prefix, options)
+    tokenizer = open_tokenizer(args.tokenizer)
+    if args.beside_pairs is None:
+        build_monolingual(args.input, tokenizer, args.output_prefix, options)
+    else:
+        build_text_beside_pairs(args.input, tokenizer, args.output_prefix, args.beside_pairs, options)
 
 
 def run_parallel(args: argparse.Namespace) -> None:

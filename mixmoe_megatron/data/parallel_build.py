@@ -19,6 +19,7 @@ from typing import Any
 
 from mixmoe_megatron.data.corpus import Deduplicator, clean, drop, read_rows
 from mixmoe_megatron.data.languages import check_language
+from mixmoe_megatron.data.monolingual import MonolingualOptions, monolingual_documents
 from mixmoe_megatron.data.preparation.filters import FilterOptions, why_dropped
 from mixmoe_megatron.data.prompts import PromptTemplate, encode_pairs
 from mixmoe_megatron.data.storage import Document, build_token_file
@@ -26,6 +27,8 @@ from mixmoe_megatron.data.tokenizers import TextTokenizer
 from mixmoe_megatron.errors import MixMoEError
 
 BATCH_PAIRS = 1000
+#: In the place of a direction: text that is read beside pairs.
+TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,45 @@ def build_parallel(
             yield sequences, mode
 
     how = {"options": asdict(options), "directions": options.directions, "documents_per_direction": per_direction}
+    return build_token_file(prefix, tokenizer, inputs, documents(), {"kind": "parallel", "counts": counts, **how})
+
+
+def build_text_beside_pairs(
+    inputs: Sequence[str | Path],
+    tokenizer: TextTokenizer,
+    prefix: str | Path,
+    max_tokens: int,
+    options: MonolingualOptions | None = None,
+) -> dict[str, Any]:
+    """Write P.bin, P.idx and P.json from monolingual text, to train on together with pairs: mixed data, or a review.
+
+    A document's first token stands where a pair has its prompt, and all others count in the loss. A long document
+    becomes several, each from the last token of the one before, so that every token is predicted once.
+
+    Args:
+        inputs: Plain text, TSV with a header, or JSONL; compressed or not.
+        tokenizer: The model's tokenizer.
+        prefix: P, the output path without suffix.
+        max_tokens: Most tokens of a document: the sequence length plus one.
+        options: None for the defaults.
+
+    Returns:
+        The manifest, with the counts of `build_monolingual`; `kept` are the parts of the documents.
+
+    Raises:
+        MixMoEError: max_tokens is below 2, an input is unreadable or lacks a column, or no document is left.
+    """
+    if max_tokens < 2:
+        raise MixMoEError("--beside-pairs must be 2 or more.")
+    options, counts = options or MonolingualOptions(), Counter[str](read=0, kept=0)
+
+    def documents() -> Iterator[Document]:
+        for (ids,), mode in monolingual_documents(inputs, tokenizer, options, counts):
+            for start in range(0, len(ids) - 1, max_tokens - 1):
+                part = ids[start : start + max_tokens]
+                yield [part[:1], part[1:]], mode
+
+    how = {"options": asdict(options) | {"max_tokens": max_tokens}, "directions": [TEXT]}
     return build_token_file(prefix, tokenizer, inputs, documents(), {"kind": "parallel", "counts": counts, **how})
 
 

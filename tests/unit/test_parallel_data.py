@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
 from mixmoe_megatron.data.parallel import GROUP_SIZE, ParallelDataset, collate, epoch_order
-from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel
+from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel, build_text_beside_pairs
 from mixmoe_megatron.data.prompts import PromptTemplate, encode_prompts
 from mixmoe_megatron.data.storage import TokenFileWriter, read_manifest
 from mixmoe_megatron.data.tokenizers import TextTokenizer, open_tokenizer
@@ -120,6 +120,25 @@ def test_word_limits_count_characters_of_chinese(bpe: TextTokenizer, tmp_path: P
     german = ParallelOptions("de", "en", source_column="xx", min_words=2)
     with pytest.raises(MixMoEError, match=r"No pair is left of .*2 dropped too few words"):
         build_parallel([source], bpe, tmp_path / "pairs", german)
+
+
+def test_text_beside_pairs_predicts_every_token_once(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    lines = ["the old house stands by the river " * 3, "the river is long and the house is old again"]
+    (tmp_path / "text").write_text("\n".join(lines), "utf-8")
+    build_parallel([write_pairs(tmp_path / "pairs.tsv", ROWS)], tokenizer, tmp_path / "pairs", BOTH)
+    manifest = build_text_beside_pairs([tmp_path / "text"], tokenizer, tmp_path / "beside", 12)
+    dataset = ParallelDataset([tmp_path / "pairs", tmp_path / "beside"], shuffle=False)
+    assert dataset.directions == ["de-en", "en-de", "text"] and manifest["counts"]["read"] == 2
+    samples = [dataset[index] for index in range(6, dataset.num_documents)]
+    assert all(dataset.directions[sample["direction"]] == "text" for sample in samples)
+    assert all(sample["loss_mask"].all() and len(sample["tokens"]) <= 11 for sample in samples)
+    predicted = [int(label) for sample in samples for label in sample["labels"]]
+    whole = [
+        [*ids, tokenizer.eos_id] for ids in tokenizer.encode([line.strip() for line in lines], add_special_tokens=True)
+    ]
+    assert predicted == [token for ids in whole for token in ids[1:]]
+    with pytest.raises(MixMoEError, match="--beside-pairs must be 2 or more"):
+        build_text_beside_pairs([tmp_path / "text"], tokenizer, tmp_path / "none", 1)
 
 
 def test_max_tokens_drops_and_never_cuts(bpe: TextTokenizer, tmp_path: Path) -> None:
