@@ -10,6 +10,7 @@ from typing import Any
 #: The parts of a GPTModel, in order: the first pattern found in a parameter's name decides.
 PARTS: dict[str, str] = {
     "adapters": r"\.lora\.",
+    "base expert": r"\.mlp\.experts\.base_expert\.",
     "LM experts": r"\.mlp\.experts\.lm_experts\.",
     "MT experts": r"\.mlp\.experts\.mt_experts\.",
     "LM routers": r"\.mlp\.router\.lm\.",

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "norms": ([], ["norms"]),
     "lora": (["--lora-rank", "4"], ["lora"]),
     "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
+    "moe_lpr": (["--moe-every", "2"], ["lpr_experts"]),
     "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
 }
 LAYOUTS = {
@@ -48,10 +49,14 @@ LAYOUTS = {
     "CP2": (2, CP),
     "PP2, recompute full": (2, PP + FULL),
 }
-WITH_EXPERTS = {"EP2": (2, EP), "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP)}
+WITH_EXPERTS = {
+    "EP2": (2, EP),
+    "EP4": (4, "--expert-model-parallel-size 4 "),
+    "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP),
+}
 QUICK = {
     ("llama_pro", "PP2, recompute full"), ("lora", "DP2, distributed optimizer, overlap"), ("lora", "CP2"),
-    ("moe", "EP2"), ("llama_moe_v2", "PP2"),
+    ("moe", "EP2"), ("lpr_experts", "EP2"), ("llama_moe_v2", "PP2"),
 }  # fmt: skip
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
@@ -119,6 +124,10 @@ def test_n_processes_equal_one(runs: Runs, method: str, phase: str, layout: str,
     assert found_losses == pytest.approx(losses, abs=1e-5, rel=0)
     assert found_norms == pytest.approx(norms, rel=2e-3)
     assert_close(tmp_path / "run", expected)
+    found, one = checkpoint_tensors(tmp_path / "run"), checkpoint_tensors(expected)
+    new_layers = read_metadata(expected).new_layers
+    frozen = {name for name in one if not PHASES[phase].is_trained(name, new_layers)}
+    assert all(torch.equal(found[name], one[name]) for name in frozen)
 
 
 @pytest.mark.parametrize(("method", "phase"), TRAININGS)
