@@ -23,10 +23,19 @@ EXPERTS = Phase(
     data=("monolingual", "parallel"),
     made_by="convert a dense model with checkpoints_conversion/hf_to_mixmoe.py --method moe_lpr.",
 )
+ROUTER = Phase(
+    name="lpr_router",
+    groups=GROUPS[:1],
+    trains=("LM routers",),
+    starts_from=("lpr_experts",),
+    data=("monolingual",),
+    made_by="train it (tools/pretrain_mixmoe.py --phase lpr_router).",
+    defaults={"moe_aux_loss_coeff": 0.0, "lpr_coeff": 0.1},
+)
 MOE_LPR = Method(
     "moe_lpr",
     "the FFN and 3 copies of it that learn, top-2, then the router alone on text of old and new languages",
-    (EXPERTS,),
+    (EXPERTS, ROUTER),
     {
         **PLAIN_ROUTER,
         "num_experts_per_group": 4,

@@ -101,6 +101,20 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "alone; next to nothing is padded.",
     )
     group.add_argument(
+        "--lpr-coeff",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="MoE-LPR: weight of the loss that asks the router to give tokens of original languages to the base's FFN "
+        "(default: 0.1 in the phase lpr_router, 0 in others).",
+    )
+    group.add_argument(
+        "--lpr-original-data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="MoE-LPR: those of the --data-path prefixes whose text is in original languages of the base.",
+    )
+    group.add_argument(
         "--eval-mono",
         nargs="+",
         metavar="FILE",
@@ -219,7 +233,7 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
         raise MixMoEError("--make-vocab-size-divisible-by and --tensor-model-parallel-size must be 1 or more.")
     model.setdefault("padded_vocab_size", padded_vocab_size(model["vocab_size"], multiple))
     tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
-    return _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model}), metadata
+    return _words({**_DEFAULTS, **phase.defaults, "tokenizer_model": str(tokenizer), **model}), metadata
 
 
 def _flags_that_name_the_model(words: list[str]) -> tuple[argparse.Namespace, Phase]:
