@@ -29,7 +29,8 @@ from tests.distributed.test_n_equals_one import (
     assert_optimizer_state_of_trained_tensors_only,
 )
 from tests.helpers.norms_method import forget_norms, register_norms
-from tests.helpers.training import checkpoint_tensors, train
+from tests.helpers.tiny_hf import SENTENCES
+from tests.helpers.training import checkpoint_tensors, make_monolingual, train
 
 STEPS = 10
 #: method -> words of its conversion, and the phases that are trained, each from the start
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "norms": ([], ["norms"]),
     "lora": (["--lora-rank", "4"], ["lora"]),
     "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
-    "moe_lpr": (["--moe-every", "2"], ["lpr_experts"]),
+    "moe_lpr": (["--moe-every", "2"], ["lpr_experts", "lpr_router"]),
     "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
 }
 LAYOUTS = {
@@ -56,7 +57,7 @@ WITH_EXPERTS = {
 }
 QUICK = {
     ("llama_pro", "PP2, recompute full"), ("lora", "DP2, distributed optimizer, overlap"), ("lora", "CP2"),
-    ("moe", "EP2"), ("lpr_experts", "EP2"), ("llama_moe_v2", "PP2"),
+    ("moe", "EP2"), ("lpr_experts", "EP2"), ("lpr_router", "EP2"), ("llama_moe_v2", "PP2"),
 }  # fmt: skip
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
@@ -78,6 +79,11 @@ class Runs:
     def run(self, method: str, phase: str, save: Path, flags: str = "", processes: int = 1) -> Log:
         """Train to step 10, or as `flags` say; returns losses and gradient norms."""
         flags = f"{COMMON}{flags} --seq-length 160 --data-cache-path {self.directory}/cache"
+        if "lpr_coeff" in PHASES[phase].defaults:  # some tokens are of an original language, and some are not
+            old = self.directory / "old"
+            if not old.with_suffix(".json").exists():
+                make_monolingual(old, SENTENCES[::2], self.start(method) / "tokenizer")
+            flags += f" --data-path {self.world}/mono {old} --lpr-original-data-path {old}"
         return train(
             phase, self.start(method), self.world / "pairs", save, STEPS, flags, processes, prelude=register_norms
         )

@@ -112,6 +112,32 @@ def test_loss_aux_loss_and_gradients(tmp_path: Path, method: str) -> None:
         assert expected.any() and torch.allclose(found, expected, atol=1e-5, rtol=1e-4), name
 
 
+def test_lpr_loss(tmp_path: Path) -> None:
+    """The mean over tokens of the first sequence, and over two layers, of -log of expert 0's probability."""
+    save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
+    checkpoint = convert(tmp_path / "base", tmp_path / "m", "moe_lpr", "--moe-every=2")
+    metadata = read_metadata(checkpoint)
+    save_random_model(checkpoint, metadata)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        export(checkpoint, tmp_path / "hf", "--iteration", "3"), dtype=torch.float32
+    ).train()
+    inputs, labels = TOKENS[:, :-1], TOKENS[:, 1:]
+    output = theirs(inputs, output_router_logits=True)
+    loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    log_probs = [logits.log_softmax(-1).view(*inputs.shape, -1) for logits in output.router_logits]
+    (loss - COEFFICIENT * torch.stack(log_probs)[:, 0, :, 0].mean()).backward()
+    ours = parity.build_megatron_model(metadata, lpr_coeff=COEFFICIENT).train()
+    parity.load_weights(ours, checkpoint / "iter_0000003")
+    weights = torch.zeros(inputs.shape)
+    weights[0] = 1 / inputs.shape[1]
+    logits = ours(inputs, torch.arange(inputs.shape[1]).expand(len(inputs), -1), None, padding_mask=weights)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for layer in (1, 3):
+        expected = theirs.model.layers[layer].mlp.gate.weight.grad
+        found = ours.decoder.layers[layer].mlp.router.lm.weight.grad
+        assert expected.any() and torch.allclose(found, expected, atol=1e-5, rtol=1e-4), layer
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
     checkpoint = convert(tmp_path / "base", tmp_path / "m", "moe", "--moe-every=2")
