@@ -67,6 +67,7 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
     group = parser.add_argument_group("Mix-MoE")
     _add_phase(group)
+    _add_lpr(group)
     group.add_argument(
         "--init-from",
         "--hf-load",
@@ -101,20 +102,6 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "alone; next to nothing is padded.",
     )
     group.add_argument(
-        "--lpr-coeff",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="MoE-LPR: weight of the loss that asks the router to give tokens of original languages to the base's FFN "
-        "(default: 0.1 in the phase lpr_router, 0 in others).",
-    )
-    group.add_argument(
-        "--lpr-original-data-path",
-        nargs="+",
-        metavar="PREFIX",
-        help="MoE-LPR: those of the --data-path prefixes whose text is in original languages of the base.",
-    )
-    group.add_argument(
         "--eval-mono",
         nargs="+",
         metavar="FILE",
@@ -140,6 +127,23 @@ def _add_phase(group: argparse._ArgumentGroup) -> None:
         type=int,
         choices=sorted(STAGES),
         help="Short for --phase: " + ", ".join(f"{number} {phase.name}" for number, phase in STAGES.items()) + ".",
+    )
+
+
+def _add_lpr(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lpr-coeff",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="MoE-LPR: weight of the loss that asks the router to give tokens of original languages to the base's FFN "
+        "(default: 0.1 in the phase lpr_router, 0 in others).",
+    )
+    group.add_argument(
+        "--lpr-original-data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="MoE-LPR: those of the --data-path prefixes whose text is in original languages of the base.",
     )
 
 

@@ -52,7 +52,7 @@ LAYOUTS = {
 }
 WITH_EXPERTS = {
     "EP2": (2, EP),
-    "EP4": (4, "--expert-model-parallel-size 4 "),
+    "EP4, distributed optimizer": (4, "--expert-model-parallel-size 4 " + OVERLAP),
     "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP),
 }
 QUICK = {
