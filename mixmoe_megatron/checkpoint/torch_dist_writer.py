@@ -57,7 +57,7 @@ def write_torch_dist(
         plan: tensors by per-layer name, which are written in this order; a few blocks at a time are in memory.
         megatron_args: put into the checkpoint as its `args`.
         stacked_layers: L for a homogeneous (dense) model, whose layers are stored as one tensor; 0 for a Mix-MoE model.
-        empty_objects: keys of objects to store as None (mappings.extra_state_keys).
+        empty_objects: keys of objects to store as None (`model.extra_state`).
         on_bytes: called with the number of bytes after each block was written.
         ranks: all of them must call this.
 

@@ -210,10 +210,14 @@ def _block(prepared: PreparedCheckpoint, layer: int) -> MixMoEBlock:
         if tensor.name.startswith(prefix)
     }
     routers = [values[name].numpy() for name in ("router.lm.weight", "router.lm.spectral_weight") if name in values]
+    fc1, fc2 = (
+        torch.cat([values[f"experts.{block}.experts.{name}.weight"] for block in model.sizes.blocks()])
+        for name in ("linear_fc1", "linear_fc2")
+    )
     state = {
         "router.weight": torch.from_numpy(folded_router(routers, model.options)),
-        "experts.gate_up_proj": values["experts.lm_experts.experts.linear_fc1.weight"],
-        "experts.down_proj": values["experts.lm_experts.experts.linear_fc2.weight"],
+        "experts.gate_up_proj": fc1,
+        "experts.down_proj": fc2,
     }
     if model.options.router_bias:
         state["router.bias"] = values["router.lm.bias"]

@@ -17,7 +17,7 @@ from mixmoe_megatron.checkpoint.torch_dist_writer import write_torch_dist
 from mixmoe_megatron.conversion.byte_progress import progress
 from mixmoe_megatron.conversion.hf_config import CONFIG_FILE, check_architecture
 from mixmoe_megatron.conversion.plan import describe_tensors
-from mixmoe_megatron.model.mapping import extra_state_keys
+from mixmoe_megatron.model.extra_state import extra_state_keys
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import ModelDescription
 

@@ -25,7 +25,9 @@ from mixmoe_megatron.model.mapping import (
     Key,
     Row,
     Sizes,
+    has_base_expert,
     is_spectral,
+    split_blocks,
 )
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.upcycling import Array
@@ -33,8 +35,9 @@ from mixmoe_megatron.model.upcycling import Array
 MODEL_TYPE = "qwen2_moe"
 _MLP, _MEGATRON = "model.layers.{i}.mlp.", "decoder.layers.{i}.mlp."
 _ROUTER, _EXPERTS = _MEGATRON + "router.lm.", _MEGATRON + "experts.lm_experts.experts."
+_BASE = _MEGATRON + "experts.base_expert.experts."
 #: what the factor of an expert's output is folded into, on either side
-_SCALED = re.compile(r"\.mlp\.experts\.(\d+\.down_proj|lm_experts\.experts\.linear_fc2)\.weight$")
+_SCALED = re.compile(r"\.mlp\.experts\.(\d+\.down_proj|(base_expert|lm_experts)\.experts\.linear_fc2)\.weight$")
 #: fields of config.json that are not as in the dense base's
 _FIELDS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers",
@@ -48,20 +51,21 @@ _SIZES = (
 
 
 def _split_gate_up(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    """[n, 2f, H] -> gate and up, [f, H] each, of one expert after the other."""
-    return [half for expert in arrays[0] for half in np.split(expert, 2)]
+    """[n, 2f, H], in one part or two, -> gate and up, [f, H] each, of one expert after the other."""
+    return [half for experts in arrays for expert in experts for half in np.split(expert, 2)]
 
 
 def _merge_gate_up(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    return [np.stack([np.concatenate(pair) for pair in zip(arrays[::2], arrays[1::2], strict=True)])]
+    pairs = zip(arrays[::2], arrays[1::2], strict=True)
+    return split_blocks([np.stack([np.concatenate(pair) for pair in pairs])], sizes)
 
 
 def _split_experts(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    return list(arrays[0])
+    return [expert for experts in arrays for expert in experts]
 
 
 def _merge_experts(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    return [np.stack(arrays)]
+    return split_blocks([np.stack(arrays)], sizes)
 
 
 def _zeros(arrays: list[Array], sizes: Sizes) -> list[Array]:
@@ -88,8 +92,12 @@ def qwen2_moe_rows(sizes: Sizes) -> tuple[Row, ...]:
         *SHARED_ROWS,
         Row((Key(_ROUTER + "weight", "n H"), Key(_ROUTER + "spectral_weight", "n H", is_spectral)),
             (Key(_MLP + "gate.weight", "n H"),), ROUTER, "moe", is_router=True),
-        Row((Key(_EXPERTS + "linear_fc1.weight", "n 2f H"),), gate_up, Crossing(_merge_gate_up, _split_gate_up), "moe"),
-        Row((Key(_EXPERTS + "linear_fc2.weight", "n H f"),), down, Crossing(_merge_experts, _split_experts), "moe"),
+        Row((Key(_BASE + "linear_fc1.weight", "1 2f H", has_base_expert),
+             Key(_EXPERTS + "linear_fc1.weight", "m 2f H")),
+            gate_up, Crossing(_merge_gate_up, _split_gate_up), "moe"),
+        Row((Key(_BASE + "linear_fc2.weight", "1 H f", has_base_expert),
+             Key(_EXPERTS + "linear_fc2.weight", "m H f")),
+            down, Crossing(_merge_experts, _split_experts), "moe"),
         Row((), (Key(_MLP + "shared_expert_gate.weight", "1 H"), Key(shared + "gate_proj.weight", "0 H"),
                  Key(shared + "up_proj.weight", "0 H"), Key(shared + "down_proj.weight", "H 0")),
             Crossing(_nothing, _zeros), "moe"),

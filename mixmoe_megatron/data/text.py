@@ -18,13 +18,16 @@ What stock `GPTDataset` does and what is changed here:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from mixmoe_megatron.errors import MixMoEError
 
@@ -44,8 +47,32 @@ class TextTokens:
         self.unique_identifiers = {"eod": eos_id}
 
 
+@dataclass
+class TextDatasetConfig(GPTDatasetConfig):
+    """Megatron's settings of a blend of token files, and which of them hold text in original languages (MoE-LPR).
+
+    Args:
+        original_prefixes: path prefixes of token files; their samples say so where there is one.
+    """
+
+    original_prefixes: tuple[str, ...] = ()
+
+
 class TextDataset(GPTDataset):
     """Samples of S + 1 consecutive tokens of a monolingual token file; built by BlendedMegatronDatasetBuilder."""
+
+    config: TextDatasetConfig
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """Return a sample as GPTDataset does, and with original prefixes "is_original", [] bool: whether it is of one.
+
+        Args:
+            idx: number of the sample; None: a sample that counts for nothing.
+        """
+        sample = super().__getitem__(idx)
+        if self.config.original_prefixes:
+            sample["is_original"] = torch.tensor(self.dataset_path in self.config.original_prefixes)
+        return sample
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents in order, where each sample begins in them, and the samples in order.

@@ -92,7 +92,7 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     source, metadata = source_checkpoint(args.load, parent, STAGES[stage])
     # What `arguments.add_mixmoe_args` would have parsed.
     set_phase(args, STAGES[stage])
-    vars(args).update(init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None)
+    vars(args).update(init_from=parent, experts_backend="auto", dry_run=False, upcycle_options=None, lpr_coeff=0.0)
     args.vocab_size = metadata.megatron_args["vocab_size"] if args.vocab_size is None else args.vocab_size
     apply_options(args, metadata)
     ids = count_ids(args.tokenizer_model) if args.tokenizer_model else None

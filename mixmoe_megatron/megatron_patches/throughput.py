@@ -103,5 +103,10 @@ def install_metrics(args: MegatronArgs) -> None:
     if args.mixmoe_stage:
         sizes = throughput.sizes
         install_metrics_tracker(
-            args.mixmoe_stage, sizes.moe_layers, sizes.num_experts_per_group, args.log_interval, throughput
+            args.mixmoe_stage,
+            sizes.moe_layers,
+            sizes.num_experts_per_group,
+            args.log_interval,
+            throughput,
+            has_lpr=args.lpr_coeff > 0,
         )

@@ -10,6 +10,7 @@ from typing import Any
 #: The parts of a GPTModel, in order: the first pattern found in a parameter's name decides.
 PARTS: dict[str, str] = {
     "adapters": r"\.lora\.",
+    "base expert": r"\.mlp\.experts\.base_expert\.",
     "LM experts": r"\.mlp\.experts\.lm_experts\.",
     "MT experts": r"\.mlp\.experts\.mt_experts\.",
     "LM routers": r"\.mlp\.router\.lm\.",
@@ -47,6 +48,7 @@ class Phase:
         starts_from: names of the phases whose checkpoints it may start from.
         data: kinds of token files that it is meant for, "monolingual" and "parallel".
         made_by: what to run to get a checkpoint of it, the end of a sentence.
+        defaults: values of training arguments that are its defaults, in place of those of all phases.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Phase:
     starts_from: tuple[str, ...]
     data: tuple[str, ...]
     made_by: str
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def stage(self) -> int:

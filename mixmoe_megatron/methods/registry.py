@@ -10,6 +10,7 @@ from mixmoe_megatron.methods.llama_pro import LLAMA_PRO
 from mixmoe_megatron.methods.lora import LORA
 from mixmoe_megatron.methods.mixmoe import MIXMOE, STAGE1, STAGE2
 from mixmoe_megatron.methods.moe import MOE
+from mixmoe_megatron.methods.moe_lpr import MOE_LPR
 
 METHODS: dict[str, Method] = {}
 PHASES: dict[str, Phase] = {}
@@ -28,7 +29,7 @@ def register(method: Method) -> None:
     PHASES.update(phases)
 
 
-for _method in (FULL, MIXMOE, LORA, LLAMA_PRO, MOE, LLAMA_MOE_V2):
+for _method in (FULL, MIXMOE, LORA, LLAMA_PRO, MOE, MOE_LPR, LLAMA_MOE_V2):
     register(_method)
 #: The number of --mixmoe-stage -> the phase that it trains.
 STAGES: dict[int, Phase] = {0: DENSE, 1: STAGE1, 2: STAGE2}

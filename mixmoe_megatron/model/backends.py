@@ -30,18 +30,21 @@ def choose_experts_backend(config: TransformerConfig, num_per_group: int) -> str
         num_per_group: experts of a group on this rank; one expert needs no grouping.
 
     Raises:
-        MixMoEError: the backend asked for is missing or does not support the config.
+        MixMoEError: the backend asked for is missing or does not support the config or the option `base_expert`.
     """
     wanted = getattr(config, "experts_backend", "auto")
     if wanted == "te" and not HAVE_TE:
         raise MixMoEError("experts_backend=te needs Transformer Engine, which is not installed (use auto or torch).")
+    is_uneven = getattr(config, "base_expert", False)
+    if wanted == "te" and is_uneven:
+        raise MixMoEError("experts_backend=te does not go with base_expert: it stores as many experts on each rank.")
     capability = cuda_capability()
     misfit = _grouped_mm_misfit(config, capability)
     if wanted == "torch" and misfit and num_per_group > 1:
         raise MixMoEError(f"experts_backend=torch: {misfit} (use auto or sequential).")
     if wanted != "auto":
         backend, why = wanted, "asked for"
-    elif uses_transformer_engine(config):
+    elif uses_transformer_engine(config) and not is_uneven:
         backend, why = "te", "Transformer Engine is there"
     elif num_per_group == 1:
         backend, why = "sequential", "one expert of a group per rank is a plain GEMM"

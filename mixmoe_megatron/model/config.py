@@ -32,6 +32,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
         new_layers: 0-based numbers of the layers that the base has not (LLaMA-Pro).
         lora_rank: r of the low-rank matrices beside the linear layers; 0: there are none.
         lora_alpha: their output is multiplied by lora_alpha / lora_rank.
+        lpr_coeff: weight of the loss that asks the router for the base expert (MoE-LPR); 0: there is none.
         seed: of the routers' first weights; Megatron's --seed.
 
     Raises:
@@ -43,6 +44,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
     new_layers: tuple[int, ...] = ()
     lora_rank: int = 0
     lora_alpha: float = 16.0
+    lpr_coeff: float = 0.0
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -90,6 +92,18 @@ def _check_lora(config: MixMoETransformerConfig) -> None:
         raise MixMoEError(
             f"LoRA under tensor parallelism needs as many key and value heads on each rank: {groups} are not divisible "
             f"by tensor_model_parallel_size={tensor_parallel}."
+        )
+
+
+def _check_lpr(config: MixMoETransformerConfig) -> None:
+    if not 0 <= config.lpr_coeff < float("inf"):
+        raise MixMoEError(f"lpr_coeff must be finite and not negative, got {config.lpr_coeff!r}.")
+    if config.lpr_coeff and not config.base_expert:
+        raise MixMoEError("lpr_coeff needs a model with a base expert: convert one with --method moe_lpr.")
+    if config.lpr_coeff and config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or []):
+        raise MixMoEError(
+            "lpr_coeff does not go with --recompute-modules moe, which forgets the tokens' languages: take "
+            "--recompute-granularity full, or another module."
         )
 
 
@@ -202,6 +216,7 @@ def check_transformer_config(config: MixMoETransformerConfig) -> None:
     if config.experts_backend not in EXPERTS_BACKENDS:
         backends = ", ".join(EXPERTS_BACKENDS)
         raise MixMoEError(f"experts_backend must be one of {backends}, got {config.experts_backend!r}.")
+    _check_lpr(config)
     check_expert_parallel(config.num_experts_per_group, config.expert_model_parallel_size)
     etp = config.expert_tensor_parallel_size or 1
     if config.moe_ffn_hidden_size and config.moe_ffn_hidden_size % etp:

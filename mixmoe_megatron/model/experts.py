@@ -3,12 +3,15 @@
 Shape legend: T tokens of a group on this rank (a token counts once per chosen expert), H hidden_size, F
 moe_ffn_hidden_size / expert tensor parallel size, n experts of a group on this rank, E = 2 n (stage 2) or n (stage 1).
 
-Two modules, not one: the LM group is frozen in stage 2, and a grouped linear layer is frozen as a whole or not at all.
-A frozen group computes no weight gradient: autograd asks its layers for the input gradient only.
+A module for each part that is frozen on its own, because a grouped linear layer is frozen as a whole or not at all: the
+LM group is frozen in stage 2, and MoE-LPR freezes the first LM expert (option `base_expert`), which lies on the first
+expert-parallel rank, beside others. A frozen part computes no weight gradient: autograd asks its layers for the input
+gradient only.
 """
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -22,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.methods.mixmoe import GROUPS
 from mixmoe_megatron.model.backends import choose_experts_backend
 from mixmoe_megatron.model.config import options_and_stage
 from mixmoe_megatron.model.expert_ops import grouped_linear, looped_linear, weighted_swiglu
@@ -42,8 +46,12 @@ class GroupedLinear(torch.nn.Module):
         config: a MixMoETransformerConfig.
         pg_collection: Megatron's process groups (ep, expt_tp, expt_dp).
         use_grouped_mm: one grouped GEMM instead of a GEMM per expert.
+        num_experts: of the group on all ranks; None: each rank has as many.
+        first: number in the group of this rank's first expert; None: each rank has as many.
 
     Attributes:
+        experts: this rank's numbers in the group.
+        num_experts: experts of the group on all ranks.
         weight: [n, output size, input size] params_dtype.
         parallel_axis: axis of [output size, input size] that expert tensor parallelism splits.
         stride: 2 when the output is a gate and an up projection, each split on its own, else 1.
@@ -58,12 +66,17 @@ class GroupedLinear(torch.nn.Module):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         use_grouped_mm: bool,
+        num_experts: int | None = None,
+        first: int | None = None,
     ):
         super().__init__()
         self.name, self.use_grouped_mm = name, use_grouped_mm
         self.ep_rank, self.ep_size = utils.get_pg_rank(pg_collection.ep), utils.get_pg_size(pg_collection.ep)
         self.tp_rank, self.tp_size = utils.get_pg_rank(pg_collection.expt_tp), utils.get_pg_size(pg_collection.expt_tp)
         self.dp_rank = utils.get_pg_rank(pg_collection.expt_dp)
+        self.num_experts = num_local_experts * self.ep_size if num_experts is None else num_experts
+        first = num_local_experts * self.ep_rank if first is None else first
+        self.experts = range(first, first + num_local_experts)
         hidden_size, ffn_size = config.hidden_size, config.moe_ffn_hidden_size
         assert ffn_size is not None
         if name == "linear_fc1":
@@ -90,13 +103,13 @@ class GroupedLinear(torch.nn.Module):
                     init_method(expert)
             return
         # On the CPU every rank draws all experts, so that the model does not depend on the parallel sizes.
-        n = len(self.weight)
-        for index in range(n * self.ep_size):
+        for index in range(self.num_experts):
             full = torch.empty(full_shape, dtype=torch.float32, device="cpu")
             init_method(full)
-            if index // n == self.ep_rank:
+            if index in self.experts:
                 blocks = full.chunk(self.stride * self.tp_size, dim=self.parallel_axis)
-                self.weight[index % n].copy_(torch.cat(blocks[self.tp_rank :: self.tp_size], dim=self.parallel_axis))
+                own = self.weight[index - self.experts.start]
+                own.copy_(torch.cat(blocks[self.tp_rank :: self.tp_size], dim=self.parallel_axis))
 
     def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
         """Apply each expert's layer to its rows: [T, in] sorted by expert -> [T, out].
@@ -128,6 +141,7 @@ class ExpertGroup(MegatronModule):
         config: a MixMoETransformerConfig.
         pg_collection: Megatron's process groups (ep, expt_tp, expt_dp).
         use_grouped_mm: one grouped GEMM per layer instead of a GEMM per expert.
+        num_experts, first: see GroupedLinear; None: each rank has as many.
     """
 
     def __init__(
@@ -136,10 +150,12 @@ class ExpertGroup(MegatronModule):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         use_grouped_mm: bool,
+        num_experts: int | None = None,
+        first: int | None = None,
     ):
         super().__init__(config=config)
         self.linear_fc1, self.linear_fc2 = (
-            GroupedLinear(name, num_local_experts, config, pg_collection, use_grouped_mm)
+            GroupedLinear(name, num_local_experts, config, pg_collection, use_grouped_mm, num_experts, first)
             for name in ("linear_fc1", "linear_fc2")
         )
         self.recompute_activation = config.recompute_granularity == "selective" and "moe_act" in (
@@ -176,7 +192,7 @@ class ExpertGroup(MegatronModule):
 
 
 class MixMoEExperts(MegatronModule):
-    """The LM group and, in stage 2, the MT group on this rank.
+    """The LM group and, in stage 2, the MT group on this rank; with a base expert, that beside the other LM experts.
 
     Args:
         num_local_experts: E, experts of both groups on this rank.
@@ -186,6 +202,7 @@ class MixMoEExperts(MegatronModule):
 
     Attributes:
         layer_number: 1-based, for the log; set by the layer.
+        block_sizes: names of the modules that hold this rank's experts, in their order, and how many each holds.
 
     Raises:
         MixMoEError: the backend asked for is not there or does not support the config.
@@ -202,38 +219,58 @@ class MixMoEExperts(MegatronModule):
         super().__init__(config=config)
         if pg_collection is None:
             raise MixMoEError("MixMoEExperts needs Megatron's process groups (pg_collection).")
-        _, self.stage = options_and_stage(config)
-        self.num_per_group = num_local_experts // self.stage
+        options, self.stage = options_and_stage(config)
+        n = num_local_experts // self.stage
         self.layer_number: int | None = None
         self.tp_group = pg_collection.expt_tp
-        self.backend = choose_experts_backend(config, self.num_per_group)
-        self.lm_experts = self._build_group(pg_collection, f"{name}.lm_experts" if name else None)
-        if self.stage == 2:
-            self.mt_experts = self._build_group(pg_collection, f"{name}.mt_experts" if name else None)
+        self.backend = choose_experts_backend(config, n)
+        self.block_sizes: dict[str, int] = {}
+        if options.base_expert:
+            rank = utils.get_pg_rank(pg_collection.ep)
+            is_first, others = rank == 0, options.num_experts_per_group - 1
+            self._add_block("base_expert", int(is_first), pg_collection, name, 1, 0)
+            self._add_block("lm_experts", n - is_first, pg_collection, name, others, max(0, n * rank - 1))
+        else:
+            for group in GROUPS[: self.stage]:
+                self._add_block(f"{group}_experts", n, pg_collection, name)
 
-    def _build_group(self, pg_collection: ProcessGroupCollection, name: str | None) -> MegatronModule:
+    def _add_block(
+        self,
+        block: str,
+        count: int,
+        pg_collection: ProcessGroupCollection,
+        name: str | None,
+        num_experts: int | None = None,
+        first: int | None = None,
+    ) -> None:
+        """Build the module of `count` experts, unless it would be empty: an empty parameter has no place anywhere."""
+        if count == 0:
+            return
         group: MegatronModule
         if self.backend == "te":
             from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
             build = TESpecProvider().grouped_mlp_modules(True)
-            group = build(self.num_per_group, self.config, pg_collection=pg_collection, name=name)
+            full_name = f"{name}.{block}" if name else None
+            group = build(count, self.config, pg_collection=pg_collection, name=full_name)
         else:
-            group = ExpertGroup(self.num_per_group, self.config, pg_collection, use_grouped_mm=self.backend == "torch")
+            use_grouped_mm = self.backend == "torch"
+            group = ExpertGroup(count, self.config, pg_collection, use_grouped_mm, num_experts, first)
         for weight in group.parameters():
             # Experts belong to Megatron's expert process groups under every layout, also where these equal the dense
             # ones: the optimizer then has the same parts, and its checkpoint loads under any layout.
             weight.allreduce = False
-        return group
+        self.block_sizes[block] = count
+        self.add_module(block, group)
 
     def groups(self) -> list[MegatronModule]:
-        """Return the groups in the order of their experts on this rank."""
-        return [self.lm_experts, self.mt_experts] if self.stage == 2 else [self.lm_experts]
+        """Return the modules that hold the experts, in the order of the experts on this rank."""
+        return [getattr(self, block) for block in self.block_sizes]
 
     def forward(
         self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Split the tokens once into the groups, run each, put the outputs back together.
+        """Split the tokens once into the modules' parts, run each, put the outputs back together.
 
         Args:
             hidden_states: [T, H] params_dtype, sorted by expert: LM tokens, then MT tokens.
@@ -243,16 +280,16 @@ class MixMoEExperts(MegatronModule):
         Returns:
             output: [T, H]. bias: None.
         """
-        counts, n = tokens_per_expert.tolist(), self.num_per_group
-        group_counts = [counts[start : start + n] for start in range(0, len(counts), n)]
+        counts = iter(tokens_per_expert.tolist())
+        group_counts = [list(itertools.islice(counts, size)) for size in self.block_sizes.values()]
         sizes = [sum(group) for group in group_counts]
         outputs = [
             self._run_group(*work)
             for work in zip(self.groups(), hidden_states.split(sizes), group_counts, probs.split(sizes), strict=True)
         ]
         if (tracker := recording_tracker(self)) and self.layer_number is not None:
-            for index, output in enumerate(outputs):
-                tracker.record_output(self.layer_number, index, output, self.tp_group)
+            for block, output in zip(self.block_sizes, outputs, strict=True):
+                tracker.record_output(self.layer_number, int(block == "mt_experts"), output, self.tp_group)
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]), None
 
     def _run_group(

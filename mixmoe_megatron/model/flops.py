@@ -55,13 +55,13 @@ class StepFlops:
         return self.forward + self.backward_inputs + self.backward_weights
 
 
-def _product(forward: float, inputs: int | bool, weights: bool) -> StepFlops:
+def _product(forward: float, inputs: int | bool, weights: float) -> StepFlops:
     """Return the operations of a matrix product, or of several of one kind.
 
     Args:
         forward: operations of the forward pass.
         inputs: how many times as many the gradients of its inputs cost (attention has two inputs), 0: not computed.
-        weights: whether its weight trains; its gradient costs as many again.
+        weights: whether its weight trains, or which share of it; its gradient costs as many again.
     """
     return StepFlops(forward, forward * inputs, forward * weights)
 
@@ -142,8 +142,9 @@ def _moe_layer(
     routers = [trains(f"{at}mlp.router.{group}.weight") for group in groups]
     # all groups share one product, and its gradient is computed whole
     yield _product(2 * hidden * sizes.num_experts_per_group * len(groups), below, any(routers))
-    for group in groups:
-        fc1, fc2 = (trains(f"{at}mlp.experts.{group}_experts.experts.{name}.weight") for name in _EXPERT_LINEARS)
-        rows = topk_per_group * hidden * sizes.moe_ffn_hidden_size
+    for block, experts in sizes.blocks().items():
+        fc1, fc2 = (trains(f"{at}mlp.experts.{block}.experts.{name}.weight") for name in _EXPERT_LINEARS)
+        share = experts / sizes.num_experts_per_group  # of the group's tokens
+        rows = share * topk_per_group * hidden * sizes.moe_ffn_hidden_size
         yield _product(4 * rows, below, fc1)  # gate and up
         yield _product(2 * rows, True, fc2)  # down

@@ -8,8 +8,8 @@ are computed are marked so, and `model.router_rows` computes them.
 Megatron names are the keys of a torch_dist checkpoint, one per layer. `{i}` is the layer number from 0.
 
 Shape legend: H hidden_size, F ffn_hidden_size, Q attention heads x head size, K query groups x head size, QKV = Q + 2K,
-V vocabulary, P padded vocabulary, r LoRA's rank, n experts per group, E experts of all groups (n or 2n), f
-moe_ffn_hidden_size.
+V vocabulary, P padded vocabulary, r LoRA's rank, n experts per group, m LM experts beside the base expert (n or n - 1),
+E experts of all groups (n or 2n), f moe_ffn_hidden_size.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Sizes:
         qkv_bias: the query, key and value projections have a bias (Qwen2).
         moe_layers: 0-based numbers of the Mix-MoE layers; empty for a dense model.
         num_groups: 1 in stage 1 (LM), 2 in stage 2 (LM and MT).
+        base_expert: the first LM expert is a part of its own.
         router_bias: the routers have a bias.
         new_layers: 0-based numbers of layers that the base has not; they are dense.
         lora_rank: r of the low-rank matrices beside the linear layers; 0: there are none.
@@ -63,6 +64,7 @@ class Sizes:
     num_groups: int = 0
     num_experts_per_group: int = 0
     moe_ffn_hidden_size: int = 0
+    base_expert: bool = False
     router_bias: bool = True
     spectral: bool = True
     expert_init: str = "slice"
@@ -76,9 +78,15 @@ class Sizes:
         values = {
             "H": self.hidden_size, "F": self.ffn_hidden_size, "2F": 2 * self.ffn_hidden_size,
             "Q": q, "K": k, "QKV": q + 2 * k, "V": self.vocab_size, "P": self.padded_vocab_size,
-            "0": 0, "1": 1, "r": self.lora_rank, "n": n, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
+            "0": 0, "1": 1, "r": self.lora_rank, "n": n,
+            "m": n - self.base_expert, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
         }  # fmt: skip
         return tuple(values[symbol] for symbol in symbols.split())
+
+    def blocks(self) -> dict[str, int]:
+        """Return the parts that a layer's experts are stored in, in logical order, and how many experts each holds."""
+        groups = {f"{group}_experts": self.num_experts_per_group for group in GROUPS[: self.num_groups]}
+        return {"base_expert": 1, "lm_experts": self.num_experts_per_group - 1} if self.base_expert else groups
 
     @property
     def is_stacked(self) -> bool:
@@ -117,6 +125,11 @@ def has_router_bias(sizes: Sizes) -> bool:
 def is_spectral(sizes: Sizes) -> bool:
     """Whether a group's router has a spectral weight."""
     return sizes.spectral
+
+
+def has_base_expert(sizes: Sizes) -> bool:
+    """Whether the first LM expert is a part of its own."""
+    return sizes.base_expert
 
 
 def has_mt(sizes: Sizes) -> bool:
@@ -231,6 +244,16 @@ def _merge_groups(arrays: list[Array], sizes: Sizes) -> list[Array]:
     return [np.concatenate(arrays)]
 
 
+def split_blocks(arrays: list[Array], sizes: Sizes) -> list[Array]:
+    """Cut the experts of all groups, one array [E, ...], into the parts that Megatron keeps them in.
+
+    Args:
+        arrays: the one array.
+        sizes: of the model.
+    """
+    return np.split(arrays[0], list(itertools.accumulate(sizes.blocks().values()))[:-1])
+
+
 def _unfold_router(arrays: list[Array], sizes: Sizes) -> list[Array]:
     """A plain router [E, H] becomes W_h = its rows and W_f = 0 in each group."""
     weights = _split_groups(arrays, sizes)
@@ -238,11 +261,13 @@ def _unfold_router(arrays: list[Array], sizes: Sizes) -> list[Array]:
 
 
 def _upcycle_gate_up(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    return [upcycling.experts_from_dense_gate_up(arrays[0], arrays[1], sizes.num_experts_per_group, sizes.expert_init)]
+    n, init = sizes.num_experts_per_group, sizes.expert_init
+    return split_blocks([upcycling.experts_from_dense_gate_up(arrays[0], arrays[1], n, init)], sizes)
 
 
 def _upcycle_down(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    return [upcycling.experts_from_dense_down(arrays[0], sizes.num_experts_per_group, sizes.expert_init)]
+    n, init = sizes.num_experts_per_group, sizes.expert_init
+    return split_blocks([upcycling.experts_from_dense_down(arrays[0], n, init)], sizes)
 
 
 def _new_bias(arrays: list[Array], sizes: Sizes) -> list[Array]:
@@ -261,7 +286,8 @@ SAME = Crossing(_same, _same)
 VOCAB = Crossing(_pad_vocab, _trim_vocab)
 QKV = Crossing(_merge_qkv, _split_qkv)
 GATE_UP = Crossing(_merge_gate_up, _split_gate_up)
-EXPERT_GROUPS = Crossing(_split_groups, _merge_groups)
+ROUTER_BIASES = Crossing(_split_groups, _merge_groups)
+EXPERTS = Crossing(split_blocks, _merge_groups)
 ROUTER = Crossing(_unfold_router, None)
 UPCYCLED_GATE_UP = Crossing(_upcycle_gate_up, None)
 UPCYCLED_DOWN = Crossing(_upcycle_down, None)
@@ -271,7 +297,7 @@ NEW_ROUTER_BIAS = Crossing(_new_bias, None)
 
 _M = "decoder.layers.{i}."
 _E = _M + "mlp.experts."
-_LM, _MT = _E + "lm_experts.experts.", _E + "mt_experts.experts."
+_BASE, _LM, _MT = _E + "base_expert.experts.", _E + "lm_experts.experts.", _E + "mt_experts.experts."
 _R = _M + "mlp.router."
 _H = "model.layers.{i}."
 _A = _H + "self_attn."
@@ -301,20 +327,22 @@ _MIXMOE_ROWS = (
          Key(_R + "mt.weight", "n H", has_mt), Key(_R + "mt.spectral_weight", "n H", has_spectral_mt)),
         (Key(_H + "mlp.router.weight", "E H"),), ROUTER, "moe", is_router=True),
     Row((Key(_R + "lm.bias", "n"), Key(_R + "mt.bias", "n", has_mt)),
-        (Key(_H + "mlp.router.bias", "E"),), EXPERT_GROUPS, "moe", when=has_router_bias, is_router=True),
-    Row((Key(_LM + "linear_fc1.weight", "n 2f H"), Key(_MT + "linear_fc1.weight", "n 2f H", has_mt)),
-        (Key(_H + "mlp.experts.gate_up_proj", "E 2f H"),), EXPERT_GROUPS, "moe"),
-    Row((Key(_LM + "linear_fc2.weight", "n H f"), Key(_MT + "linear_fc2.weight", "n H f", has_mt)),
-        (Key(_H + "mlp.experts.down_proj", "E H f"),), EXPERT_GROUPS, "moe"),
+        (Key(_H + "mlp.router.bias", "E"),), ROUTER_BIASES, "moe", when=has_router_bias, is_router=True),
+    Row((Key(_BASE + "linear_fc1.weight", "1 2f H", has_base_expert), Key(_LM + "linear_fc1.weight", "m 2f H"),
+         Key(_MT + "linear_fc1.weight", "n 2f H", has_mt)),
+        (Key(_H + "mlp.experts.gate_up_proj", "E 2f H"),), EXPERTS, "moe"),
+    Row((Key(_BASE + "linear_fc2.weight", "1 H f", has_base_expert), Key(_LM + "linear_fc2.weight", "m H f"),
+         Key(_MT + "linear_fc2.weight", "n H f", has_mt)),
+        (Key(_H + "mlp.experts.down_proj", "E H f"),), EXPERTS, "moe"),
 )  # fmt: skip
 
 _UPCYCLING_ROWS = (
     Row((Key(_R + "lm.weight", "n H"), Key(_R + "lm.spectral_weight", "n H", is_spectral)),
         (), NEW_ROUTER, "moe", is_router=True),
     Row((Key(_R + "lm.bias", "n"),), (), NEW_ROUTER_BIAS, "moe", when=has_router_bias, is_router=True),
-    Row((Key(_LM + "linear_fc1.weight", "n 2f H"),),
+    Row((Key(_BASE + "linear_fc1.weight", "1 2f H", has_base_expert), Key(_LM + "linear_fc1.weight", "m 2f H")),
         (Key(_H + "mlp.gate_proj.weight", "F H"), Key(_H + "mlp.up_proj.weight", "F H")), UPCYCLED_GATE_UP, "moe"),
-    Row((Key(_LM + "linear_fc2.weight", "n H f"),),
+    Row((Key(_BASE + "linear_fc2.weight", "1 H f", has_base_expert), Key(_LM + "linear_fc2.weight", "m H f")),
         (Key(_H + "mlp.down_proj.weight", "H F"),), UPCYCLED_DOWN, "moe"),
 )  # fmt: skip
 
@@ -349,39 +377,3 @@ TABLES = {
     "new lora": SHARED_ROWS + _lora_rows(NEW_LORA, in_hf=False),
     "lora": SHARED_ROWS + LORA_ROWS,
 }
-
-# Modules whose `_extra_state` (empty without fp8) Megatron asks for on loading: (module, scope). Both Megatron's own
-# linear layers and Transformer Engine's are covered; a model ignores the entries of modules it lacks.
-EXTRA_STATE_MODULES: tuple[tuple[str, Scope | Literal["expert"]], ...] = (
-    (_M + "self_attention.linear_qkv", "layer"),
-    (_M + "self_attention.linear_proj", "layer"),
-    (_M + "self_attention.core_attention", "layer"),
-    (_M + "mlp.linear_fc1", "dense"),
-    (_M + "mlp.linear_fc2", "dense"),
-    (_M + "pre_mlp_layernorm", "moe"),
-    (_E + "{g}_experts.experts.linear_fc1", "expert"),
-    (_E + "{g}_experts.experts.linear_fc2", "expert"),
-    ("decoder.final_layernorm", "model"),
-)
-
-
-def extra_state_keys(sizes: Sizes) -> list[str]:
-    """Return the keys under which a torch_dist checkpoint of this model stores its empty `_extra_state` objects.
-
-    A key ends in the object's place among its like: `shard_2_4` is layer 2 of 4 stacked ones, or expert 2 of 4.
-    """
-    keys = []
-    for module, scope in EXTRA_STATE_MODULES:
-        if scope == "model":
-            keys.append(f"{module}._extra_state/shard_0_1")
-        elif scope == "expert":
-            n, groups = sizes.num_experts_per_group, GROUPS[: sizes.num_groups]
-            for i, group, expert in itertools.product(sizes.moe_layers, groups, range(n)):
-                name = module.replace("{i}", str(i)).replace("{g}", group)
-                keys.append(f"{name}._extra_state/shard_{expert}_{n}")
-        elif not sizes.is_stacked:
-            keys += [f"{module.replace('{i}', str(i))}._extra_state/shard_0_1" for i in sizes.layers(scope)]
-        else:
-            name, count = module.replace("{i}.", ""), sizes.num_layers
-            keys += [f"{name}._extra_state/shard_{i}_{count}" for i in sizes.layers(scope)]
-    return keys

@@ -13,7 +13,8 @@ W&B each layer too (`moe/NAME_layer_I`, I from 0, and each expert's load). Names
 - `output_norm`: root mean square over tokens of the norm of a chosen expert's output, as it enters the layer's sum;
   of the logged step alone, because under expert tensor parallelism it takes an all-reduce of all outputs.
 
-In stage 2 `mt_lm_norm_ratio` is the quotient of the output norms. Padding counts for nothing.
+MoE-LPR adds `lpr_loss`: the mean over tokens of original languages of -log p, p the base expert's probability; 0 where
+there was no such token. In stage 2 `mt_lm_norm_ratio` is the quotient of the output norms. Padding counts for nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from mixmoe_megatron.methods.mixmoe import GROUPS
 
 _AUX_LOSS = "load_balancing_loss"
 # Columns of the sums behind the n token counts of the experts.
-_PROB, _AUX, _AUX_COUNT, _SQUARED_NORM, _NORM_COUNT = range(5)
-_NUM_COLUMNS = 5
+_PROB, _AUX, _AUX_COUNT, _SQUARED_NORM, _NORM_COUNT, _LPR, _LPR_COUNT = range(7)
+_NUM_COLUMNS = 7
 
 
 class Rates(Protocol):
@@ -57,6 +58,7 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         num_experts_per_group: n, the experts of each group.
         log_interval: steps between log lines.
         rates: what gives values a second to the log; None: nothing does.
+        has_lpr: whether training has the LPR loss.
     """
 
     def __init__(
@@ -66,16 +68,17 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         num_experts_per_group: int,
         log_interval: int = 1,
         rates: Rates | None = None,
+        has_lpr: bool = False,
     ):
         super().__init__()
         self.groups, self.moe_layers, self.num_experts = GROUPS[:stage], list(moe_layers), num_experts_per_group
-        self.log_interval, self.rates = log_interval, rates
+        self.log_interval, self.rates, self.has_lpr = log_interval, rates, has_lpr
         self._sums: torch.Tensor | None = None
         self._logged = False  # whether a line was logged
         self._logs_next = True  # whether the step that runs will be logged
 
     def _row(self, layer_number: int, device: torch.device | str | int) -> torch.Tensor:
-        """The sums of a layer (1-based), [G, n + 5] float64: tokens of each expert, then the columns above."""
+        """The sums of a layer (1-based), [G, n + 7] float64: tokens of each expert, then the columns above."""
         if self._sums is None:
             shape = (len(self.moe_layers), len(self.groups), self.num_experts + _NUM_COLUMNS)
             self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -109,6 +112,18 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
         row[:, self.num_experts + _PROB].add_((scores * routing_map).sum(dim=(0, 2)))
         if self._logs_next:
             row[:, self.num_experts + _NORM_COUNT].add_(counts.sum(dim=-1))
+
+    def record_lpr(self, layer_number: int, values: torch.Tensor, counts: torch.Tensor) -> None:
+        """Add a micro-batch's LPR loss.
+
+        Args:
+            layer_number: 1-based.
+            values: [T] float32, -log p of the base expert.
+            counts: [T] bool, True for tokens of original languages.
+        """
+        row = self._row(layer_number, values.device)
+        row[0, self.num_experts + _LPR].add_((values * counts).sum())
+        row[0, self.num_experts + _LPR_COUNT].add_(counts.sum())
 
     def record_output(
         self, layer_number: int, group: int, output: torch.Tensor, tp_group: torch.distributed.ProcessGroup | None
@@ -208,6 +223,9 @@ class MixMoEMetricsTracker(MoEMetricsTracker):
             values[f"{group}_router_prob"] = columns[:, _PROB] / routed
             values[f"{group}_output_norm"] = (columns[:, _SQUARED_NORM] / columns[:, _NORM_COUNT]).sqrt()
             values[f"{group}_load"] = share
+        if self.has_lpr:
+            columns = sums[:, 0, self.num_experts :].unsqueeze(-1)
+            values["lpr_loss"] = columns[:, _LPR] / columns[:, _LPR_COUNT].clamp_min(1)
         if len(self.groups) == 2:
             values["mt_lm_norm_ratio"] = values["mt_output_norm"] / values["lm_output_norm"]
         return values

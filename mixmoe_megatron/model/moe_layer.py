@@ -47,12 +47,29 @@ class MixMoELayer(MoELayer):
         _sort_once(self.token_dispatcher)
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the layer, [S, B, H] -> ([S, B, H], no bias). Further arguments are Megatron's."""
+        """Run the layer, [S, B, H] -> ([S, B, H], no bias).
+
+        Args:
+            hidden_states: [S, B, H], the local shard under sequence parallelism.
+            intermediate_tensors: Megatron's.
+            padding_mask: [B, S]. bool: True where there is padding; None: nowhere. float32: there is none, and these
+                are the weights of the tokens in the LPR loss (`router.MixMoERouter.lpr_weights`).
+        """
+        if padding_mask is not None and padding_mask.is_floating_point():  # Megatron would make it boolean
+            self.router.lpr_weights, padding_mask = padding_mask.t().reshape(-1), None
+        try:
+            return self._run(hidden_states, intermediate_tensors, padding_mask)
+        finally:
+            self.router.lpr_weights = None
+
+    def _run(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any, padding_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.needs_input_gradient and torch.is_grad_enabled() and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
-        return super().forward(hidden_states, *args, **kwargs)
+        return super().forward(hidden_states, intermediate_tensors, padding_mask)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the 1-based number of the layer, which is told when it is known."""

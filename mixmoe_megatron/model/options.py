@@ -87,6 +87,10 @@ class MixMoEOptions:
     )
     router_bias: bool = _option(True, "give the routers a bias, zero at the start")
     lb_reduction: str = _option("mean", "average or add the aux losses of the MoE layers", ("mean", "sum"))
+    base_expert: bool = _option(
+        False,
+        "keep the first LM expert, a copy of the FFN, as a part of its own, which no phase of experts trains (MoE-LPR)",
+    )
     moe_layer_placement: str = _option(
         "last",
         "which layers are MoE layers; last: the last of each moe_every; measured: where the text of --measure says "
@@ -150,6 +154,8 @@ class MixMoEOptions:
             raise MixMoEError(
                 f"topk_per_group={self.topk_per_group} exceeds num_experts_per_group={self.num_experts_per_group}."
             )
+        if self.base_expert and (self.expert_init != "copy" or self.num_experts_per_group < 2):
+            raise MixMoEError("base_expert needs expert_init=copy and num_experts_per_group of 2 or more.")
         if self.expert_scale is not None and not 0 < self.expert_scale < float("inf"):
             raise MixMoEError(f"expert_scale must be positive and finite (or left out), got {self.expert_scale!r}.")
         if self.router_init_std is not None and not 0 <= self.router_init_std < float("inf"):
@@ -284,11 +290,14 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
         Argument -> value, for stages 1 and 2 among them the number and the width of the experts and the MoE layers.
 
     Raises:
-        MixMoEError: F is not divisible by n, there is no MoE layer, or the stage is unknown.
+        MixMoEError: F is not divisible by n, there is no MoE layer, the stage is unknown, or it has MT experts beside a
+            base expert.
     """
     phase_of_stage(stage)  # refuses an unknown one
     if stage == 0:
         return {"num_experts": None, "moe_layer_freq": 1}
+    if stage == 2 and options.base_expert:
+        raise MixMoEError("base_expert goes with one group of experts: there are no MT experts beside it.")
     n = options.num_experts_per_group
     layers = set(resolve_moe_layers(options, num_layers))
     return {

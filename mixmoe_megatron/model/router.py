@@ -97,6 +97,9 @@ class MixMoERouter(TopKRouter):
         pg_collection: Megatron's process groups; None: one process.
         kwargs: TopKRouter's other arguments, passed on to Megatron.
 
+    Attributes:
+        lpr_weights: [T] float32, what each token counts in the LPR loss of the layer that runs; None: there is none.
+
     Raises:
         MixMoEError: the config does not go with Mix-MoE.
     """
@@ -111,6 +114,8 @@ class MixMoERouter(TopKRouter):
         self.ep_size = utils.get_pg_size(pg_collection.ep if pg_collection is not None else None)
         num_terms = sum(config.moe_layer_freq) if self.options.lb_reduction == "mean" else 1
         self.group_aux_loss_coeff = self.get_aux_loss_coeff("aux_loss") / num_terms
+        self.lpr_coeff = getattr(config, "lpr_coeff", 0.0) / sum(config.moe_layer_freq)
+        self.lpr_weights: torch.Tensor | None = None
         self._draw()
 
     def reset_parameters(self) -> None:
@@ -171,6 +176,8 @@ class MixMoERouter(TopKRouter):
         """Turn logits, [S, B, E] float32 in logical order, into `forward`'s result. Attaches the aux losses."""
         k = self.options.topk_per_group
         logits = logits.reshape(-1, self.stage, self.options.num_experts_per_group)  # [T, G, n]
+        if self.lpr_weights is not None and self.training and torch.is_grad_enabled():
+            logits = self._ask_for_the_base_expert(logits, self.lpr_weights)
         scores = logits.softmax(dim=-1)
         # Not the top-k of the probabilities: several of them underflow to the same 0.
         chosen = logits.topk(k, dim=-1, sorted=False).indices
@@ -198,6 +205,27 @@ class MixMoERouter(TopKRouter):
             scores = scores * 0.0 + 1.0  # a zero gradient, not none: DDP waits for every trained parameter
         probs = scores * (routing_map * factor)
         return probs if valid is None else probs.where(valid[:, None, None], routing_map * 2.0**-60)
+
+    def _ask_for_the_base_expert(self, logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Attach the LPR loss, the weighted sum of -log p_0, to the logits, and record it.
+
+        All that its backward pass does is to add d loss / d logits = weight (p - e_0), which is finite at p_0 = 0 too.
+
+        Source: MoE-LPR (arXiv:2408.11396) section 2.3. Deviates: D16 (model/README.md).
+
+        Args:
+            logits: [T, 1, n] float32.
+            weights: [T] float32, 0 for tokens that do not count.
+
+        Returns:
+            `logits`, which carry the loss's gradient.
+        """
+        log_probs = logits.detach().log_softmax(dim=-1)
+        if (tracker := recording_tracker(self)) is not None:
+            tracker.record_lpr(self.layer_number, -log_probs[:, 0, 0], weights > 0)
+        slopes = log_probs.exp()
+        slopes[..., 0] -= 1
+        return _AttachAuxLoss.apply(logits, slopes * weights[:, None, None], self.lpr_coeff)
 
     def _record_and_balance(
         self, scores: torch.Tensor, routing_map: torch.Tensor, valid: torch.Tensor | None
@@ -269,7 +297,7 @@ def _stack(parameters: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
 
 
 class _AttachAuxLoss(torch.autograd.Function):
-    """Give back `scores`; on the way back add the gradient of the aux losses, coeff * Megatron's scale * `slopes`."""
+    """Give back `scores`; on the way back add the gradient of a loss of theirs, coeff * Megatron's scale * `slopes`."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, slopes: torch.Tensor, coeff: float) -> torch.Tensor:

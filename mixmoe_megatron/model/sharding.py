@@ -24,7 +24,7 @@ class StackedWeight:
     """A group's stacked weight on this rank, [n, out, in], and how it lies in the global tensor.
 
     Args:
-        layer: the linear layers that the weight is of.
+        layer: the linear layers that the weight is of; it knows which of the group's experts this rank holds.
         offsets: offsets of axes that the caller puts in front (layers of a homogeneous model).
         own_keys: each expert (and half) under a key of its own (Megatron's `singleton_local_shards`).
     """
@@ -34,9 +34,7 @@ class StackedWeight:
     own_keys: bool
 
     def __post_init__(self) -> None:
-        n = len(self.layer.weight)
-        self.num_experts = n * self.layer.ep_size  # of the whole group
-        self.experts = range(n * self.layer.ep_rank, n * self.layer.ep_rank + n)  # this rank's numbers in it
+        self.experts, self.num_experts = self.layer.experts, self.layer.num_experts
 
     def sharded_state_dict(self, prefix: str) -> ShardedStateDict:
         """Return `{prefix}{name}.weight`, and the empty `_extra_state` entries that Transformer Engine looks for.

@@ -51,6 +51,7 @@ def model_sizes(
             "moe_ffn_hidden_size": expert_ffn_hidden_size(
                 args["ffn_hidden_size"], options.num_experts_per_group, options.expert_init
             ),
+            "base_expert": options.base_expert,
             "router_bias": options.router_bias,
             "spectral": options.spectral_transform != "none",
             "expert_init": options.expert_init,

@@ -70,8 +70,10 @@ def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int,
     rows = tokens // layout.tp * model.options.topk_per_group * layout.etp  # of one group
     inner = sizes.moe_ffn_hidden_size // layout.etp
     learning = sum(
-        model.is_trained(f"decoder.layers.{layer}.mlp.experts.{group}_experts.experts.linear_fc2.weight")
-        for group in model.phase.groups
+        count
+        for block, count in sizes.blocks().items()
+        if model.is_trained(f"decoder.layers.{layer}.mlp.experts.{block}.experts.linear_fc2.weight")
     )
-    experts = rows * (sizes.num_groups * (sizes.hidden_size + 2 * inner) + learning * inner)
+    experts = rows * sizes.num_groups * (sizes.hidden_size + 2 * inner)
+    experts += rows * learning * inner // sizes.num_experts_per_group
     return size * (attention * (not is_first) + sequence * (2 - is_first) + experts)

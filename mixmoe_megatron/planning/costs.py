@@ -186,7 +186,7 @@ def _data_parallel(
     sent = seconds = 0.0
     in_stage = layout.world_size // layout.pp
     grad_bytes = 4 if batch.grads_in_fp32 else batch.bytes_per_element
-    for parameter in rank_parameters(model.sizes(layout.tp), layout, pp_rank):
+    for parameter in rank_parameters(model.sizes(layout.tp), layout, pp_rank, layout.ep - 1):
         if model.is_trained(parameter.name):
             stride = layout.etp * layout.ep if parameter.is_expert else layout.tp
             ranks, in_node = in_stage // stride, max(1, cluster.gpus_per_node // stride)

@@ -61,15 +61,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def rank_parameters(sizes: Sizes, layout: ParallelLayout, pp_rank: int) -> Iterator[LocalParameter]:
+def rank_parameters(sizes: Sizes, layout: ParallelLayout, pp_rank: int, ep_rank: int = 0) -> Iterator[LocalParameter]:
     """Yield the parameters of a rank of one pipeline stage, in the order of the model's `named_parameters`.
 
-    All ranks of a stage hold parameters of the same shapes; which part of a tensor and which experts differs.
+    All ranks of a stage hold parameters of the same shapes; which part of a tensor and which experts differs. A base
+    expert lies on the first of the expert-parallel ranks alone, which holds one less of the others.
 
     Args:
         sizes: of the model, vocabulary padded for the layout (`Model.sizes(layout.tp)`).
         layout: the parallel sizes.
         pp_rank: the pipeline stage.
+        ep_rank: place among those that share out the experts.
     """
     tp, hidden, vocab = layout.tp, sizes.hidden_size, (sizes.padded_vocab_size // layout.tp, sizes.hidden_size)
     last, shared = pp_rank == layout.pp - 1, sizes.tied and layout.pp > 1
@@ -90,7 +92,7 @@ def rank_parameters(sizes: Sizes, layout: ParallelLayout, pp_rank: int) -> Itera
         yield from _adapters(name + "self_attention.linear_qkv", sizes, hidden, parts)
         yield LocalParameter(name + "pre_mlp_layernorm.weight", (hidden,))
         if layer in sizes.moe_layers:
-            yield from _moe_parameters(sizes, layout, name + "mlp.")
+            yield from _moe_parameters(sizes, layout, name + "mlp.", ep_rank)
         else:
             width = sizes.ffn_hidden_size // tp
             yield LocalParameter(name + "mlp.linear_fc1.weight", (2 * width, hidden))
@@ -134,7 +136,7 @@ def _adapters(layer: str, sizes: Sizes, inputs: int, outputs: dict[str, int]) ->
         yield LocalParameter(f"{layer}.lora.{name}_b", (size, sizes.lora_rank))
 
 
-def _moe_parameters(sizes: Sizes, layout: ParallelLayout, name: str) -> Iterator[LocalParameter]:
+def _moe_parameters(sizes: Sizes, layout: ParallelLayout, name: str, ep_rank: int) -> Iterator[LocalParameter]:
     n, hidden, inner = sizes.num_experts_per_group, sizes.hidden_size, sizes.moe_ffn_hidden_size // layout.etp
     groups = GROUPS[: sizes.num_groups]
     for group in groups:
@@ -143,10 +145,12 @@ def _moe_parameters(sizes: Sizes, layout: ParallelLayout, name: str) -> Iterator
             yield LocalParameter(f"{name}router.{group}.spectral_weight", (n, hidden))
         if sizes.router_bias:
             yield LocalParameter(f"{name}router.{group}.bias", (n,))
-    for group in groups:
-        experts, expert = f"{name}experts.{group}_experts.", partial(LocalParameter, is_expert=True)
-        yield expert(experts + "linear_fc1.weight", (n // layout.ep, 2 * inner, hidden))
-        yield expert(experts + "linear_fc2.weight", (n // layout.ep, hidden, inner))
+    has_base, expert = sizes.base_expert and ep_rank == 0, partial(LocalParameter, is_expert=True)
+    blocks = {"base_expert": int(has_base)} | {f"{group}_experts": n // layout.ep - has_base for group in groups}
+    for block, count in blocks.items():
+        if count:
+            yield expert(f"{name}experts.{block}.linear_fc1.weight", (count, 2 * inner, hidden))
+            yield expert(f"{name}experts.{block}.linear_fc2.weight", (count, hidden, inner))
 
 
 def stage_memory(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: int) -> list[Memory]:
@@ -162,9 +166,17 @@ def stage_memory(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: in
         batch: its dtype, grads_in_fp32 and overlap.
         pp_rank: the pipeline stage.
     """
+    different = 2 if model.options.base_expert else 1  # the first of the ranks that share out the experts, the others
+    kinds = [_held(model, layout, batch, pp_rank, ep_rank) for ep_rank in range(min(layout.ep, different))]
+    places = range(layout.world_size // layout.pp)
+    return [kinds[min(place // layout.etp % layout.ep, len(kinds) - 1)][place] for place in places]
+
+
+def _held(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: int, ep_rank: int) -> list[Memory]:
+    """What the ranks of a pipeline stage would hold if all had the parameters of this place among those for experts."""
     dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
     frozen, trained = 0, []
-    for local in rank_parameters(model.sizes(layout.tp), layout, pp_rank):
+    for local in rank_parameters(model.sizes(layout.tp), layout, pp_rank, ep_rank):
         if not model.is_trained(local.name):
             frozen += math.prod(local.shape)
             continue

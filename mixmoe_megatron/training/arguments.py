@@ -67,6 +67,7 @@ def add_mixmoe_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "")
     group = parser.add_argument_group("Mix-MoE")
     _add_phase(group)
+    _add_lpr(group)
     group.add_argument(
         "--init-from",
         "--hf-load",
@@ -126,6 +127,23 @@ def _add_phase(group: argparse._ArgumentGroup) -> None:
         type=int,
         choices=sorted(STAGES),
         help="Short for --phase: " + ", ".join(f"{number} {phase.name}" for number, phase in STAGES.items()) + ".",
+    )
+
+
+def _add_lpr(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lpr-coeff",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="MoE-LPR: weight of the loss that asks the router to give tokens of original languages to the base's FFN "
+        "(default: 0.1 in the phase lpr_router, 0 in others).",
+    )
+    group.add_argument(
+        "--lpr-original-data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="MoE-LPR: those of the --data-path prefixes whose text is in original languages of the base.",
     )
 
 
@@ -219,7 +237,7 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
         raise MixMoEError("--make-vocab-size-divisible-by and --tensor-model-parallel-size must be 1 or more.")
     model.setdefault("padded_vocab_size", padded_vocab_size(model["vocab_size"], multiple))
     tokenizer = directory if is_hf_directory(directory) else directory / "tokenizer"
-    return _words({**_DEFAULTS, "tokenizer_model": str(tokenizer), **model}), metadata
+    return _words({**_DEFAULTS, **phase.defaults, "tokenizer_model": str(tokenizer), **model}), metadata
 
 
 def _flags_that_name_the_model(words: list[str]) -> tuple[argparse.Namespace, Phase]:

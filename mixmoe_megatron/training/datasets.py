@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.training import get_args
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -21,7 +21,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from mixmoe_megatron.data.packing import PackedDataset, collate_packs, padding_shares
 from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
 from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
-from mixmoe_megatron.data.text import TextDataset, TextTokens, parts_of_split
+from mixmoe_megatron.data.text import TextDataset, TextDatasetConfig, TextTokens, parts_of_split
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, open_tokenizer
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.training.megatron_args import MegatronArgs
@@ -53,6 +53,19 @@ def data_prefixes(args: MegatronArgs) -> list[str]:
     return [prefix for prefixes, _ in blends for prefix in prefixes]
 
 
+def original_prefixes(args: MegatronArgs) -> tuple[str, ...]:
+    """Those of the data flags' path prefixes that --lpr-original-data-path names; none without it.
+
+    Raises:
+        MixMoEError: it names another.
+    """
+    by_place = {os.path.abspath(prefix): prefix for prefix in data_prefixes(args)}
+    wanted = args.lpr_original_data_path or []
+    if unknown := [prefix for prefix in wanted if os.path.abspath(prefix) not in by_place]:
+        raise MixMoEError(f"--lpr-original-data-path {unknown[0]} is none of the --data-path prefixes.")
+    return tuple(by_place[os.path.abspath(prefix)] for prefix in wanted)
+
+
 def training_data(args: MegatronArgs, phase: str) -> list[dict[str, Any]]:
     """What a run trains on, for the metadata of its checkpoints: one entry a token file.
 
@@ -63,12 +76,13 @@ def training_data(args: MegatronArgs, phase: str) -> list[dict[str, Any]]:
     Raises:
         MixMoEError: as `data_kind`.
     """
-    found = []
+    found, originals = [], original_prefixes(args)
     for prefix in data_prefixes(args):
         manifest = read_manifest(prefix)
         digest = hashlib.sha256(Path(f"{prefix}.json").read_bytes()).hexdigest()
         entry = {"phase": phase, "prefix": Path(prefix).name, "kind": manifest["kind"], "tokens": manifest["tokens"]}
-        found.append({**entry, "manifest_sha256": digest, "order": _ORDER})
+        told = {"original": True} if prefix in originals else {}
+        found.append({**entry, **told, "manifest_sha256": digest, "order": _ORDER})
     return found
 
 
@@ -113,7 +127,8 @@ def configure_data(args: MegatronArgs) -> None:
 
     Raises:
         MixMoEError: the data are not what the flags ask for, no document is left for training,
-            --calculate-per-token-loss with a loss on the target only, or --pack with what it does not go with.
+            --calculate-per-token-loss with a loss on the target only, --pack with what it does not go with, or the
+            LPR loss without monolingual text of original languages.
     """
     if args.dataloader_type == "cyclic":
         raise MixMoEError(
@@ -121,6 +136,7 @@ def configure_data(args: MegatronArgs) -> None:
             "are shuffled anyway."
         )
     kind = data_kind(args)
+    _check_lpr_data(args, kind)
     _settle_validation(args, kind)
     if kind != "parallel":
         if args.pack:
@@ -134,6 +150,20 @@ def configure_data(args: MegatronArgs) -> None:
         raise MixMoEError(
             "--calculate-per-token-loss divides the aux losses by the target tokens alone, while they are taken over "
             "all tokens: leave it out, or count the loss on all tokens (--loss-on all)."
+        )
+
+
+def _check_lpr_data(args: MegatronArgs, kind: str) -> None:
+    if not args.lpr_coeff:
+        if args.lpr_original_data_path:
+            raise MixMoEError("--lpr-original-data-path goes with --lpr-coeff above 0: leave it out.")
+        return
+    if kind != "monolingual":
+        raise MixMoEError("--lpr-coeff goes with monolingual data: each of its files is of one language.")
+    if not original_prefixes(args):
+        raise MixMoEError(
+            "--lpr-original-data-path is missing: name the --data-path prefixes of original languages (with "
+            "--lpr-coeff 0 there is no such loss)."
         )
 
 
@@ -209,7 +239,8 @@ def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -
     if args.dataloader_type == "external":
         return _parallel_loaders(args, num_samples)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = TextDatasetConfig(
+        original_prefixes=original_prefixes(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=_weighted(blend),

@@ -20,6 +20,8 @@ class MegatronArgs(Protocol):
     experts_backend: str
     loss_on: Literal["target", "all"]
     pack: bool
+    lpr_coeff: float
+    lpr_original_data_path: list[str] | None
     eval_mono: list[str] | None
     eval_mono_interval: int | None
     dry_run: bool

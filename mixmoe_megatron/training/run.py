@@ -20,6 +20,7 @@ from mixmoe_megatron.model.config import MixMoETransformerConfig
 from mixmoe_megatron.model.layer_specs import mixmoe_decoder_block_spec
 from mixmoe_megatron.training import arguments, datasets, going_on, refusals, startup
 from mixmoe_megatron.training.hf_directories import export_iteration
+from mixmoe_megatron.training.lpr_step import LPRStep
 from mixmoe_megatron.training.megatron_args import MegatronArgs
 from mixmoe_megatron.training.retention import RetentionCurve
 from mixmoe_megatron.training.step import forward_step
@@ -88,7 +89,9 @@ def _train(args: MegatronArgs, config: Any, metadata: Metadata) -> None:
     provide_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it
     try:
         with refusals.one_sentence(is_over=lambda: hasattr(args, "do_train")):
-            pretrain(config, provide_datasets, ModelType.encoder_or_decoder, forward_step)
+            pretrain(
+                config, provide_datasets, ModelType.encoder_or_decoder, LPRStep() if args.lpr_coeff else forward_step
+            )
     except RuntimeError as error:
         if sentence := refusals.not_finite(error, args):
             raise sentence from error

@@ -119,12 +119,16 @@ def loss_func(
     return loss, num_tokens.to(torch.int), report
 
 
-def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+def forward_step(
+    data_iterator: Any, model: torch.nn.Module, lpr_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Run one micro-batch through the model (Megatron's `forward_step_func`).
 
     Args:
         data_iterator: see `get_batch`.
         model: the (wrapped) model chunk.
+        lpr_scale: [] float32 on the device: in place of a padding mask the batch has 1 for tokens that count in the LPR
+            loss and 0 for others, float32, and this is what each of them counts (`lpr_step.py`).
 
     Returns:
         The model's output, per-token losses [B, S] on the last pipeline stage, and the loss function.
@@ -141,6 +145,8 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     if padding_mask is not None and args.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
         # Megatron cuts the mask beside the embedding only: on later pipeline stages the routers would get all of it.
         padding_mask = tensor_parallel.scatter_to_sequence_parallel_region(padding_mask.t().contiguous()).t()
+    if padding_mask is not None and lpr_scale is not None:
+        padding_mask = padding_mask * lpr_scale
     output = model(
         batch["tokens"],
         batch["position_ids"],

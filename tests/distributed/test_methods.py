@@ -29,7 +29,8 @@ from tests.distributed.test_n_equals_one import (
     assert_optimizer_state_of_trained_tensors_only,
 )
 from tests.helpers.norms_method import forget_norms, register_norms
-from tests.helpers.training import checkpoint_tensors, train
+from tests.helpers.tiny_hf import SENTENCES
+from tests.helpers.training import checkpoint_tensors, make_monolingual, train
 
 STEPS = 10
 #: method -> words of its conversion, and the phases that are trained, each from the start
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "norms": ([], ["norms"]),
     "lora": (["--lora-rank", "4"], ["lora"]),
     "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
+    "moe_lpr": (["--moe-every", "2"], ["lpr_experts", "lpr_router"]),
     "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
 }
 LAYOUTS = {
@@ -48,10 +50,14 @@ LAYOUTS = {
     "CP2": (2, CP),
     "PP2, recompute full": (2, PP + FULL),
 }
-WITH_EXPERTS = {"EP2": (2, EP), "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP)}
+WITH_EXPERTS = {
+    "EP2": (2, EP),
+    "EP4, distributed optimizer": (4, "--expert-model-parallel-size 4 " + OVERLAP),
+    "TP2 EP2, distributed optimizer": (2, TP + EP + OVERLAP),
+}
 QUICK = {
     ("llama_pro", "PP2, recompute full"), ("lora", "DP2, distributed optimizer, overlap"), ("lora", "CP2"),
-    ("moe", "EP2"), ("llama_moe_v2", "PP2"),
+    ("moe", "EP2"), ("lpr_experts", "EP2"), ("lpr_router", "EP2"), ("llama_moe_v2", "PP2"),
 }  # fmt: skip
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
@@ -73,6 +79,11 @@ class Runs:
     def run(self, method: str, phase: str, save: Path, flags: str = "", processes: int = 1) -> Log:
         """Train to step 10, or as `flags` say; returns losses and gradient norms."""
         flags = f"{COMMON}{flags} --seq-length 160 --data-cache-path {self.directory}/cache"
+        if "lpr_coeff" in PHASES[phase].defaults:  # some tokens are of an original language, and some are not
+            old = self.directory / "old"
+            if not old.with_suffix(".json").exists():
+                make_monolingual(old, SENTENCES[::2], self.start(method) / "tokenizer")
+            flags += f" --data-path {self.world}/mono {old} --lpr-original-data-path {old}"
         return train(
             phase, self.start(method), self.world / "pairs", save, STEPS, flags, processes, prelude=register_norms
         )
@@ -119,6 +130,10 @@ def test_n_processes_equal_one(runs: Runs, method: str, phase: str, layout: str,
     assert found_losses == pytest.approx(losses, abs=1e-5, rel=0)
     assert found_norms == pytest.approx(norms, rel=2e-3)
     assert_close(tmp_path / "run", expected)
+    found, one = checkpoint_tensors(tmp_path / "run"), checkpoint_tensors(expected)
+    new_layers = read_metadata(expected).new_layers
+    frozen = {name for name in one if not PHASES[phase].is_trained(name, new_layers)}
+    assert all(torch.equal(found[name], one[name]) for name in frozen)
 
 
 @pytest.mark.parametrize(("method", "phase"), TRAININGS)

@@ -11,7 +11,7 @@ import pytest
 from checkpoints_conversion import hf_to_mixmoe
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.prepared import describe_model
-from mixmoe_megatron.methods.registry import METHODS, PHASES, phase_of_stage
+from mixmoe_megatron.methods.registry import PHASES, method_of, phase_of_stage
 from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
 from mixmoe_megatron.planning.memory import stage_memory
 from tests.helpers.forked import run_job
@@ -41,12 +41,18 @@ def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
     assert_planned(world, tmp_path, ParallelLayout(dp=2, ep=2), 1, "upcycled", "mono", "bf16", flag)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "llama_pro", "moe", "llama_moe_v2"])
-def test_planned_bytes_of_other_methods(world: Path, tmp_path: Path, method: str) -> None:
-    words = ["--hf-dir", world / "base", "--output-dir", tmp_path / "start", "--method", method]
+@pytest.mark.parametrize(
+    "phase",
+    ["dense", "lora", "llama_pro", "moe", "lpr_experts", pytest.param("lpr_router", marks=pytest.mark.slow),
+     "llama_moe_v2"],
+)  # fmt: skip
+def test_planned_bytes_of_other_methods(world: Path, tmp_path: Path, phase: str) -> None:
+    method = method_of(PHASES[phase])
+    words = ["--hf-dir", world / "base", "--output-dir", tmp_path / "start", "--method", method.name]
     assert hf_to_mixmoe.main(list(map(str, words))) == 0
-    phase = METHODS[method].phases[0].name
-    assert_planned(world, tmp_path / "logs", ParallelLayout(tp=2), phase, str(tmp_path / "start"), "mono", "bf16")
+    # MoE-LPR's ranks differ under expert parallelism
+    layout = ParallelLayout(dp=2, ep=2) if method.name == "moe_lpr" else ParallelLayout(tp=2)
+    assert_planned(world, tmp_path / "logs", layout, phase, str(tmp_path / "start"), "mono", "bf16")
 
 
 def assert_planned(
@@ -65,6 +71,9 @@ def assert_planned(
     batch = Batch(2, 8, 32, dtype=dtype, grads_in_fp32=not flag)
     flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", *layout.flags()]
     flags += ["--micro-batch-size", "2", *(["--bf16"] if dtype == "bf16" else []), *flag.split()]
+    flags += (
+        ["--lpr-coeff", "0"] if "lpr_coeff" in phase.defaults else []
+    )  # a loss holds nothing, and wants its own data
     flags += ["--data-cache-path", str(world / "cache")]
     words = train_words(which, world / parent, world / data, None, 1, " ".join(flags))
     job = run_job(["tests/helpers/measured_run.py", *words[1:]], layout.world_size, logs)

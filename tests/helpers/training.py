@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,24 @@ def make_tiny_world(directory: Path, tokenizer: str = "sentencepiece", **options
 
 def make_tiny_data(directory: Path, tokenizer: Path) -> None:
     """Write the token files `mono` and `pairs` (de-en, both directions) from the test sentences."""
-    text = directory / "text.txt"
-    text.write_text("\n".join(f"{line} {number}" for number in range(20) for line in SENTENCES) + "\n", "utf-8")
+    make_monolingual(directory / "mono", SENTENCES, tokenizer)
     rows = [f"{a}\t{b} {n}" for n, (a, b) in enumerate(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))]
     pairs = directory / "pairs.tsv"
     pairs.write_text("de\ten\n" + "\n".join(row.replace("\n", " ") for row in rows * 1) + "\n", "utf-8")
     common = ["--tokenizer", tokenizer]
     script = "tools/preprocess_data.py"
-    _prepare(script, "mono", "--input", text, *common, "--output-prefix", directory / "mono", "--min-tokens", "1")
     _prepare(
         script, "parallel", "--input", pairs, *common, "--output-prefix", directory / "pairs", "--both-directions",
         "--source-language", "de", "--target-language", "en",
     )  # fmt: skip
+
+
+def make_monolingual(prefix: Path, sentences: Sequence[str], tokenizer: Path) -> None:
+    """Write a monolingual token file, each sentence 20 times with a number."""
+    text = prefix.with_name("text.txt")
+    text.write_text("\n".join(f"{line} {number}" for number in range(20) for line in sentences) + "\n", "utf-8")
+    words = ["--input", text, "--tokenizer", tokenizer, "--output-prefix", prefix, "--min-tokens", "1"]
+    _prepare("tools/preprocess_data.py", "mono", *words)
 
 
 def _prepare(*words: str | Path) -> None:

@@ -15,7 +15,8 @@ from mixmoe_megatron.conversion import parity
 from mixmoe_megatron.conversion.plan import expand
 from mixmoe_megatron.hf import register_auto_classes
 from mixmoe_megatron.methods.registry import PHASES, STAGES
-from mixmoe_megatron.model.mapping import TABLES, extra_state_keys
+from mixmoe_megatron.model.extra_state import extra_state_keys
+from mixmoe_megatron.model.mapping import TABLES
 from mixmoe_megatron.model.options import MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
 from tests.helpers.conversion import base_fields, run_conversion

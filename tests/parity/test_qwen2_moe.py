@@ -52,6 +52,7 @@ def export(checkpoint: Path, output: Path, *flags: str) -> Path:
     ("method", "flags"),
     [
         ("moe", ["--moe-every=2"]),
+        ("moe_lpr", ["--moe-every=2"]),
         # all of the slices, each at the weight n * 1/n that it had in the FFN
         ("llama_moe_v2", ["--topk-per-group=8", "--expert-scale=8", "--router-init-std=0"]),
     ],
@@ -69,7 +70,7 @@ def test_the_start_is_the_base(tmp_path: Path, family: str, method: str, flags: 
     assert done.returncode == 0 and "newly initialized" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("method", ["moe", "llama_moe_v2"])
+@pytest.mark.parametrize("method", ["moe", "moe_lpr", "llama_moe_v2"])
 def test_loss_aux_loss_and_gradients(tmp_path: Path, method: str) -> None:
     """One MoE layer: of several, transformers takes the product of means over the layers, we the mean of products."""
     save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
@@ -94,18 +95,47 @@ def test_loss_aux_loss_and_gradients(tmp_path: Path, method: str) -> None:
     our_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
     our_loss.backward()
     assert torch.allclose(our_loss, loss, atol=1e-5)
-    layer, experts = theirs.model.layers[3].mlp, ours.decoder.layers[3].mlp.experts.lm_experts
+    layer, blocks = theirs.model.layers[3].mlp, ours.decoder.layers[3].mlp.experts.groups()
+    fc1, fc2 = (
+        torch.cat([getattr(block, name).weight.grad for block in blocks]) for name in ("linear_fc1", "linear_fc2")
+    )
     gate_up = [torch.cat((e.gate_proj.weight.grad, e.up_proj.weight.grad)) for e in layer.experts]
     pairs = {
         "router": (ours.decoder.layers[3].mlp.router.lm.weight.grad, layer.gate.weight.grad),
-        "gate and up": (experts.linear_fc1.weight.grad, torch.stack(gate_up)),
-        "down": (experts.linear_fc2.weight.grad, scale * torch.stack([e.down_proj.weight.grad for e in layer.experts])),
+        "gate and up": (fc1, torch.stack(gate_up)),
+        "down": (fc2, scale * torch.stack([e.down_proj.weight.grad for e in layer.experts])),
         "output": (ours.output_layer.weight.grad, theirs.lm_head.weight.grad),
         # row 0 is padding's, to which transformers gives no gradient
         "embedding": (ours.embedding.word_embeddings.weight.grad[1:], theirs.model.embed_tokens.weight.grad[1:]),
     }
     for name, (found, expected) in pairs.items():
         assert expected.any() and torch.allclose(found, expected, atol=1e-5, rtol=1e-4), name
+
+
+def test_lpr_loss(tmp_path: Path) -> None:
+    """The mean over tokens of the first sequence, and over two layers, of -log of expert 0's probability."""
+    save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
+    checkpoint = convert(tmp_path / "base", tmp_path / "m", "moe_lpr", "--moe-every=2")
+    metadata = read_metadata(checkpoint)
+    save_random_model(checkpoint, metadata)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        export(checkpoint, tmp_path / "hf", "--iteration", "3"), dtype=torch.float32
+    ).train()
+    inputs, labels = TOKENS[:, :-1], TOKENS[:, 1:]
+    output = theirs(inputs, output_router_logits=True)
+    loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    log_probs = [logits.log_softmax(-1).view(*inputs.shape, -1) for logits in output.router_logits]
+    (loss - COEFFICIENT * torch.stack(log_probs)[:, 0, :, 0].mean()).backward()
+    ours = parity.build_megatron_model(metadata, lpr_coeff=COEFFICIENT).train()
+    parity.load_weights(ours, checkpoint / "iter_0000003")
+    weights = torch.zeros(inputs.shape)
+    weights[0] = 1 / inputs.shape[1]
+    logits = ours(inputs, torch.arange(inputs.shape[1]).expand(len(inputs), -1), None, padding_mask=weights)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for layer in (1, 3):
+        expected = theirs.model.layers[layer].mlp.gate.weight.grad
+        found = ours.decoder.layers[layer].mlp.router.lm.weight.grad
+        assert expected.any() and torch.allclose(found, expected, atol=1e-5, rtol=1e-4), layer
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

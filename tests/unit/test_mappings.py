@@ -13,7 +13,8 @@ from mixmoe_megatron.checkpoint.stored import Region
 from mixmoe_megatron.checkpoint.tensors import LazyTensor
 from mixmoe_megatron.conversion.plan import Target, describe_tensors, expand, plan_tensors
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.model.mapping import TABLES, Side, Sizes, extra_state_keys
+from mixmoe_megatron.model.extra_state import extra_state_keys
+from mixmoe_megatron.model.mapping import TABLES, Side, Sizes
 from tests.helpers.mappings import DENSE, MOE, OPTIONS, Memory, random_hf, values
 
 

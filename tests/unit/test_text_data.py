@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from mixmoe_megatron.data.storage import TokenFileWriter
-from mixmoe_megatron.data.text import TextDataset, TextTokens, parts_of_split
+from mixmoe_megatron.data.text import TextDataset, TextDatasetConfig, TextTokens, parts_of_split
 from mixmoe_megatron.errors import MixMoEError
 
 LENGTH = 8
@@ -31,7 +31,7 @@ def build(
     prefixes: list[str], num_samples: int, kind: type = TextDataset, seed: int = 5, **config: object
 ) -> GPTDataset:
     weights = None if len(prefixes) == 1 else [1.0] * len(prefixes)
-    settings = GPTDatasetConfig(
+    settings = TextDatasetConfig(
         random_seed=seed, sequence_length=LENGTH, blend=(prefixes, weights), split="1,0,0",
         tokenizer=TextTokens(EOS), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
         create_attention_mask=False, **config,
@@ -111,3 +111,12 @@ def test_parts_of_a_split(split: str, documents: int, parts: list[int]) -> None:
 def test_a_split_that_is_none(split: str) -> None:
     with pytest.raises(MixMoEError, match="is not three shares of training, validation and test"):
         parts_of_split(split, 10)
+
+
+def test_samples_tell_whether_they_are_of_original_languages(tmp_path: Path) -> None:
+    old, new = (write_documents(tmp_path / name, [40, 50]) for name in ("old", "new"))
+    dataset = build([old, new], 12, original_prefixes=(old,))
+    tells = [bool(dataset[index]["is_original"]) for index in range(12)]
+    assert tells == [dataset[index]["dataset_id"] == 0 for index in range(12)] and len(set(tells)) == 2
+    assert bool(build([old], 2, original_prefixes=(old,))[0]["is_original"]), "one file is no blend"
+    assert "is_original" not in build([old, new], 12)[0]

@@ -37,7 +37,7 @@ def arguments(*prefixes: str, **fields: object) -> SimpleNamespace:
     more |= {"calculate_per_token_loss": False, "loss_on": "target", "dataloader_type": "single"}
     more |= {"pack": False, "context_parallel_size": 1, "micro_batch_size": 2, "expert_model_parallel_size": 1}
     more |= {"moe_token_dispatcher_type": "alltoall", "vocab_size": 500, "split": None, "eval_iters": 100}
-    more |= {"skip_train": False}
+    more |= {"skip_train": False, "lpr_coeff": 0.0, "lpr_original_data_path": None}
     return SimpleNamespace(data_path=list(prefixes) or None, **empty, **{**more, **fields})
 
 
@@ -168,3 +168,30 @@ def test_a_run_of_the_old_order_is_told_so(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.text
     datasets.tell_of_another_order([now, {"phase": "stage1"}], "stage1")
     assert "begun by an earlier version" in caplog.text
+
+
+def test_what_is_of_original_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (write_manifest(tmp_path / name, "monolingual", 100) for name in ("old", "new"))
+    monkeypatch.chdir(tmp_path)
+    args = arguments(old, new, lpr_coeff=0.1, lpr_original_data_path=["./old"])
+    datasets.configure_data(args)
+    assert datasets.original_prefixes(args) == (old,)
+    assert [entry.get("original") for entry in datasets.training_data(args, "lpr_router")] == [True, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "coeff", "named", "sentence"),
+    [
+        ("monolingual", 0.1, ["other"], "--lpr-original-data-path other is none of the --data-path prefixes."),
+        ("monolingual", 0.1, None, "--lpr-original-data-path is missing"),
+        ("monolingual", 0.0, ["a"], "--lpr-original-data-path goes with --lpr-coeff above 0"),
+        ("parallel", 0.1, ["a"], "--lpr-coeff goes with monolingual data"),
+    ],
+)
+def test_wrong_original_languages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, coeff: float, named: list[str] | None, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_manifest(tmp_path / "a", kind, 100)
+    with pytest.raises(MixMoEError, match=re.escape(sentence)):
+        datasets.configure_data(arguments("a", lpr_coeff=coeff, lpr_original_data_path=named))
