@@ -9,7 +9,7 @@
 #   OUT=runs/methods     everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
-ALL="full mixmoe lora llama_pro moe moe_all llama_moe_v2"
+ALL="full mixmoe lora llama_pro moe moe_all moe_lpr llama_moe_v2"
 METHODS="${METHODS:-$ALL}" STEPS="${STEPS:-20}" PAIR="${PAIR:-de-en}" OUT="${OUT:-$PWD/runs/methods}"
 MONO_BATCH=4 PAIR_BATCH=8 LOG_INTERVAL=1
 [[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || fail "STEPS=$STEPS must be a whole number from 1."
@@ -33,8 +33,11 @@ start() {
 trained() {
   local name=$1 phase=$2 parent="$OUT/$1/$3" rate=$4
   export stage_dir="$OUT/$name/$phase"
-  if [ "$phase" = stage1 ]; then MONO_LR=$rate train_mono "$phase" "$STEPS" "$parent" "${PAIR%-en}" en
-  else train_pairs "$phase" "$STEPS" "$parent" "$rate" "$PAIR"; fi
+  [ "$phase" != lpr_router ] || TRAIN_FLAGS=(--lpr-original-data-path "$OUT/data/mono.en")
+  case $phase in
+    stage1 | lpr_*) MONO_LR=$rate train_mono "$phase" "$STEPS" "$parent" "${PAIR%-en}" en ;;
+    *) train_pairs "$phase" "$STEPS" "$parent" "$rate" "$PAIR" ;;
+  esac
 }
 
 # exported NAME PHASE: what `mixmoe to-hf` makes of it, loaded where this package can't be imported.
@@ -67,5 +70,6 @@ method lora "--method lora" lora=5e-4
 method llama_pro "--method llama_pro" llama_pro=5e-4
 method moe "--method moe" moe=5e-4
 method moe_all "--method moe" moe_all=5e-5
+method moe_lpr "--method moe_lpr" lpr_experts=5e-4 lpr_router=5e-4
 method llama_moe_v2 "--method llama_moe_v2" llama_moe_v2=5e-5
 "$PYTHON" examples/methods/tell.py "$OUT" | tee "$OUT/methods.md"

@@ -12,7 +12,7 @@ KEEP_THE_BASE = ("lora", "llama_pro", "moe", "moe_all")  # methods whose start s
 EXPORTS = {
     "full": "LlamaForCausalLM", "mixmoe": "MixMoEForCausalLM", "lora": "LlamaForCausalLM",
     "llama_pro": "LlamaForCausalLM", "moe": "Qwen2MoeForCausalLM", "moe_all": "Qwen2MoeForCausalLM",
-    "llama_moe_v2": "Qwen2MoeForCausalLM",
+    "moe_lpr": "Qwen2MoeForCausalLM", "llama_moe_v2": "Qwen2MoeForCausalLM",
 }  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def test_every_method_goes_the_whole_way(tmp_path: Path) -> None:
     assert status == 0, output[-3000:]
     cells = [line.split("|")[1:-1] for line in (tmp_path / "out" / "methods.md").read_text().splitlines()[2:]]
     rows = {(method.strip(), phase.strip()): [cell.strip() for cell in rest] for method, phase, *rest in cells}
-    assert len(rows) == len(EXPORTS) + 1, "Mix-MoE has two phases"
+    assert len(rows) == len(EXPORTS) + 2, "Mix-MoE and MoE-LPR have two phases"
     loss_of_base = rows["full", "dense"][0]
     for method in KEEP_THE_BASE:
         phase = next(phase for name, phase in rows if name == method)
