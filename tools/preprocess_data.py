@@ -37,12 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="read TSV (with a header) or JSONL and take this column; several: their texts in turn",
     )
     mono.add_argument("--group-by", metavar="COLUMN", help="join consecutive rows of equal COLUMN to one document")
-    mono.add_argument(
-        "--beside-pairs",
-        type=int,
-        metavar="N",
-        help="text to train on together with pairs (`parallel`), in documents of at most N tokens; seq-length + 1",
-    )
+    beside = "text to train on together with pairs (`parallel`), in documents of at most N tokens; seq-length + 1"
+    mono.add_argument("--beside-pairs", type=int, metavar="N", help=beside)
     mono.set_defaults(run=run_mono)
 
     parallel = commands.add_parser("parallel", help="translation pairs of TSV or JSONL", allow_abbrev=False)
@@ -96,18 +92,8 @@ def run_parallel(args: argparse.Namespace) -> None:
     from mixmoe_megatron.data.tokenizers import leave_torch_out, open_tokenizer
 
     leave_torch_out()
-    options = ParallelOptions(
-        source_language=args.source_language,
-        target_language=args.target_language,
-        source_column=args.source_column,
-        target_column=args.target_column,
-        both_directions=args.both_directions,
-        min_words=args.min_words,
-        max_words=args.max_words,
-        max_tokens=args.max_tokens,
-        keep_duplicates=args.keep_duplicates,
-        template=load_template(args.prompt_template),
-    )
+    given = {name: getattr(args, name) for name in ParallelOptions.__dataclass_fields__ if name != "template"}
+    options = ParallelOptions(**given, template=load_template(args.prompt_template))
     build_parallel(args.input, open_tokenizer(args.tokenizer), args.output_prefix, options)
 
 
