@@ -6,38 +6,34 @@ import re
 import sys
 from pathlib import Path
 
+from mixmoe_megatron.checkpoint.metadata import METADATA_FILE
 from mixmoe_megatron.cli import run_command
+from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.study.tables import table
+from mixmoe_megatron.study.training_log import read_training_log
 
-LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([\d.E+-]+)")
+COLUMNS = ["method", "phase", "first loss", "last loss", "trained parameters", "all parameters", "export"]
 PARAMETERS = re.compile(r"trained ([\d,]+) of ([\d,]+) parameters")
-RELOADED = re.compile(r"^(\w+) reloaded and generates", re.MULTILINE)
+
+
+def row(out: Path, method: str, phase: str) -> list[str]:
+    """Return what the training in OUT/METHOD/PHASE was, and what its method was exported as."""
+    losses = [loss for _, loss in read_training_log(out / method / phase / "tensorboard")["lm_loss"]]
+    counts = PARAMETERS.findall((out / "logs" / f"{method}_{phase}.log").read_text("utf-8"))[-1]
+    export = read_hf_config(out / method / "model")["architectures"][0]
+    return [method, phase, f"{losses[0]:.3f}", f"{losses[-1]:.3f}", *counts, export]
 
 
 def rows(out: Path) -> list[list[str]]:
     """Return a row for each phase of each method, in the order in which they ran."""
-    logs = sorted((out / "steps").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    exports = {
-        path.name.removesuffix("_export"): RELOADED.findall((out / "logs" / f"{path.name}.log").read_text("utf-8"))[-1]
-        for path in logs
-        if path.name.endswith("_export")
-    }
-    found = []
-    for path in logs:
-        text = (out / "logs" / f"{path.name}.log").read_text("utf-8")
-        if losses := dict(LOSS.findall(text)):
-            method = max((name for name in exports if path.name.startswith(f"{name}_")), key=len)
-            trained, total = PARAMETERS.findall(text)[-1]
-            first, last = (float(losses[step]) for step in (min(losses, key=int), max(losses, key=int)))
-            phase = path.name.removeprefix(f"{method}_")
-            found.append([method, phase, f"{first:.3f}", f"{last:.3f}", trained, total, exports[method]])
-    return found
+    trainings = [path.parent for path in out.glob("*/*/tensorboard")]
+    trainings.sort(key=lambda path: (path / METADATA_FILE).stat().st_mtime_ns)
+    return [row(out, path.parent.name, path.name) for path in trainings]
 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    names = ["method", "phase", "first loss", "last loss", "trained parameters", "all parameters", "export"]
-    return run_command(lambda: print(table(names, rows(Path(sys.argv[1])))))
+    return run_command(lambda: print(table(COLUMNS, rows(Path(sys.argv[1])))))
 
 
 if __name__ == "__main__":
