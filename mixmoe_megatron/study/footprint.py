@@ -58,7 +58,7 @@ def trained_model(training: Training, root: Path) -> Model:
 
 
 def count_training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
-    """Return a training's operations; texts of a parallel corpus are taken to be all of their mean length.
+    """Return a training's operations; pairs are taken to be all of their mean length.
 
     Args:
         model: Of `trained_model`.
@@ -67,7 +67,7 @@ def count_training_flops(model: Model, training: Training, sequence: int, root: 
         root: Directory of all jobs.
     """
     samples, length = training.steps * training.batch, float(sequence)
-    if training.kind == "parallel":
+    if training.is_pairs:
         manifests = [read_manifest(job.directory(root) / TOKENS) for job in training.data]
         length = sum(found["tokens"] for found in manifests) / sum(found["documents"] for found in manifests)
     return step_flops(model.sizes(), model.phase, model.options.topk_per_group, samples * length, length).total

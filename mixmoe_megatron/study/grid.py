@@ -32,6 +32,9 @@ _SECONDS_A_SEGMENT, _SECONDS_A_START = 0.15, 8.0
 _BYTES_A_PARAMETER = 16  # of a saved training: weight, two moments of Adam in float32, and the export
 _PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 _SECTIONS = ("sizes", "methods", "systems", "tables")
+MONOLINGUAL = "{monolingual}"  # in the words of a start: the files of monolingual text to train on, English last
+_BESIDE_PAIRS = ("parallel", "mixed")  # kinds of text in files of pairs, one sample a text; the others are cut evenly
+MATCHED_BY = ("--lora-rank", "--new-blocks")  # options of a start that what is trained is in proportion to
 
 
 class StudySettings(NamedTuple):
@@ -60,7 +63,7 @@ class Training(NamedTuple):
     """A training of a system.
 
     Attributes:
-        kind: Of text, ``monolingual`` or ``parallel``.
+        kind: Of text: ``monolingual``, ``parallel``, both in one (``mixed``), or ``review``, the monolingual text again.
         phase: That it trains.
         start: Made the system's first checkpoint from the base.
         job: Leaves a checkpoint.
@@ -76,6 +79,11 @@ class Training(NamedTuple):
     data: list[Job]
     steps: int
     batch: int
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether a sample is a pair or a text, padded, in place of as many tokens as a sequence has."""
+        return self.kind in _BESIDE_PAIRS
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -93,6 +101,9 @@ def read_grid(path: Path) -> dict[str, Any]:
     for name, system in grid["systems"].items():
         if system and system["method"] not in grid["methods"]:
             raise MixMoEError(f"The grid's system {name} is of the method {system['method']}, which methods lacks.")
+    for name, method in grid["methods"].items():
+        if (flag := method.get("matched_by", MATCHED_BY[0])) not in MATCHED_BY:
+            raise MixMoEError(f"The grid's method {name} is matched_by {flag}: choose one of {', '.join(MATCHED_BY)}.")
     for name, entry in grid["tables"].items():
         claimed = [name for claim in entry["claims"] for name in claim]
         for system in [*entry["systems"], *claimed, *entry.get("axis", {}).get("values", ())]:
@@ -191,15 +202,18 @@ class Grid:
         return Job(name, ("mixmoe", *map(str, words)), tuple(parents), inputs, **costs)
 
     def _prepared(self, kind: str) -> list[Job]:
-        """Return the jobs that make token files of one kind of text."""
+        """Return the jobs that make token files of one kind of text, English last where it is monolingual."""
         common = ["--tokenizer", self.base, "--output-prefix", f"{OWN}/{TOKENS}"]
-        if kind == "monolingual":
-            return [
-                self._job(f"data {language}", ["preprocess", "mono", "--input", self._mono(language, "train"), *common],
-                          files=[self._mono(language, "train"), self.base])
-                for language in self.languages
-            ]  # fmt: skip
-        return [
+        beside = ["--beside-pairs", self.size["sequence"] + 1] if kind == "mixed" else []
+        monolingual = [] if kind == "parallel" else [
+            self._job(f"data {language}{' beside pairs' if beside else ''}",
+                      ["preprocess", "mono", "--input", self._mono(language, "train"), *beside, *common],
+                      files=[self._mono(language, "train"), self.base])
+            for language in self.languages
+        ]  # fmt: skip
+        if kind not in _BESIDE_PAIRS:
+            return monolingual
+        return monolingual + [
             self._job(
                 f"data {pair}",
                 ["preprocess", "parallel", "--input", self._text(pair, "train"), "--both-directions",
@@ -212,13 +226,15 @@ class Grid:
 
     def _start(self, name: str, seed: int) -> Job:
         system = self.content["systems"][name]
-        own = [*system.get("start", []), *self.starts.get(name, ())]
+        own = [*system.get("start", []), *self.starts.get(name, ()), *self.size.get("start", [])]
+        text = [self._mono(language, "train") for language in self.languages] if MONOLINGUAL in own else []
         words = [*self.content["methods"][system["method"]]["start"], *own]
+        words = [word for given in words for word in (text if given == MONOLINGUAL else [given])]
         return self._job(
             f"start {name}, seed {seed}",
             ["hf-to-megatron", "--hf-dir", self.base, *words, "--seed", seed, "--force", "--output-dir",
              f"{OWN}/{CHECKPOINT}"],
-            files=[self.base], cost=_SECONDS_A_START, disk=self.parameters * 4,
+            files=[self.base, *text], cost=_SECONDS_A_START, disk=self.parameters * 4,
         )  # fmt: skip
 
     def rate(self, method: str, kind: str, factor: float | None = None) -> float:
@@ -226,7 +242,7 @@ class Grid:
 
         Args:
             method: Of the grid's methods.
-            kind: Of text, ``monolingual`` or ``parallel``.
+            kind: Of text, see `Training`.
             factor: Of the size's ``learning_rates``; None: the one that was chosen for the method (``rate_factors``).
         """
         factor = self.size.get("rate_factors", {}).get(method, 1.0) if factor is None else factor
@@ -251,10 +267,12 @@ class Grid:
             "--lr", rate, "--min-lr", rate / 10, "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.03",
             "--weight-decay", "0.0", "--clip-grad", "1.0", "--seed", seed, "--num-workers", "0", "--eval-iters", "0",
             "--log-interval", "5", "--tensorboard-dir", f"{OWN}/tensorboard", "--tensorboard-log-interval", "1",
-            *_PRECISION[self.settings.dtype], *system.get("train", []),
+            *_PRECISION[self.settings.dtype], *size.get("train", []), *system.get("train", []),
         ]  # fmt: skip
-        if kind == "monolingual":
+        if kind not in _BESIDE_PAIRS:
             words += ["--split", "100,0,0", "--data-cache-path", f"{OWN}/cache"]
+        if kind == "review":  # MoE-LPR: English is what the base knows best
+            words += ["--lpr-original-data-path", data[-1].path(TOKENS)]
         job = self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
                         cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
                         disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
@@ -316,7 +334,7 @@ class Grid:
         """Return what tells a good learning rate: evaluations on the valid files, at each of `TRIAL_FACTORS`.
 
         Args:
-            tables: Whose methods are tried, each as its first system that reads both kinds of text.
+            tables: Whose methods are tried, each as its first system that reads monolingual, then parallel text.
 
         Returns:
             Method and factor to the evaluation.
@@ -324,7 +342,7 @@ class Grid:
         tried: dict[str, str] = {}
         for name in dict.fromkeys(name for table in tables for name in self.systems_of(table)):
             system = self.content["systems"][name]
-            if system and len(system["text"]) == 2:
+            if system and system["text"][:2] == ["monolingual", "parallel"]:
                 tried.setdefault(system["method"], name)
         found = {}
         for method, name in tried.items():

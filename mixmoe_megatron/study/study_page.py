@@ -128,15 +128,19 @@ def directions_of(results: TableResults) -> dict[str, dict[str, dict[str, float]
 
 def _settings_section(grid: Grid) -> str:
     settings, rates = grid.settings, grid.size["learning_rates"]
-    kinds = ("monolingual", "parallel")
+    kinds = list(dict.fromkeys(kind for of_method in rates.values() for kind in of_method))
     lines = [
         f"Size {settings.size}, MINUTES={settings.minutes}, SEEDS={settings.seeds}, {settings.dtype}, base "
         f"{code_span(grid.base)}, {', '.join(settings.pairs)}, {grid.segments} segments each way at most.",
-        f"All systems train for the same {'operations' if grid.steps else 'steps, on the same tokens'}.",
+        f"All systems that read the same kinds of text train for the same "
+        f"{'operations' if grid.steps else 'steps, on the same tokens'}.",
         HOW_TO_READ,
         table(
-            ["highest learning rate", "monolingual", "parallel"],
-            [[method, *(str(grid.rate(method, kind)) for kind in kinds)] for method in rates],
+            ["highest learning rate", *kinds],
+            [
+                [method, *(str(grid.rate(method, kind)) if kind in rates[method] else "" for kind in kinds)]
+                for method in rates
+            ],
         ),
     ]
     if absent := absent_systems(grid.content):

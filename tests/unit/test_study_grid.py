@@ -95,7 +95,7 @@ def test_every_table_can_be_planned_and_an_absent_method_is_left_out(content: di
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"size": "huge"}, "There is no size 'huge': choose one of toy, small, real."),
+        ({"size": "huge"}, "There is no size 'huge': choose one of toy, small, real, gpu."),
         ({"seeds": TRIAL_SEED}, "SEEDS must be below 1000, the seed with which learning rates are chosen."),
         ({"seeds": 0}, "MINUTES and SEEDS must be whole numbers from 1."),
         ({"pairs": ("xx-en",)}, "There is no examples/data/xx-en.train.tsv.gz: choose other PAIRS."),
