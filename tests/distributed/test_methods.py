@@ -42,6 +42,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
     "moe_lpr": (["--moe-every", "2"], ["lpr_experts", "lpr_router"]),
     "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
+    "llama_moe_v2_residual": (
+        ["--num-experts-per-group", "4", "--shared-experts", "4"],
+        ["llama_moe_v2_residual"],
+    ),
 }
 LAYOUTS = {
     "TP2 SP": (2, TP),
@@ -58,6 +62,7 @@ WITH_EXPERTS = {
 QUICK = {
     ("llama_pro", "PP2, recompute full"), ("lora", "DP2, distributed optimizer, overlap"), ("lora", "CP2"),
     ("moe", "EP2"), ("lpr_experts", "EP2"), ("lpr_router", "EP2"), ("llama_moe_v2", "PP2"),
+    ("llama_moe_v2_residual", "EP2"),
 }  # fmt: skip
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
