@@ -9,7 +9,7 @@
 #   OUT=runs/methods     everything is written there; a killed run goes on from its last finished step
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
-ALL="full mixmoe lora llama_pro moe moe_all moe_lpr llama_moe_v2"
+ALL="full mixmoe lora llama_pro moe moe_all moe_lpr llama_moe_v2 llama_moe_v2_residual"
 METHODS="${METHODS:-$ALL}" STEPS="${STEPS:-20}" PAIR="${PAIR:-de-en}" OUT="${OUT:-$PWD/runs/methods}"
 MONO_BATCH=4 PAIR_BATCH=8 LOG_INTERVAL=1
 [[ "$STEPS" =~ ^[1-9][0-9]*$ ]] || fail "STEPS=$STEPS must be a whole number from 1."
@@ -72,4 +72,5 @@ method moe "--method moe" moe=5e-4
 method moe_all "--method moe" moe_all=5e-5
 method moe_lpr "--method moe_lpr" lpr_experts=5e-4 lpr_router=5e-4
 method llama_moe_v2 "--method llama_moe_v2" llama_moe_v2=5e-5
+method llama_moe_v2_residual "--method llama_moe_v2_residual" llama_moe_v2_residual=5e-5
 "$PYTHON" examples/methods/tell.py "$OUT" | tee "$OUT/methods.md"

@@ -41,8 +41,10 @@ def mixmoe_config(base_config: dict[str, Any], options: MixMoEOptions, sizes: Si
         sizes: of the model; the number of groups is its stage.
 
     Raises:
-        MixMoEError: as `megatron_args_from_hf`.
+        MixMoEError: as `megatron_args_from_hf`, or the model has a shared expert.
     """
+    if options.shared_experts:
+        raise MixMoEError("the format mixmoe has no place for a shared expert: export with --format qwen2_moe.")
     dense = hf_config_from_megatron_args(megatron_args_from_hf(base_config))
     family = model_family(base_config)
     scaling = dense["rope_scaling"] or {"rope_type": "default"}

@@ -33,8 +33,8 @@ from mixmoe_megatron.methods.registry import method_of
 from mixmoe_megatron.model.mapping import LORA_ROWS, TABLES, Row
 from mixmoe_megatron.model.sizes import ModelDescription
 
-#: in the names of tensors of a router, and of an expert that is not there
-_ROUTERS = (".mlp.router.", ".mlp.gate.", ".shared_expert")
+#: in the names of tensors of a router, and of the gate of a shared expert
+_ROUTERS = (".mlp.router.", ".mlp.gate.", ".shared_expert_gate.")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _form(
         return dict(model.hf_config), TABLES["same"], reader
     if (request.format or method_of(model.phase).exports_as) == qwen2_moe.MODEL_TYPE:
         config = qwen2_moe.qwen2_moe_config(model.hf_config, model.options, model.sizes)
-        source = qwen2_moe.ScaledSource(reader, model.options.resolved_expert_scale)
+        source = qwen2_moe.ScaledSource(reader, model.options)
         return config, qwen2_moe.qwen2_moe_rows(model.sizes), source
     return mixmoe_config(model.hf_config, model.options, model.sizes), TABLES["same"], reader
 
@@ -178,7 +178,8 @@ def _declared_dtype(prepared: PreparedExport) -> str:
     """Return the dtype that config.json names: the base's if weights have it, else that of most of them."""
     values: Counter[str] = Counter()
     for tensor in prepared.plan:
-        if not any(part in tensor.name for part in _ROUTERS):  # float32 beside any other dtype
+        is_router = any(part in tensor.name for part in _ROUTERS)  # float32 beside any other dtype
+        if math.prod(tensor.shape) and not is_router:
             values[tensor.dtype] += math.prod(tensor.shape)
     declared = prepared.model.hf_config.get("dtype") or prepared.model.hf_config.get("torch_dtype")
     return str(declared) if declared in values else values.most_common(1)[0][0]

@@ -243,6 +243,8 @@ def _reading(request: ImportRequest, config: dict[str, Any]) -> _Reading:
         return _Reading(model, "dense", TABLES["new lora"])
     if not start.groups:
         return _Reading(model, "dense")
+    if model.options is not None and model.options.shared_experts:  # what cannot leave is told before it is trained
+        qwen2_moe.qwen2_moe_config(config, model.options, model.sizes)
     if model.options is not None and model.options.expert_init == "important" and request.ffns is None:
         raise MixMoEError("expert_init=important needs text to measure on: give hf_to_mixmoe.py --measure FILE.")
     ffns = request.ffns or {}
@@ -298,8 +300,7 @@ def _exported_qwen2_moe(request: ImportRequest, config: dict[str, Any]) -> _Read
     base, options = metadata.hf_config, MixMoEOptions.from_dict(metadata.options or {})
     model = ModelDescription(base, megatron_args_from_hf(base), options, metadata.phase)
     qwen2_moe.check_qwen2_moe_config(config, base, options, model.sizes)
-    scale = 1 / options.resolved_expert_scale
     return _Reading(
         model, metadata.phase.name, qwen2_moe.qwen2_moe_rows(model.sizes), metadata.data,
-        lambda source: qwen2_moe.ScaledSource(source, scale),
+        lambda source: qwen2_moe.UnscaledSource(source, options),
     )  # fmt: skip

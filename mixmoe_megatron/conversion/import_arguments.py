@@ -70,5 +70,7 @@ def options_from_arguments(args: argparse.Namespace, method: Method, is_mixmoe: 
         raise MixMoEError("--dense or --method does not go with a Mix-MoE model.")
     if is_mixmoe or not makes_experts:
         return None
+    if args.measure and {**method.options, **given}.get("shared_experts"):
+        raise MixMoEError("--measure has no model with a shared expert to measure: leave it out.")
     measured = MEASURED_OPTIONS if args.measure and args.preset is None else {}
     return MixMoEOptions.from_preset(args.preset or "recommended", **{**method.options, **measured, **given})

@@ -13,6 +13,7 @@ PARTS: dict[str, str] = {
     "base expert": r"\.mlp\.experts\.base_expert\.",
     "LM experts": r"\.mlp\.experts\.lm_experts\.",
     "MT experts": r"\.mlp\.experts\.mt_experts\.",
+    "shared experts": r"\.mlp\.shared_experts\.",
     "LM routers": r"\.mlp\.router\.lm\.",
     "MT routers": r"\.mlp\.router\.mt\.",
     "embedding": r"(^|\.)embedding\.",

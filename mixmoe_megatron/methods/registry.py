@@ -5,7 +5,7 @@ from __future__ import annotations
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import Method, Phase
 from mixmoe_megatron.methods.full import DENSE, FULL
-from mixmoe_megatron.methods.llama_moe_v2 import LLAMA_MOE_V2
+from mixmoe_megatron.methods.llama_moe_v2 import LLAMA_MOE_V2, LLAMA_MOE_V2_RESIDUAL
 from mixmoe_megatron.methods.llama_pro import LLAMA_PRO
 from mixmoe_megatron.methods.lora import LORA
 from mixmoe_megatron.methods.mixmoe import MIXMOE, STAGE1, STAGE2
@@ -29,7 +29,7 @@ def register(method: Method) -> None:
     PHASES.update(phases)
 
 
-for _method in (FULL, MIXMOE, LORA, LLAMA_PRO, MOE, MOE_LPR, LLAMA_MOE_V2):
+for _method in (FULL, MIXMOE, LORA, LLAMA_PRO, MOE, MOE_LPR, LLAMA_MOE_V2, LLAMA_MOE_V2_RESIDUAL):
     register(_method)
 #: The number of --mixmoe-stage -> the phase that it trains.
 STAGES: dict[int, Phase] = {0: DENSE, 1: STAGE1, 2: STAGE2}

@@ -155,7 +155,9 @@ _REQUIRED_SETTINGS: Requirements = {
     "moe_token_dropping": ((False,), "Mix-MoE drops no token"),
     "moe_input_jitter_eps": ((None,), "the routers take no noise"),
     "moe_z_loss_coeff": ((None,), "the paper has no z-loss"),
-    "moe_shared_expert_intermediate_size": ((None,), "Mix-MoE has no shared expert"),
+    "moe_shared_expert_gate": ((False,), "a shared expert has the weight 1"),
+    "moe_shared_expert_overlap": ((False,), "a shared expert runs before the others, in the same stream"),
+    "use_grouped_gemm_for_shared_expert": ((False,), "a shared expert is computed as a dense FFN is"),
     "moe_latent_size": ((None,), "experts work on the full hidden size"),
     "moe_apply_probs_on_input": ((False,), "probabilities scale the experts' outputs"),
     "moe_router_pre_softmax": ((True,), "the softmax comes before the top-k (--moe-router-pre-softmax)"),
@@ -225,6 +227,12 @@ def check_transformer_config(config: MixMoETransformerConfig) -> None:
         )
     ffn_hidden_size = config.ffn_hidden_size or 4 * config.hidden_size
     derived = _derived_fields(*options_and_stage(config), config.num_layers, ffn_hidden_size)
-    for name in ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"):
+    shared, tensor_parallel = derived["moe_shared_expert_intermediate_size"] or 0, config.tensor_model_parallel_size
+    if shared % tensor_parallel:
+        raise MixMoEError(
+            f"the shared expert's width {shared} is not divisible by tensor_model_parallel_size={tensor_parallel}."
+        )
+    for name in ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
+                 "moe_shared_expert_intermediate_size"):  # fmt: skip
         if (value := getattr(config, name)) != derived[name]:
             raise MixMoEError(f"{name}={value!r} contradicts the Mix-MoE options, which give {derived[name]!r}.")

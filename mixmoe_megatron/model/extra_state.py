@@ -11,7 +11,7 @@ _M = "decoder.layers.{i}."
 
 # Modules whose `_extra_state` (empty without fp8) Megatron asks for on loading: (module, scope). Both Megatron's own
 # linear layers and Transformer Engine's are covered; a model ignores the entries of modules it lacks.
-EXTRA_STATE_MODULES: tuple[tuple[str, Scope | Literal["expert"]], ...] = (
+EXTRA_STATE_MODULES: tuple[tuple[str, Scope | Literal["expert", "shared"]], ...] = (
     (_M + "self_attention.linear_qkv", "layer"),
     (_M + "self_attention.linear_proj", "layer"),
     (_M + "self_attention.core_attention", "layer"),
@@ -20,6 +20,8 @@ EXTRA_STATE_MODULES: tuple[tuple[str, Scope | Literal["expert"]], ...] = (
     (_M + "pre_mlp_layernorm", "moe"),
     (_M + "mlp.experts.{block}.experts.linear_fc1", "expert"),
     (_M + "mlp.experts.{block}.experts.linear_fc2", "expert"),
+    (_M + "mlp.shared_experts.linear_fc1", "shared"),
+    (_M + "mlp.shared_experts.linear_fc2", "shared"),
     ("decoder.final_layernorm", "model"),
 )
 
@@ -37,6 +39,9 @@ def extra_state_keys(sizes: Sizes) -> list[str]:
             for i, (block, count) in itertools.product(sizes.moe_layers, sizes.blocks().items()):
                 name = module.replace("{i}", str(i)).replace("{block}", block)
                 keys += [f"{name}._extra_state/shard_{expert}_{count}" for expert in range(count)]
+        elif scope == "shared":
+            layers = sizes.moe_layers if sizes.shared_experts else ()
+            keys += [f"{module.replace('{i}', str(i))}._extra_state/shard_0_1" for i in layers]
         elif not sizes.is_stacked:
             keys += [f"{module.replace('{i}', str(i))}._extra_state/shard_0_1" for i in sizes.layers(scope)]
         else:

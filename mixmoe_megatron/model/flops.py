@@ -142,6 +142,10 @@ def _moe_layer(
     routers = [trains(f"{at}mlp.router.{group}.weight") for group in groups]
     # all groups share one product, and its gradient is computed whole
     yield _product(2 * hidden * sizes.num_experts_per_group * len(groups), below, any(routers))
+    if width := sizes.shared_ffn_hidden_size:
+        fc1, fc2 = (trains(f"{at}mlp.shared_experts.{name}.weight") for name in _EXPERT_LINEARS)
+        yield _product(4 * hidden * width, below, fc1)
+        yield _product(2 * hidden * width, below or fc1, fc2)
     for block, experts in sizes.blocks().items():
         fc1, fc2 = (trains(f"{at}mlp.experts.{block}.experts.{name}.weight") for name in _EXPERT_LINEARS)
         share = experts / sizes.num_experts_per_group  # of the group's tokens

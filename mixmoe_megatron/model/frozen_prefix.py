@@ -107,7 +107,8 @@ def graph_start(
     attention = ("input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj",
                  "self_attention.linear_qkv.lora.q_a")  # fmt: skip
     dense = ("mlp.linear_fc1", "mlp.linear_fc2", "pre_mlp_layernorm")
-    moe = (*(f"mlp.{kind}.{group}{tail}" for group in phase.groups for kind, tail in _MOE), "pre_mlp_layernorm")
+    moe = (*(f"mlp.{kind}.{group}{tail}" for group in phase.groups for kind, tail in _MOE),
+           "mlp.shared_experts.linear_fc1", "pre_mlp_layernorm")  # fmt: skip
     for layer in range(num_layers):
         parts = attention, moe if layer in moe_layers else dense
         trained = [

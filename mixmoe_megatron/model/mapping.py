@@ -9,7 +9,7 @@ Megatron names are the keys of a torch_dist checkpoint, one per layer. `{i}` is 
 
 Shape legend: H hidden_size, F ffn_hidden_size, Q attention heads x head size, K query groups x head size, QKV = Q + 2K,
 V vocabulary, P padded vocabulary, r LoRA's rank, n experts per group, m LM experts beside the base expert (n or n - 1),
-E experts of all groups (n or 2n), f moe_ffn_hidden_size.
+E experts of all groups (n or 2n), f moe_ffn_hidden_size, s inner size of the shared expert.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Sizes:
         moe_layers: 0-based numbers of the Mix-MoE layers; empty for a dense model.
         num_groups: 1 in stage 1 (LM), 2 in stage 2 (LM and MT).
         base_expert: the first LM expert is a part of its own.
+        shared_experts: how many experts wide the shared expert is; 0: there is none.
         router_bias: the routers have a bias.
         new_layers: 0-based numbers of layers that the base has not; they are dense.
         lora_rank: r of the low-rank matrices beside the linear layers; 0: there are none.
@@ -65,6 +66,7 @@ class Sizes:
     num_experts_per_group: int = 0
     moe_ffn_hidden_size: int = 0
     base_expert: bool = False
+    shared_experts: int = 0
     router_bias: bool = True
     spectral: bool = True
     expert_init: str = "slice"
@@ -74,14 +76,20 @@ class Sizes:
         """Evaluate a shape such as `n 2f H` (see the legend of this module)."""
         q = self.num_attention_heads * self.kv_channels
         k = self.num_query_groups * self.kv_channels
-        n, inner = self.num_experts_per_group, self.moe_ffn_hidden_size
+        n, inner, shared = self.num_experts_per_group, self.moe_ffn_hidden_size, self.shared_ffn_hidden_size
         values = {
             "H": self.hidden_size, "F": self.ffn_hidden_size, "2F": 2 * self.ffn_hidden_size,
             "Q": q, "K": k, "QKV": q + 2 * k, "V": self.vocab_size, "P": self.padded_vocab_size,
-            "0": 0, "1": 1, "r": self.lora_rank, "n": n,
+            "1": 1, "r": self.lora_rank, "n": n,
             "m": n - self.base_expert, "E": n * self.num_groups, "f": inner, "2f": 2 * inner,
+            "s": shared, "2s": 2 * shared,
         }  # fmt: skip
         return tuple(values[symbol] for symbol in symbols.split())
+
+    @property
+    def shared_ffn_hidden_size(self) -> int:
+        """Inner size of the shared expert; 0: there is none."""
+        return self.shared_experts * self.moe_ffn_hidden_size
 
     def blocks(self) -> dict[str, int]:
         """Return the parts that a layer's experts are stored in, in logical order, and how many experts each holds."""
@@ -130,6 +138,11 @@ def is_spectral(sizes: Sizes) -> bool:
 def has_base_expert(sizes: Sizes) -> bool:
     """Whether the first LM expert is a part of its own."""
     return sizes.base_expert
+
+
+def has_shared_expert(sizes: Sizes) -> bool:
+    """Whether an expert works on every token beside those that the router chooses."""
+    return sizes.shared_experts > 0
 
 
 def has_mt(sizes: Sizes) -> bool:
@@ -261,13 +274,18 @@ def _unfold_router(arrays: list[Array], sizes: Sizes) -> list[Array]:
 
 
 def _upcycle_gate_up(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    n, init = sizes.num_experts_per_group, sizes.expert_init
-    return split_blocks([upcycling.experts_from_dense_gate_up(arrays[0], arrays[1], n, init)], sizes)
+    """The first neurons become the shared expert, if there is one, the others the experts."""
+    n, init, shared = sizes.num_experts_per_group, sizes.expert_init, sizes.shared_ffn_hidden_size
+    gate, up = arrays
+    experts = split_blocks([upcycling.experts_from_dense_gate_up(gate[shared:], up[shared:], n, init)], sizes)
+    return [*experts, *([upcycling.pack_gate_up(gate[:shared], up[:shared])] if shared else [])]
 
 
 def _upcycle_down(arrays: list[Array], sizes: Sizes) -> list[Array]:
-    n, init = sizes.num_experts_per_group, sizes.expert_init
-    return split_blocks([upcycling.experts_from_dense_down(arrays[0], n, init)], sizes)
+    n, init, shared = sizes.num_experts_per_group, sizes.expert_init, sizes.shared_ffn_hidden_size
+    (down,) = arrays
+    experts = split_blocks([upcycling.experts_from_dense_down(down[:, shared:], n, init)], sizes)
+    return [*experts, *([down[:, :shared]] if shared else [])]
 
 
 def _new_bias(arrays: list[Array], sizes: Sizes) -> list[Array]:
@@ -298,6 +316,7 @@ NEW_ROUTER_BIAS = Crossing(_new_bias, None)
 _M = "decoder.layers.{i}."
 _E = _M + "mlp.experts."
 _BASE, _LM, _MT = _E + "base_expert.experts.", _E + "lm_experts.experts.", _E + "mt_experts.experts."
+_S = _M + "mlp.shared_experts."
 _R = _M + "mlp.router."
 _H = "model.layers.{i}."
 _A = _H + "self_attn."
@@ -340,9 +359,11 @@ _UPCYCLING_ROWS = (
     Row((Key(_R + "lm.weight", "n H"), Key(_R + "lm.spectral_weight", "n H", is_spectral)),
         (), NEW_ROUTER, "moe", is_router=True),
     Row((Key(_R + "lm.bias", "n"),), (), NEW_ROUTER_BIAS, "moe", when=has_router_bias, is_router=True),
-    Row((Key(_BASE + "linear_fc1.weight", "1 2f H", has_base_expert), Key(_LM + "linear_fc1.weight", "m 2f H")),
+    Row((Key(_BASE + "linear_fc1.weight", "1 2f H", has_base_expert), Key(_LM + "linear_fc1.weight", "m 2f H"),
+         Key(_S + "linear_fc1.weight", "2s H", has_shared_expert)),
         (Key(_H + "mlp.gate_proj.weight", "F H"), Key(_H + "mlp.up_proj.weight", "F H")), UPCYCLED_GATE_UP, "moe"),
-    Row((Key(_BASE + "linear_fc2.weight", "1 H f", has_base_expert), Key(_LM + "linear_fc2.weight", "m H f")),
+    Row((Key(_BASE + "linear_fc2.weight", "1 H f", has_base_expert), Key(_LM + "linear_fc2.weight", "m H f"),
+         Key(_S + "linear_fc2.weight", "H s", has_shared_expert)),
         (Key(_H + "mlp.down_proj.weight", "H F"),), UPCYCLED_DOWN, "moe"),
 )  # fmt: skip
 

@@ -5,6 +5,8 @@ Per token, with L the chosen LM experts, M the chosen MT experts, s the expert s
     stage 1:  y = sum_L s p E(h)
     stage 2:  y = c (sum_L s p E(h) + sum_M s p E(h)),   c = 1/2 ("mean") or 1 ("sum")
 
+With the option `shared_experts` Megatron's own shared expert S adds S(h) to the y of stage 1.
+
 The groups combine in the router's probs, which carry c s p: one dispatch takes each token to its experts of both
 groups, and the dispatcher's sum over a token's experts is y. All else (dispatchers, recomputation, overlap) is
 Megatron's.
@@ -14,13 +16,16 @@ Source: Mix-MoE (arXiv:2605.24681) section III-A, eq. 1-7. Deviates: D1, D2 (mod
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mixmoe_megatron.model.backends import uses_transformer_engine
 from mixmoe_megatron.model.config import options_and_stage
 from mixmoe_megatron.model.experts import MixMoEExperts
 from mixmoe_megatron.model.router import MixMoERouter
@@ -31,7 +36,7 @@ class MixMoELayer(MoELayer):
 
     Args:
         config: a MixMoETransformerConfig.
-        submodules: the router and the experts; None: Mix-MoE's.
+        submodules: the router and the experts; None: Mix-MoE's, and Megatron's own shared expert.
         kwargs: MoELayer's other arguments (layer_number, pg_collection, name ...), passed on to Megatron.
 
     Raises:
@@ -41,7 +46,7 @@ class MixMoELayer(MoELayer):
 
     def __init__(self, config: TransformerConfig, submodules: MoESubmodules | None = None, **kwargs: Any):
         _, self.stage = options_and_stage(config)
-        submodules = submodules or MoESubmodules(experts=MixMoEExperts, router=MixMoERouter)
+        submodules = submodules or _submodules(config)
         super().__init__(config, submodules, **kwargs)
         self.needs_input_gradient = _needs_input_gradient(config)
         _sort_once(self.token_dispatcher)
@@ -92,6 +97,11 @@ class MixMoELayer(MoELayer):
             for (name, lm), (mt_name, mt) in zip(source.named_parameters(), target.named_parameters(), strict=True):
                 assert name == mt_name
                 mt.copy_(lm)
+
+
+def _submodules(config: TransformerConfig) -> MoESubmodules:
+    stock = get_moe_module_spec(uses_transformer_engine(config), config.num_moe_experts)
+    return replace(stock.keywords["submodules"], experts=MixMoEExperts, router=MixMoERouter)
 
 
 def _sort_once(dispatcher: MoETokenDispatcher) -> None:

@@ -21,7 +21,7 @@ from mixmoe_megatron.model.upcycling import EXPERT_INITS, expert_ffn_hidden_size
 #: Coefficient of the aux loss in the paper (lambda of eq. 8-9). Megatron's own flag is --moe-aux-loss-coeff.
 PAPER_AUX_LOSS_COEFF = 0.01
 
-_PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom", "measured")
+_PLACEMENTS = ("last", "uniform-first", "bottom", "top", "dense_bottom", "inner", "measured")
 _PAPER = {
     "preset": "paper",
     "spectral_norm": "backward",
@@ -91,10 +91,15 @@ class MixMoEOptions:
         False,
         "keep the first LM expert, a copy of the FFN, as a part of its own, which no phase of experts trains (MoE-LPR)",
     )
+    shared_experts: int = _option(
+        0,
+        "cut the FFN into so many slices more, the first ones, which work on every token as one expert that no router "
+        "chooses (LLaMA-MoE v2's residual)",
+    )
     moe_layer_placement: str = _option(
         "last",
-        "which layers are MoE layers; last: the last of each moe_every; measured: where the text of --measure says "
-        "that an FFN is missed least; or 0-based indices such as 3,7",
+        "which layers are MoE layers; last: the last of each moe_every; inner: of these not the model's first and its "
+        "last; measured: where the text of --measure says that an FFN is missed least; or 0-based indices such as 3,7",
         shown=",".join([*_PLACEMENTS, "INDICES"]),
     )
     moe_every: int = _option(4, "one layer of so many is an MoE layer (their number, for all placements but indices)")
@@ -154,6 +159,10 @@ class MixMoEOptions:
             raise MixMoEError(
                 f"topk_per_group={self.topk_per_group} exceeds num_experts_per_group={self.num_experts_per_group}."
             )
+        if self.shared_experts < 0:
+            raise MixMoEError(f"shared_experts must not be negative, got {self.shared_experts!r}.")
+        if self.shared_experts and self.expert_init != "slice":
+            raise MixMoEError("shared_experts needs expert_init=slice: a shared expert is a slice beside the others.")
         if self.base_expert and (self.expert_init != "copy" or self.num_experts_per_group < 2):
             raise MixMoEError("base_expert needs expert_init=copy and num_experts_per_group of 2 or more.")
         if self.expert_scale is not None and not 0 < self.expert_scale < float("inf"):
@@ -224,8 +233,9 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
     """Return the 0-based indices of the MoE layers.
 
     With m = num_layers // moe_every: "last" takes the last layer of each `moe_every`, "uniform-first" the first of
-    each, "bottom" the first m layers, "top" the last m, "dense_bottom" the first 2 m (layers 1-8 of 16). "measured" is
-    a request to a conversion, which puts m indices in its place.
+    each, "bottom" the first m layers, "top" the last m, "dense_bottom" the first 2 m (layers 1-8 of 16), "inner" what
+    "last" takes but for the first and the last layer of the model. "measured" is a request to a conversion, which puts
+    m indices in its place.
 
     Source: Mix-MoE (arXiv:2605.24681) section III-A ("every 4") and Table VI. Deviates: D8 (model/README.md).
 
@@ -248,8 +258,12 @@ def resolve_moe_layers(options: MixMoEOptions, num_layers: int) -> list[int]:
         raise MixMoEError(
             "moe_layer_placement=measured needs text to measure on: give hf_to_mixmoe.py --measure FILE or name layers."
         )
-    if placement == "last":
-        return [every * i + every - 1 for i in range(count)]
+    if placement in ("last", "inner"):
+        ends = (0, num_layers - 1) if placement == "inner" else ()
+        layers = [layer for layer in range(every - 1, num_layers, every) if layer not in ends]
+        if not layers:
+            raise MixMoEError(f"moe_layer_placement=inner gives no MoE layer in a model of {num_layers} layers.")
+        return layers
     if placement == "uniform-first":
         return [every * i for i in range(count)]
     if placement == "top":
@@ -290,20 +304,23 @@ def mixmoe_megatron_args(options: MixMoEOptions, stage: int, num_layers: int, ff
         Argument -> value, for stages 1 and 2 among them the number and the width of the experts and the MoE layers.
 
     Raises:
-        MixMoEError: F is not divisible by n, there is no MoE layer, the stage is unknown, or it has MT experts beside a
-            base expert.
+        MixMoEError: F is not divisible by n (and the shared experts), there is no MoE layer, the stage is unknown, or
+            it has MT experts beside a base expert or a shared one.
     """
     phase_of_stage(stage)  # refuses an unknown one
     if stage == 0:
         return {"num_experts": None, "moe_layer_freq": 1}
-    if stage == 2 and options.base_expert:
-        raise MixMoEError("base_expert goes with one group of experts: there are no MT experts beside it.")
-    n = options.num_experts_per_group
+    for name in ("base_expert", "shared_experts"):
+        if stage == 2 and getattr(options, name):
+            raise MixMoEError(f"{name} goes with one group of experts: there are no MT experts beside it.")
+    n, shared = options.num_experts_per_group, options.shared_experts
+    width = expert_ffn_hidden_size(ffn_hidden_size, n, options.expert_init, shared)
     layers = set(resolve_moe_layers(options, num_layers))
     return {
         "num_experts": n * stage,
         "moe_router_topk": options.topk_per_group * stage,
-        "moe_ffn_hidden_size": expert_ffn_hidden_size(ffn_hidden_size, n, options.expert_init),
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": shared * width or None,
         "moe_layer_freq": [int(i in layers) for i in range(num_layers)],
         "moe_router_pre_softmax": True,
         "moe_router_score_function": "softmax",

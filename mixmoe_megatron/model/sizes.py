@@ -49,9 +49,10 @@ def model_sizes(
             "num_groups": stage,
             "num_experts_per_group": options.num_experts_per_group,
             "moe_ffn_hidden_size": expert_ffn_hidden_size(
-                args["ffn_hidden_size"], options.num_experts_per_group, options.expert_init
+                args["ffn_hidden_size"], options.num_experts_per_group, options.expert_init, options.shared_experts
             ),
             "base_expert": options.base_expert,
+            "shared_experts": options.shared_experts,
             "router_bias": options.router_bias,
             "spectral": options.spectral_transform != "none",
             "expert_init": options.expert_init,

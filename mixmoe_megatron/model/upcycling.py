@@ -5,7 +5,8 @@ Source: Mix-MoE (arXiv:2605.24681) section III-A: the LM experts are slices of t
 conversions run them on the numbers of slices in place of the values, so that an array may be of any dtype.
 
 Shapes: H hidden_size, F ffn_hidden_size, n experts per group, F' = moe_ffn_hidden_size (F / n for `slice` and
-`important`, F for `copy`). A gated FFN is packed the Megatron way: F gate rows, then F up rows.
+`important`, F for `copy`). With shared experts, F here is what these leave of the FFN: its neurons after theirs, which
+come first. A gated FFN is packed the Megatron way: F gate rows, then F up rows.
 """
 
 from __future__ import annotations
@@ -21,27 +22,29 @@ SHARED = 0.5  # of the neurons of an expert of `important`, which all of them ha
 Array = np.ndarray[Any, Any]
 
 
-def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: str) -> int:
+def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: str, shared_experts: int = 0) -> int:
     """Return F', the inner size of one expert.
 
     Args:
         ffn_hidden_size: F of the dense FFN.
         num_experts: n, experts per group.
         expert_init: `slice` or `important` (F' = F / n), or `copy` (F' = F).
+        shared_experts: slices of F beside the n, as wide as they.
 
     Raises:
-        MixMoEError: F is not divisible by n, or expert_init is unknown.
+        MixMoEError: F is not divisible by the number of slices, or expert_init is unknown.
     """
     if expert_init not in EXPERT_INITS:
         raise MixMoEError(f"expert_init must be one of {', '.join(EXPERT_INITS)}, not {expert_init!r}.")
     if expert_init == "copy":
         return ffn_hidden_size
-    if ffn_hidden_size % num_experts:
+    if ffn_hidden_size % (num_experts + shared_experts):
+        more, other = (f" + shared_experts={shared_experts}", "") if shared_experts else ("", ", or --expert-init copy")
         raise MixMoEError(
-            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts}: "
-            "choose a divisor of it (--num-experts-per-group), or --expert-init copy."
+            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts}{more}: "
+            f"choose a divisor of it (--num-experts-per-group){other}."
         )
-    return ffn_hidden_size // num_experts
+    return ffn_hidden_size // (num_experts + shared_experts)
 
 
 def important_neurons(importance: Array, num_experts: int) -> Array:

@@ -14,6 +14,7 @@ groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per ele
 | dense FFN | s H + 2 t F / TP; trained: + s H + t F / TP |
 | LoRA | what trained linear layers keep, and rank r times: 5 t + 2 s (q, k, v, gate, up of all tokens; o, down) |
 | MoE FFN | 2 s H (first MoE layer: s H) + r (H + 2 f / ETP); trained group: + its rows x f / ETP |
+| shared expert of width w | 2 t w / TP; trained: + t w / TP |
 | output | s H; trained: + s H; logits t P / TP, and 4 bytes for each of them (float32 softmax) |
 """
 
@@ -76,4 +77,6 @@ def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int,
     )
     experts = rows * sizes.num_groups * (sizes.hidden_size + 2 * inner)
     experts += rows * learning * inner // sizes.num_experts_per_group
+    shared_trains = model.is_trained(f"decoder.layers.{layer}.mlp.shared_experts.linear_fc2.weight")
+    experts += tokens * sizes.shared_ffn_hidden_size * (2 + shared_trains) // layout.tp
     return size * (attention * (not is_first) + sequence * (2 - is_first) + experts)

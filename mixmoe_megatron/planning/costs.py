@@ -149,8 +149,8 @@ def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) 
     """Collectives of one micro-batch and the bytes that a rank sends in them, by kind.
 
     A tensor-parallel sublayer gathers its input and scatters its output, backward the same and, where a weight trains,
-    gathers the input again. A Mix-MoE layer dispatches the rows of all its groups in one all-to-all and combines them
-    in another. Below the first trained layer there is no backward pass.
+    gathers the input again; a shared expert is one too. A Mix-MoE layer dispatches the rows of all its groups in one
+    all-to-all and combines them in another. Below the first trained layer there is no backward pass.
     """
     sizes, size = model.sizes(layout.tp), batch.bytes_per_element
     tokens = batch.micro_batch_size * batch.seq_length // layout.cp
@@ -164,7 +164,7 @@ def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) 
         again = int(batch.recompute == "full" and layer >= lowest)
         backward = int(layer > lowest)
         trained = model.is_trained(f"decoder.layers.{layer}.self_attention.linear_qkv.weight")
-        sublayers = 1 if layer in sizes.moe_layers else 2
+        sublayers = 1 if layer in sizes.moe_layers and not sizes.shared_experts else 2
         exchanges += sublayers * (2 + 2 * again + (2 + trained) * backward)
         rings += 1 + again + 2 * backward
         if layer in sizes.moe_layers:

@@ -177,5 +177,5 @@ def _divides(batch: Batch, layout: ParallelLayout) -> bool:
 
 
 def _splits_tensors(sizes: Sizes, tp: int) -> bool:
-    split = (sizes.num_attention_heads, sizes.num_query_groups, sizes.ffn_hidden_size)
+    split = (sizes.num_attention_heads, sizes.num_query_groups, sizes.ffn_hidden_size, sizes.shared_ffn_hidden_size)
     return not any(size % tp for size in split)

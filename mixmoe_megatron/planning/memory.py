@@ -151,6 +151,9 @@ def _moe_parameters(sizes: Sizes, layout: ParallelLayout, name: str, ep_rank: in
         if count:
             yield expert(f"{name}experts.{block}.linear_fc1.weight", (count, 2 * inner, hidden))
             yield expert(f"{name}experts.{block}.linear_fc2.weight", (count, hidden, inner))
+    if shared := sizes.shared_ffn_hidden_size // layout.tp:
+        yield LocalParameter(f"{name}shared_experts.linear_fc1.weight", (2 * shared, hidden))
+        yield LocalParameter(f"{name}shared_experts.linear_fc2.weight", (hidden, shared))
 
 
 def stage_memory(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: int) -> list[Memory]:

@@ -8,7 +8,6 @@ sizes, everything goes through Megatron's own parser, and a flag that the user g
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from dataclasses import astuple
@@ -350,8 +349,8 @@ def apply_options(args: MegatronArgs, metadata: Metadata) -> None:
     args.new_layers = metadata.new_layers
     args.lora_rank, args.lora_alpha = astuple(metadata.lora) if metadata.lora else (0, 0.0)
     if metadata.phase.groups and metadata.options is not None:
-        for field in dataclasses.fields(MixMoEOptions):
-            setattr(args, field.name, metadata.options[field.name])
+        options = MixMoEOptions.from_dict(metadata.options)  # some may be younger than the checkpoint
+        vars(args).update(options.to_dict())
         check_expert_parallel(args.num_experts_per_group, args.expert_model_parallel_size)
 
 

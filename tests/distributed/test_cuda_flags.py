@@ -1,4 +1,4 @@
-"""The contract with CUDA machines: with exactly the flags that one gets, both stages train what they train on a CPU.
+"""The contract with CUDA machines: with exactly the flags that one gets, phases train what they train on a CPU.
 
 {no Transformer Engine, a stand-in} x {no Apex, a stand-in}: the flags of that machine, Megatron's own start-up, dataset
 helpers included, the model, the distributed optimizer with both overlaps, checkpoints. CPU mode answers for the device.
@@ -19,19 +19,24 @@ from tests.helpers.training import checkpoint_tensors, logged, make_tiny_world, 
 
 STEPS = 3
 CLUSTER = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-#: whether Apex is there -> the stages that train; in stage 0 its kernel computes gradients
-RUNS = {False: (1, 2), True: (1, 2, 0)}
-PARENTS = {0: ("dense_parent", "mono"), 1: ("upcycled", "mono"), 2: ("stage1", "pairs")}
-STAGES = {1: "stage1", 2: "stage2", 0: "dense"}
+SHARED = "llama_moe_v2_residual"
+#: whether Apex is there -> the stages that train, and a phase; in stage 0 and of a shared expert its kernel computes
+#: gradients
+RUNS: dict[bool, tuple[int | str, ...]] = {False: (1, 2), True: (1, 2, 0, SHARED)}
+PARENTS = {
+    0: ("dense_parent", "mono"), 1: ("upcycled", "mono"), 2: ("stage1", "pairs"), SHARED: ("shared_parent", "mono")
+}  # fmt: skip
+STAGES = {1: "stage1", 2: "stage2", 0: "dense", SHARED: "shared"}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, upcycled/, dense_parent/, data, and the runs with CPU mode's flags: their checkpoints, losses.json."""
+    """base/, the parents, data, and the runs with CPU mode's flags: their checkpoints, losses.json."""
     directory = tmp_path_factory.mktemp("cuda_flags")
     make_tiny_world(directory)
-    convert = ["checkpoints_conversion/hf_to_mixmoe.py", "--dense", "--hf-dir", str(directory / "base")]
-    run_job([*convert, "--output-dir", str(directory / "dense_parent")], 1, directory / "logs")
+    for method, name in (("full", "dense_parent"), (SHARED, "shared_parent")):
+        words = ["--method", method, "--hf-dir", directory / "base", "--output-dir", directory / name]
+        run_job(["checkpoints_conversion/hf_to_mixmoe.py", *map(str, words)], 1, directory / f"{name}_logs")
     losses = {}
     for stage, name in STAGES.items():
         parent, data = PARENTS[stage]
@@ -40,12 +45,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def job_words(world: Path, stage: int, extra: str, save: Path) -> list[str]:
+def job_words(world: Path, stage: int | str, extra: str, save: Path) -> list[str]:
     parent, data = PARENTS[stage]
     return train_words(stage, world / parent, world / data, save, STEPS, f"{CLUSTER} {extra}")
 
 
-def check(world: Path, stage: int, save: Path, output: str) -> None:
+def check(world: Path, stage: int | str, save: Path, output: str) -> None:
     """The losses and the trained weights are those of the run with CPU mode's flags."""
     name = STAGES[stage]
     expected = json.loads((world / "losses.json").read_text())[name]

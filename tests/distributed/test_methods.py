@@ -1,10 +1,11 @@
-"""Every method keeps the same promises: N processes equal one, frozen bits stay, runs go on, exports come back.
+"""Every method keeps the same promises: N equal one, frozen bits stay, killed runs go on, exports come back.
 
-Mix-MoE itself has a longer list of layouts in test_n_equals_one.py and test_resharding.py.
+Mix-MoE itself has a longer list of layouts in test_n_equals_one.py and test_resharding.py, of kills in test_kills.py.
 """
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -28,9 +29,11 @@ from tests.distributed.test_n_equals_one import (
     TP,
     assert_optimizer_state_of_trained_tensors_only,
 )
+from tests.helpers.crashes import die_at_size
+from tests.helpers.forked import Job
 from tests.helpers.norms_method import forget_norms, register_norms
 from tests.helpers.tiny_hf import SENTENCES
-from tests.helpers.training import checkpoint_tensors, make_monolingual, train
+from tests.helpers.training import checkpoint_tensors, make_monolingual, train, train_words
 
 STEPS = 10
 #: method -> words of its conversion, and the phases that are trained, each from the start
@@ -42,6 +45,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "moe": (["--moe-every", "2", "--num-experts-per-group", "4"], ["moe", "moe_all"]),
     "moe_lpr": (["--moe-every", "2"], ["lpr_experts", "lpr_router"]),
     "llama_moe_v2": (["--moe-every", "2", "--num-experts-per-group", "4"], ["llama_moe_v2"]),
+    "llama_moe_v2_residual": (
+        ["--num-experts-per-group", "4", "--shared-experts", "4"],
+        ["llama_moe_v2_residual"],
+    ),
 }
 LAYOUTS = {
     "TP2 SP": (2, TP),
@@ -58,7 +65,9 @@ WITH_EXPERTS = {
 QUICK = {
     ("llama_pro", "PP2, recompute full"), ("lora", "DP2, distributed optimizer, overlap"), ("lora", "CP2"),
     ("moe", "EP2"), ("lpr_experts", "EP2"), ("lpr_router", "EP2"), ("llama_moe_v2", "PP2"),
+    ("llama_moe_v2_residual", "EP2"),
 }  # fmt: skip
+QUICK_KILLS = ("llama_pro", "lpr_router")
 TRAININGS = [(method, phase) for method, (_, phases) in CASES.items() for phase in phases]
 COMMON = "--micro-batch-size 2 "
 
@@ -78,15 +87,20 @@ class Runs:
 
     def run(self, method: str, phase: str, save: Path, flags: str = "", processes: int = 1) -> Log:
         """Train to step 10, or as `flags` say; returns losses and gradient norms."""
+        flags = self.flags(method, phase, flags)
+        return train(
+            phase, self.start(method), self.world / "pairs", save, STEPS, flags, processes, prelude=register_norms
+        )
+
+    def flags(self, method: str, phase: str, flags: str) -> str:
+        """Return the flags of a run, `flags` among them."""
         flags = f"{COMMON}{flags} --seq-length 160 --data-cache-path {self.directory}/cache"
         if "lpr_coeff" in PHASES[phase].defaults:  # some tokens are of an original language, and some are not
             old = self.directory / "old"
             if not old.with_suffix(".json").exists():
                 make_monolingual(old, SENTENCES[::2], self.start(method) / "tokenizer")
             flags += f" --data-path {self.world}/mono {old} --lpr-original-data-path {old}"
-        return train(
-            phase, self.start(method), self.world / "pairs", save, STEPS, flags, processes, prelude=register_norms
-        )
+        return flags
 
     def _alone(self, method: str, phase: str) -> tuple[Path, Log]:
         save = self.directory / method / phase
@@ -156,6 +170,26 @@ def test_a_run_goes_on_under_another_layout(runs: Runs, method: str, phase: str,
     runs.run(method, phase, save, TP, 2)
     assert_close(save, runs.alone(method, phase)[0])
     assert read_metadata(save).phase is PHASES[phase] and read_metadata(save).parent is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "phase"),
+    [
+        pytest.param(method, phase, marks=[] if phase in QUICK_KILLS else [pytest.mark.slow])
+        for method, phase in TRAININGS
+        if phase != "norms"
+    ],
+)
+def test_a_killed_run_ends_as_the_undisturbed_one(runs: Runs, method: str, phase: str, tmp_path: Path) -> None:
+    """It dies in the middle of its second save, and goes on from the first."""
+    save, flags = tmp_path / "run", runs.flags(method, phase, "--save-interval 4")
+    words = train_words(phase, runs.start(method), runs.world / "pairs", save, STEPS, flags)
+    job = Job(words, 1, tmp_path / "killed", prelude=die_at_size(save, 0, "iter_0000008/__0_0.distcp", 1000))
+    assert job.wait() == [-signal.SIGXFSZ], job.output()[-8000:]
+    losses, _ = runs.run(method, phase, save)
+    assert len(losses) == STEPS - 4
+    expected, found = checkpoint_tensors(runs.alone(method, phase)[0]), checkpoint_tensors(save)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize(("method", "phase"), TRAININGS)

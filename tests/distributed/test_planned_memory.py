@@ -44,7 +44,7 @@ def test_planned_bytes_in_bf16(world: Path, tmp_path: Path, flag: str) -> None:
 @pytest.mark.parametrize(
     "phase",
     ["dense", "lora", "llama_pro", "moe", "lpr_experts", pytest.param("lpr_router", marks=pytest.mark.slow),
-     "llama_moe_v2"],
+     "llama_moe_v2", "llama_moe_v2_residual"],
 )  # fmt: skip
 def test_planned_bytes_of_other_methods(world: Path, tmp_path: Path, phase: str) -> None:
     method = method_of(PHASES[phase])

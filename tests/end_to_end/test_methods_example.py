@@ -13,6 +13,7 @@ EXPORTS = {
     "full": "LlamaForCausalLM", "mixmoe": "MixMoEForCausalLM", "lora": "LlamaForCausalLM",
     "llama_pro": "LlamaForCausalLM", "moe": "Qwen2MoeForCausalLM", "moe_all": "Qwen2MoeForCausalLM",
     "moe_lpr": "Qwen2MoeForCausalLM", "llama_moe_v2": "Qwen2MoeForCausalLM",
+    "llama_moe_v2_residual": "Qwen2MoeForCausalLM",
 }  # fmt: skip
 
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
@@ -55,6 +57,7 @@ def export(checkpoint: Path, output: Path, *flags: str) -> Path:
         ("moe_lpr", ["--moe-every=2"]),
         # all of the slices, each at the weight n * 1/n that it had in the FFN
         ("llama_moe_v2", ["--topk-per-group=8", "--expert-scale=8", "--router-init-std=0"]),
+        ("llama_moe_v2_residual", ["--topk-per-group=7", "--expert-scale=7", "--router-init-std=0"]),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -70,11 +73,11 @@ def test_the_start_is_the_base(tmp_path: Path, family: str, method: str, flags: 
     assert done.returncode == 0 and "newly initialized" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("method", ["moe", "moe_lpr", "llama_moe_v2"])
+@pytest.mark.parametrize("method", ["moe", "moe_lpr", "llama_moe_v2", "llama_moe_v2_residual"])
 def test_loss_aux_loss_and_gradients(tmp_path: Path, method: str) -> None:
     """One MoE layer: of several, transformers takes the product of means over the layers, we the mean of products."""
     save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
-    checkpoint = convert(tmp_path / "base", tmp_path / "m", method, "--moe-every=4")
+    checkpoint = convert(tmp_path / "base", tmp_path / "m", method, "--moe-layer-placement=3")
     metadata = read_metadata(checkpoint)
     assert metadata.options is not None
     k, scale = metadata.options["topk_per_group"], metadata.options["expert_scale"]
@@ -104,12 +107,25 @@ def test_loss_aux_loss_and_gradients(tmp_path: Path, method: str) -> None:
         "router": (ours.decoder.layers[3].mlp.router.lm.weight.grad, layer.gate.weight.grad),
         "gate and up": (fc1, torch.stack(gate_up)),
         "down": (fc2, scale * torch.stack([e.down_proj.weight.grad for e in layer.experts])),
+        **shared_expert_gradients(ours.decoder.layers[3].mlp.shared_experts, layer),
         "output": (ours.output_layer.weight.grad, theirs.lm_head.weight.grad),
         # row 0 is padding's, to which transformers gives no gradient
         "embedding": (ours.embedding.word_embeddings.weight.grad[1:], theirs.model.embed_tokens.weight.grad[1:]),
     }
     for name, (found, expected) in pairs.items():
         assert expected.any() and torch.allclose(found, expected, atol=1e-5, rtol=1e-4), name
+
+
+def shared_expert_gradients(ours: Any, layer: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Found and expected gradients of a shared expert, where there is one; a gate of 1/2 makes up for down times 2."""
+    if ours is None:
+        return {}
+    theirs = layer.shared_expert
+    gate_up = torch.cat((theirs.gate_proj.weight.grad, theirs.up_proj.weight.grad))
+    return {
+        "shared gate and up": (ours.linear_fc1.weight.grad, gate_up),
+        "shared down": (ours.linear_fc2.weight.grad, 2 * theirs.down_proj.weight.grad),
+    }
 
 
 def test_lpr_loss(tmp_path: Path) -> None:
@@ -158,6 +174,26 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_conversion("mixmoe_to_hf", *words) == 2
     assert "Qwen2Moe has no place for a router bias: export with --format mixmoe" in capsys.readouterr().err
     assert_parity(export(biased, tmp_path / "own", "--format", "mixmoe"), loaded(biased))
+
+
+def test_refusals_of_a_shared_expert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
+    method = ("--method", "llama_moe_v2_residual")
+    start = convert(tmp_path / "base", tmp_path / "m", *method[1:])
+    hf = export(start, tmp_path / "hf")
+    (weights,) = hf.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.layers.2.mlp.shared_expert_gate.weight"][0, 3] = 1e-3
+    save_file(tensors, weights)
+    base, out = ("--hf-dir", tmp_path / "base", "--output-dir", tmp_path / "out"), ("--output-dir", tmp_path / "out")
+    for command, words, sentence in (
+        ("hf_to_mixmoe", ["--hf-dir", hf, *out], "layers.2.mlp.shared_expert_gate.weight is not zero"),
+        ("mixmoe_to_hf", ["--checkpoint-dir", start, *out, "--format", "mixmoe"], "no place for a shared expert"),
+        ("hf_to_mixmoe", [*base, *method, "--measure", "x"], "--measure has no model with a shared expert"),
+        ("hf_to_mixmoe", [*base, *method, "--router-bias", "true"], "alone has a place for a shared expert, has none"),
+    ):
+        assert run_conversion(command, *words) == 2
+        assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def loaded(checkpoint: Path) -> torch.nn.Module:

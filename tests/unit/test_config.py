@@ -59,6 +59,9 @@ def test_dictionary_round_trip() -> None:
         ({"moe_layer_placement": "middle"}, "moe_layer_placement must be one of last, uniform-first"),
         ({"moe_layer_placement": "3,3"}, "distinct layer indices"),
         ({"moe_layer_placement": "-1"}, "distinct layer indices"),
+        ({"shared_experts": -1}, "shared_experts must not be negative, got -1"),
+        ({"shared_experts": True}, "shared_experts must be an integer, got True"),
+        ({"shared_experts": 1, "expert_init": "copy"}, "shared_experts needs expert_init=slice"),
         ({"typo": 1}, "unknown Mix-MoE option 'typo'"),
     ],
 )
@@ -101,6 +104,7 @@ def test_unknown_preset() -> None:
         ("bottom", [0, 1, 2, 3]),
         ("top", [12, 13, 14, 15]),
         ("dense_bottom", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("inner", [3, 7, 11]),
         ("7, 3", [3, 7]),
     ],
 )
@@ -115,6 +119,8 @@ def test_placement_of_a_layer_count_that_is_no_multiple() -> None:
 def test_placements_without_a_layer() -> None:
     with pytest.raises(MixMoEError, match="no MoE layer in a model of 3 layers"):
         resolve_moe_layers(MixMoEOptions(), 3)
+    with pytest.raises(MixMoEError, match="inner gives no MoE layer in a model of 2 layers"):
+        resolve_moe_layers(MixMoEOptions(moe_layer_placement="inner", moe_every=1), 2)
     with pytest.raises(MixMoEError, match=r"names layer 16, the model has layers 0..15"):
         resolve_moe_layers(MixMoEOptions(moe_layer_placement="16"), 16)
 
@@ -126,11 +132,19 @@ def test_megatron_args() -> None:
     assert mixmoe_megatron_args(MixMoEOptions(), 1, 8, 64)["num_experts"] == 4
     assert mixmoe_megatron_args(MixMoEOptions(expert_init="copy"), 1, 8, 64)["moe_ffn_hidden_size"] == 64
     assert mixmoe_megatron_args(MixMoEOptions(), 0, 8, 64)["num_experts"] is None
+    shared = mixmoe_megatron_args(MixMoEOptions(num_experts_per_group=6, shared_experts=2), 1, 8, 64)
+    assert (shared["moe_ffn_hidden_size"], shared["moe_shared_expert_intermediate_size"]) == (8, 16)
 
 
 def test_megatron_args_mistakes() -> None:
     with pytest.raises(MixMoEError, match="ffn_hidden_size=66 is not divisible by num_experts_per_group=4"):
         mixmoe_megatron_args(MixMoEOptions(), 1, 8, 66)
+    with pytest.raises(
+        MixMoEError, match=r"by num_experts_per_group=4 \+ shared_experts=1: choose a divisor of it \(--n"
+    ):
+        mixmoe_megatron_args(MixMoEOptions(shared_experts=1), 1, 8, 64)
+    with pytest.raises(MixMoEError, match="shared_experts goes with one group of experts"):
+        mixmoe_megatron_args(MixMoEOptions(shared_experts=4), 2, 8, 64)
     with pytest.raises(MixMoEError, match="mixmoe_stage must be 0"):
         mixmoe_megatron_args(MixMoEOptions(), 3, 8, 64)
 
@@ -158,7 +172,8 @@ def test_a_dense_config() -> None:
         ({"moe_expert_capacity_factor": 1.5}, "Mix-MoE drops no token"),
         ({"moe_z_loss_coeff": 0.1}, "the paper has no z-loss"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "one aux loss per group"),
-        ({"moe_shared_expert_intermediate_size": 8}, "no shared expert"),
+        ({"moe_shared_expert_intermediate_size": 8}, "=8 contradicts the Mix-MoE options, which give None"),
+        ({"moe_shared_expert_gate": True}, "a shared expert has the weight 1"),
         ({"moe_router_pre_softmax": False}, "--moe-router-pre-softmax"),
         ({"add_bias_linear": True}, "--disable-bias-linear"),
         ({"gated_linear_unit": False}, "--swiglu"),
@@ -176,6 +191,12 @@ def test_settings_that_do_not_go_with_mixmoe(settings: dict[str, Any], sentence:
     with pytest.raises(MixMoEError, match=sentence) as error:
         make_config(make_options(moe_every=2), 2, **settings)
     assert str(error.value).count(". ") == 0, "one sentence"
+
+
+def test_a_shared_expert_is_split_evenly() -> None:
+    options = make_options(num_experts_per_group=3, shared_experts=1)
+    with pytest.raises(MixMoEError, match="width 3 is not divisible by tensor_model_parallel_size=2"):
+        make_config(options, 1, ffn_hidden_size=12, tensor_model_parallel_size=2, sequence_parallel=True)
 
 
 def test_config_from_an_args_namespace() -> None:

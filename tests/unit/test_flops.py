@@ -47,6 +47,7 @@ def unmasked_half(sizes: Sizes, tokens: int, length: int) -> StepFlops:
         (2, {"moe_every": 2}),
         (2, {"moe_layer_placement": "0,1,3", "topk_per_group": 2}),
         (2, {"moe_layer_placement": "3", "expert_init": "copy"}),
+        (1, {"moe_every": 2, "shared_experts": 2}),
     ],
 )
 def test_counts_equal_torchs_counter_in_the_real_model(stage: int, overrides: dict[str, Any]) -> None:

@@ -81,6 +81,18 @@ def test_upcycling_a_dense_model() -> None:
     )
 
 
+def test_a_shared_expert_and_the_others_hold_each_neuron_once() -> None:
+    sizes = replace(MOE, num_groups=1, shared_experts=2, moe_ffn_hidden_size=3)
+    source = random_hf(DENSE)
+    result = carry(source, sizes, "megatron", "upcycle").tensors
+    names = [f"decoder.layers.1.mlp.{part}.linear_fc" for part in ("shared_experts", "experts.lm_experts.experts")]
+    (fc1, experts1), (fc2, experts2) = ([result[f"{name}{i}.weight"] for name in names] for i in (1, 2))
+    for half, name in enumerate(("gate", "up")):
+        parts = [fc1.chunk(2)[half], *(expert.chunk(2)[half] for expert in experts1)]
+        assert torch.equal(torch.cat(parts), source.tensors[f"model.layers.1.mlp.{name}_proj.weight"])
+    assert torch.equal(torch.cat([fc2, *experts2], 1), source.tensors["model.layers.1.mlp.down_proj.weight"])
+
+
 def test_routers_are_never_cast() -> None:
     megatron = carry(random_hf(MOE), MOE, "megatron", dtype="bf16").tensors
     halves = {name for name, value in megatron.items() if value.dtype is torch.bfloat16}

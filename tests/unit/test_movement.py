@@ -31,6 +31,7 @@ CASES = {
     "stage 1": (UPCYCLED, "same"),
     "stage 2": (MOE, "same"),
     "upcycled": (UPCYCLED, "upcycle"),
+    "shared": (replace(UPCYCLED, shared_experts=2, moe_ffn_hidden_size=3), "upcycle"),
     "copies": (replace(UPCYCLED, expert_init="copy", moe_ffn_hidden_size=12), "upcycle"),
 }
 

@@ -111,11 +111,11 @@ def test_recomputation_trades_memory_for_time() -> None:
     assert step_costs(model, layout, full, cluster).compute > step_costs(model, layout, BATCH, cluster).compute
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_activations_are_near_what_autograd_saves(stage: int) -> None:
+@pytest.mark.parametrize(("stage", "shared"), [(0, 0), (1, 0), (1, 4), (2, 0)])
+def test_activations_are_near_what_autograd_saves(stage: int, shared: int) -> None:
     """The formula counts fused kernels; the torch modules here keep up to half as much again."""
     initialize_megatron()
-    options = make_options(moe_every=2)
+    options = make_options(moe_every=2, shared_experts=shared)
     sizes: dict[str, Any] = {"num_layers": 6, "hidden_size": 64, "ffn_hidden_size": 256, "kv_channels": 16}
     module = freeze_for_phase(make_model(make_config(options, stage, **sizes)), phase_of_stage(stage))
     assert isinstance(module, torch.nn.Module)

@@ -16,7 +16,7 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE, read_metadata, wr
 from mixmoe_megatron.conversion.hf_import import ImportRequest, read_hf_model
 from mixmoe_megatron.hf import MixMoEConfig
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.training.arguments import complete_arguments
+from mixmoe_megatron.training.arguments import parse_arguments
 from tests.helpers.conversion import run_conversion
 from tests.helpers.tiny_hf import save_tiny_dense, tiny_mixmoe
 
@@ -60,11 +60,11 @@ def checkpoint_of(phase: str, directory: Path) -> Path:
 def test_training_starts_from_it_and_goes_on(tmp_path: Path) -> None:
     upcycled, stage1, stage2 = (checkpoint_of(phase, tmp_path) for phase in EXPERTS)
     for stage, flag, directory, experts in (
-        (1, "--init-from", upcycled, "4"), (1, "--load", stage1, "4"),
-        (2, "--init-from", stage1, "8"), (2, "--load", stage2, "8"),
+        (1, "--init-from", upcycled, 4), (1, "--load", stage1, 4),
+        (2, "--init-from", stage1, 8), (2, "--load", stage2, 8),
     ):  # fmt: skip
-        words = complete_arguments(["--mixmoe-stage", str(stage), flag, str(directory)])[0]
-        assert words[words.index("--num-experts") + 1] == experts
+        args, _ = parse_arguments(["--mixmoe-stage", str(stage), flag, str(directory)])
+        assert args.num_experts == experts and args.renormalize_topk is False, "an option younger than the file"
 
 
 def test_a_checkpoint_is_exported_as_it_was(tmp_path: Path) -> None:
@@ -78,7 +78,8 @@ def test_a_checkpoint_is_exported_as_it_was(tmp_path: Path) -> None:
     # Version 1 wrote fields at their defaults too, so what transformers makes of both files is compared.
     found, expected = (MixMoEConfig.from_pretrained(folder).to_dict() for folder in (export, FILES / "hf_upcycled"))
     del found["transformers_version"], expected["transformers_version"]
-    expected["mixmoe"] |= {"router_init_std": None, "renormalize_topk": False, "base_expert": False}  # options since
+    expected["mixmoe"] |= {"router_init_std": None, "renormalize_topk": False}  # options since
+    expected["mixmoe"] |= {"base_expert": False, "shared_experts": 0}
     assert found == expected
     raw = json.loads((FILES / "hf_upcycled" / "config.json").read_text())
     raw["mixmoe"], raw["renormalize_topk"] = expected["mixmoe"], False
