@@ -146,6 +146,20 @@ class ParallelDataset(torch.utils.data.Dataset):
         return self._orders[epoch]
 
 
+def target_share(prefixes: Sequence[str | Path]) -> float:
+    """Return which share of the documents' labels is a target's, EOS included: those that carry loss.
+
+    Args:
+        prefixes: Of parallel token files.
+
+    Raises:
+        MixMoEError: A file is missing or not parallel data.
+    """
+    files = [_open_documents(prefix) for prefix in prefixes]  # their memory is gone with them
+    lengths = np.concatenate([file.sequence_lengths.reshape(-1, 2) for file in files])
+    return 1 - float(np.maximum(lengths[:, 0] - 1, 0).sum() / (lengths.sum() - len(lengths)))
+
+
 def epoch_order(lengths: np.ndarray, epoch: int, seed: int, group_size: int = GROUP_SIZE) -> np.ndarray:
     """Shuffle the documents of one epoch in groups of similar length.
 

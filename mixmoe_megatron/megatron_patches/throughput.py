@@ -1,8 +1,8 @@
 """Tokens a second and the share of the device's peak, with the operations of a step counted for Mix-MoE.
 
-Megatron counts every weight as trained and every layer as run backward, whatever is frozen, and a batch as full
-whatever its padding. `Throughput.count_step` takes the place of its count, so that Megatron's own line of
---log-throughput is right too.
+Megatron counts every weight as trained and every layer as run backward, whatever is frozen, a batch as full whatever
+its padding, and logits of every token. `Throughput.count_step` takes the place of its count, so that Megatron's own
+line of --log-throughput is right too.
 
 Source: `megatron.training.training.num_floating_point_operations` and `update_seqlen_stats_from_cu_seqlens`, read at
 megatron-core 0.19.2.
@@ -19,6 +19,7 @@ from mixmoe_megatron.model.flops import peak_flops, step_flops
 from mixmoe_megatron.model.metrics import install_metrics_tracker
 from mixmoe_megatron.model.options import OPTION_NAMES, MixMoEOptions
 from mixmoe_megatron.model.sizes import model_sizes
+from mixmoe_megatron.training.datasets import loss_share
 from mixmoe_megatron.training.megatron_args import MegatronArgs
 
 
@@ -36,6 +37,7 @@ class Throughput:
         )
         self.phase = PHASES[args.phase]
         self.topk = options.topk_per_group if options else 1
+        self.loss_share = loss_share(args)  # of all epochs; a step's own may differ a little
         self.world_size = args.world_size
         self.peak = None
         if torch.cuda.is_available() and (args.bf16 or args.fp16):
@@ -60,7 +62,9 @@ class Throughput:
         """
         tokens = total_real_tokens_in_batch or float(batch_size * args.seq_length)
         squares = seqlen_squared_sum_in_batch or tokens * args.seq_length
-        flops = step_flops(self.sizes, self.phase, self.topk, tokens, squares / tokens).total
+        flops = step_flops(
+            self.sizes, self.phase, self.topk, tokens, squares / tokens, loss_share=self.loss_share
+        ).total
         self._step = (tokens, flops)  # Megatron counts a step once more when it logs
         return flops
 

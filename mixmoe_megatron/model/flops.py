@@ -67,7 +67,13 @@ def _product(forward: float, inputs: int | bool, weights: float) -> StepFlops:
 
 
 def step_flops(
-    sizes: Sizes, phase: Phase, topk_per_group: int, tokens: float, seq_length: float, layers: range | None = None
+    sizes: Sizes,
+    phase: Phase,
+    topk_per_group: int,
+    tokens: float,
+    seq_length: float,
+    layers: range | None = None,
+    loss_share: float = 1.0,
 ) -> StepFlops:
     """Count the operations of one training step.
 
@@ -78,13 +84,16 @@ def step_flops(
         tokens: tokens of the step, all data-parallel ranks together.
         seq_length: tokens that attend to each other, causally. For sequences of lengths l: sum(l^2) / sum(l).
         layers: only these layers (a pipeline stage); the output layer goes with the last one. None: the whole model.
+        loss_share: of the tokens, those that carry loss: others have no logits (`loss_rows.py`).
     """
     layers = range(sizes.num_layers) if layers is None else layers
-    products = [astuple(product) for product in _products(sizes, phase, topk_per_group, seq_length, layers)]
+    products = [astuple(product) for product in _products(sizes, phase, topk_per_group, seq_length, layers, loss_share)]
     return StepFlops(*(tokens * sum(column) for column in zip(*products, strict=True)))
 
 
-def _products(sizes: Sizes, phase: Phase, topk_per_group: int, seq_length: float, layers: range) -> Iterator[StepFlops]:
+def _products(
+    sizes: Sizes, phase: Phase, topk_per_group: int, seq_length: float, layers: range, loss_share: float
+) -> Iterator[StepFlops]:
     """Yield the products of these layers, operations for one token."""
 
     def trains(name: str) -> bool:
@@ -124,7 +133,7 @@ def _products(sizes: Sizes, phase: Phase, topk_per_group: int, seq_length: float
     if layers.stop == sizes.num_layers:
         below |= trains("decoder.final_layernorm.weight")
         output = "embedding.word_embeddings.weight" if sizes.tied else "output_layer.weight"
-        yield _product(2 * hidden * sizes.padded_vocab_size, below, trains(output))
+        yield _product(2 * hidden * sizes.padded_vocab_size * loss_share, below, trains(output))
 
 
 def _adapters(sizes: Sizes, below: bool, *layers: tuple[int, int]) -> Iterator[StepFlops]:

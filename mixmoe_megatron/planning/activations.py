@@ -2,8 +2,9 @@
 
 Counted is what the modules of a layer save, with flash attention and a SwiGLU that saves its input, and tokens spread
 evenly over the experts. A frozen linear layer keeps no input. Layers below the first trained one keep nothing (they
-build no graph, see `frozen_prefix.py`), nor does the frozen attention of a first MoE layer. Not counted: what a kernel
-needs for a moment, fragmentation.
+build no graph, see `frozen_prefix.py`), nor does the frozen attention of a first MoE layer. Logits are counted for all
+tokens, which is the worst case: of pairs whose targets alone carry loss they take about half (`loss_rows.py`). Not
+counted: what a kernel needs for a moment, fragmentation.
 
 Shape legend: t tokens of a micro-batch on a context-parallel rank, s = t / TP (sequence parallel), r = rows of all
 groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per element B bytes (2 in bfloat16).

@@ -1,7 +1,8 @@
 """Traffic and time of a training step: matrix products at an assumed utilisation, collectives at assumed bandwidths.
 
 Nothing overlaps here: a run that hides the reduction of its gradients is faster by up to that part. What a rank sends
-is counted: (N - 1) / N of a tensor in an all-gather, reduce-scatter or all-to-all of N ranks.
+is counted: (N - 1) / N of a tensor in an all-gather, reduce-scatter or all-to-all of N ranks. Logits are counted for
+every token, as in `activations.py`.
 """
 
 from __future__ import annotations

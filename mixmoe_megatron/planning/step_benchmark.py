@@ -25,7 +25,6 @@ from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.megatron_patches.install import prepare_megatron
-from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.flops import step_flops
 
@@ -43,12 +42,19 @@ class Task:
         batch_size: sequences a step.
         seq_length: tokens a sequence.
         flags: more flags of the training command.
+        loss_share: of a sequence's tokens, its last ones, those that carry loss in phases that train on parallel text.
     """
 
     hf_dir: str
     batch_size: int
     seq_length: int
     flags: str = ""
+    loss_share: float = 1.0
+
+    def share(self, system: System) -> float:
+        """Return the share of the tokens with logits in a system's step."""
+        has_targets = system.engine and "parallel" in PHASES[system.phase].data and not system.all_logits
+        return self.loss_share if has_targets else 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class System:
         engine: in the engine of this package; False: in plain transformers, the phase `dense` only.
         frozen_prefix: the frozen layers below the first MoE layer build no graph.
         fused: transformers with torch's fused AdamW.
+        all_logits: all tokens carry loss, so that logits of all rows are computed.
     """
 
     name: str
@@ -68,6 +75,7 @@ class System:
     engine: bool = True
     frozen_prefix: bool = True
     fused: bool = False
+    all_logits: bool = False
 
 
 PLAIN = (System("transformers, AdamW", engine=False), System("transformers, fused AdamW", engine=False, fused=True))
@@ -77,6 +85,12 @@ ENGINE = (
     System("engine, stage 2", "stage2"),
     System("stage 1, graph from the bottom", "stage1", frozen_prefix=False),
     System("stage 2, graph from the bottom", "stage2", frozen_prefix=False),
+)
+LOGITS = (
+    ENGINE[0],
+    System("dense, logits of all rows", all_logits=True),
+    ENGINE[2],
+    System("stage 2, logits of all rows", "stage2", all_logits=True),
 )
 
 
@@ -109,19 +123,21 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
     for index, system in enumerate(systems):
         wall, cpu = (median(row[index][kind] for row in times) for kind in (0, 1))
         times_and_bytes = {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peaks[index], "built_bytes": built[index]}
-        rows[system.name] = times_and_bytes | _counts(PHASES[system.phase], task)
+        rows[system.name] = times_and_bytes | _counts(system, task)
     return rows
 
 
-def _counts(phase: Phase, task: Task) -> dict[str, float]:
+def _counts(system: System, task: Task) -> dict[str, float]:
     """Operations of a step, and parameters: all, those that train, those that a token meets."""
     from mixmoe_megatron.planning.layouts import Model  # Megatron, which has to find the process prepared
     from mixmoe_megatron.planning.memory import count_parameters
 
+    phase = PHASES[system.phase]
     start = describe_start(read_hf_config(task.hf_dir), PHASES[phase.starts_from[0]])
     model = Model.of(replace(start, phase=phase))
     tokens = task.batch_size * task.seq_length
-    flops = step_flops(model.sizes(), phase, model.options.topk_per_group, tokens, task.seq_length).total
+    k, share = model.options.topk_per_group, task.share(system)
+    flops = step_flops(model.sizes(), phase, k, tokens, task.seq_length, loss_share=share).total
     counts = count_parameters(model)
     return {"flops": flops, "parameters": counts.total, "trained": counts.trained, "active": counts.active}
 
@@ -192,7 +208,7 @@ def _make_step(system: System, task: Task) -> Callable[[], Any]:
     from mixmoe_megatron.training.engine_step import engine_step, random_batch
 
     config = read_hf_config(task.hf_dir)
-    batch = random_batch(config["vocab_size"], task.batch_size, task.seq_length)
+    batch = random_batch(config["vocab_size"], task.batch_size, task.seq_length, task.share(system))
     if system.engine:
         return engine_step(config, batch, PHASES[system.phase], task.flags, system.frozen_prefix)
     return _plain_step(task.hf_dir, batch, system.fused)

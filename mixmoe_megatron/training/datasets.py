@@ -19,7 +19,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from mixmoe_megatron.data.packing import PackedDataset, collate_packs, padding_shares
-from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order
+from mixmoe_megatron.data.parallel import ParallelDataset, collate, epoch_order, target_share
 from mixmoe_megatron.data.storage import check_same_tokenizer, read_manifest
 from mixmoe_megatron.data.text import TextDataset, TextDatasetConfig, TextTokens, parts_of_split
 from mixmoe_megatron.data.tokenizers import check_number_of_ids, open_tokenizer
@@ -206,6 +206,18 @@ def _check_packing(args: MegatronArgs) -> None:
             f"--pack with pipeline parallelism and --moe-token-dispatcher-type {args.moe_token_dispatcher_type} needs "
             "--micro-batch-size 1: take it, or the dispatcher alltoall."
         )
+
+
+def loss_share(args: MegatronArgs) -> float:
+    """Return which share of the training tokens carries loss: of others no logits are computed.
+
+    Args:
+        args: Megatron's validated namespace; a stock script's has logits of all.
+    """
+    if args.dataloader_type != "external" or args.skip_train or getattr(args, "loss_on", "all") == "all":
+        return 1.0
+    blend, per_split = get_blend_and_blend_per_split(args)
+    return target_share((per_split[0] if per_split else blend)[0])
 
 
 def has_variable_lengths(args: MegatronArgs) -> bool:

@@ -29,15 +29,23 @@ from mixmoe_megatron.training.startup import freeze_and_report
 from mixmoe_megatron.training.step import forward_step
 
 
-def random_batch(vocab_size: int, batch_size: int, seq_length: int) -> dict[str, torch.Tensor]:
-    """Return a batch of random tokens that all count in the loss, as a data iterator gives it; [B, S] each."""
+def random_batch(vocab_size: int, batch_size: int, seq_length: int, loss_share: float = 1.0) -> dict[str, torch.Tensor]:
+    """Return a batch of random tokens, as a data iterator gives it; [B, S] each.
+
+    Args:
+        vocab_size: of the tokens.
+        batch_size: B.
+        seq_length: S.
+        loss_share: of each sequence's tokens, its last ones, those that count in the loss.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (batch_size, seq_length + 1), generator=generator)
+    positions = torch.arange(seq_length).expand(batch_size, seq_length)
     return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(batch_size, seq_length),
-        "position_ids": torch.arange(seq_length).expand(batch_size, seq_length),
+        "loss_mask": (positions >= round(seq_length * (1 - loss_share))).float(),
+        "position_ids": positions,
     }
 
 

@@ -12,6 +12,7 @@ With --pack a micro-batch is one row (B is 1) of whole documents, end to end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +25,10 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_timers
 
 from mixmoe_megatron.megatron_patches.throughput import count_lengths
+from mixmoe_megatron.model.loss_rows import losses_of_rows, rows_with_loss
 
+#: On a GPU the number of rows with logits is a multiple of it: few sizes, and whole tiles of a matrix product.
+GPU_ROWS = 64
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
 
 
@@ -86,6 +90,26 @@ def document_lengths(host: dict[str, torch.Tensor], bounds: torch.Tensor | None)
     return lengths if bounds is None else bounds.clamp(max=lengths).diff()
 
 
+def rows_of_logits(loss_mask: torch.Tensor, model: torch.nn.Module) -> torch.Tensor | None:
+    """Choose the rows of which this rank computes logits, `rows_with_loss` on the device; None: of all.
+
+    Monolingual text carries loss everywhere, and only a model's last part has logits: None for both.
+
+    Args:
+        loss_mask: [B, S] float32 on the host, of the whole batch.
+        model: the (wrapped) model chunk.
+    """
+    if not get_attr_wrapped_model(model, "post_process"):
+        return None
+    group = mpu.get_context_parallel_group()
+    mask = get_batch_on_this_cp_rank({"loss_mask": loss_mask}, is_hybrid_cp=False, cp_group=group)["loss_mask"]
+    on_gpu = torch.cuda.is_available()
+    rows = rows_with_loss(mask, math.lcm(GPU_ROWS if on_gpu else 1, mpu.get_tensor_model_parallel_world_size()))
+    if rows is None:
+        return None
+    return (rows.pin_memory() if on_gpu else rows).cuda(non_blocking=True)
+
+
 def loss_func(
     loss_mask: torch.Tensor, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -131,7 +155,8 @@ def forward_step(
             loss and 0 for others, float32, and this is what each of them counts (`lpr_step.py`).
 
     Returns:
-        The model's output, per-token losses [B, S] on the last pipeline stage, and the loss function.
+        The model's output, on the last pipeline stage per-token losses [B, S] (0 where none was computed), and the loss
+        function.
     """
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
@@ -147,6 +172,7 @@ def forward_step(
         padding_mask = tensor_parallel.scatter_to_sequence_parallel_region(padding_mask.t().contiguous()).t()
     if padding_mask is not None and lpr_scale is not None:
         padding_mask = padding_mask * lpr_scale
+    rows = rows_of_logits(host["loss_mask"], model)
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -155,5 +181,7 @@ def forward_step(
         loss_mask=batch["loss_mask"],
         padding_mask=padding_mask,
         packed_seq_params=packed,
+        output_processor=None if rows is None else losses_of_rows,
+        output_processor_context=rows,
     )
     return output, partial(loss_func, batch["loss_mask"])

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from mixmoe_megatron.checkpoint.megatron_checkpoint import iteration_directory
 from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
 from tests.distributed.conftest import COMMON, STEPS, Log
+from tests.helpers.logit_rows import compute_all_logits, refuse_all_logits
 from tests.helpers.training import checkpoint_tensors, train
 
 TP = "--tensor-model-parallel-size 2 --sequence-parallel "
@@ -92,7 +93,8 @@ def test_n_processes_equal_one(
     processes, flags = LAYOUTS[layout]
     parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
     run = tmp_path / "run"
-    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes)
+    prelude = refuse_all_logits if stage == 2 else None  # each micro-batch has prompts, which carry no loss
+    losses, norms = train(stage, world / parent, world / data, run, STEPS, COMMON + flags, processes, prelude)
     assert losses == pytest.approx(one_process[stage][0], abs=1e-5, rel=0)
     assert norms == pytest.approx(one_process[stage][1], rel=2e-3)
     assert_frozen_tensors_kept(world / parent, run, stage)
@@ -101,6 +103,21 @@ def test_n_processes_equal_one(
     for name, tensor in checkpoint_tensors(run).items():
         difference = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-3)
         assert difference < 1e-4, f"{name} differs by {difference:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("layout", ["one process", pytest.param("TP2 SP", marks=pytest.mark.slow)])
+def test_logits_of_all_rows_train_the_same(
+    world: Path, one_process: dict[int, Log], layout: str, tmp_path: Path
+) -> None:
+    processes, flags = LAYOUTS.get(layout, (1, ""))
+    save = tmp_path / "run"
+    parts = world / "stage1", world / "pairs", save, STEPS, COMMON + flags, processes
+    losses, norms = train(2, *parts, prelude=compute_all_logits)
+    assert losses == pytest.approx(one_process[2][0], abs=1e-5, rel=0)
+    assert norms == pytest.approx(one_process[2][1], rel=2e-3)
+    expected = checkpoint_tensors(world / "stage2")
+    for name, tensor in checkpoint_tensors(save).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("phase", "parent"), [("one_stage", "upcycled"), ("stage2_unfrozen", "stage1")])

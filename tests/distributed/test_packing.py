@@ -24,6 +24,7 @@ from tests.distributed.test_n_equals_one import (
     VPP,
     assert_frozen_tensors_kept,
 )
+from tests.helpers.logit_rows import refuse_all_logits
 from tests.helpers.training import checkpoint_tensors, make_tiny_world, train
 
 STEPS = 6
@@ -57,7 +58,7 @@ Run = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 def packed_run(world: Path, save: Path, flags: str, processes: int = 1) -> Run:
     """Train stage 2; return losses, gradient norms and the final tensors."""
-    losses, norms = train(2, world / "stage1", world / "pairs", save, STEPS, flags, processes)
+    losses, norms = train(2, world / "stage1", world / "pairs", save, STEPS, flags, processes, refuse_all_logits)
     return losses, norms, checkpoint_tensors(save)
 
 

@@ -35,6 +35,18 @@ def test_benchmark_measures_every_system(tmp_path: Path) -> None:
     assert {"torch", "megatron-core", "transformers"} <= result["versions"].keys()
 
 
+def test_benchmark_of_logits_of_some_rows(tmp_path: Path) -> None:
+    tiny_llama_config(rope_scaling=None).save_pretrained(tmp_path)
+    words = ["--hf-dir", tmp_path, "--batch-size", "2", "--seq-length", "16", "--steps", "1", "--loss-share"]
+    done = run_command("tools/benchmark_step.py", *words, "0.25")
+    flops = {name: row["flops"] for name, row in json.loads(done.stdout.splitlines()[-1])["systems"].items()}
+    assert len(flops) == 4
+    assert flops["engine, stage 2"] < flops["stage 2, logits of all rows"]
+    assert flops["engine, dense, all trained"] < flops["dense, logits of all rows"]
+    done = run_command("tools/benchmark_step.py", *words, "1.5", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--loss-share must be" in done.stderr
+
+
 def test_benchmark_of_a_layer(tmp_path: Path) -> None:
     output = tmp_path / "layer.json"
     words = ["--hidden-size", "32", "--ffn-hidden-size", "64", "--experts", "2", "4", "--tokens", "16", "--turns", "1"]

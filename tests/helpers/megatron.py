@@ -77,7 +77,7 @@ def make_layer(config: MixMoETransformerConfig, seed: int = 0) -> MixMoELayer:
 
 
 def make_model(config: MixMoETransformerConfig, seed: int = 0, spec: Any = None, **kwargs: Any) -> GPTModel:
-    """Return a small GPT model of `config`, RoPE, tied embedding."""
+    """Return a small GPT model of `config`, RoPE, tied embedding unless `kwargs` say otherwise."""
     torch.manual_seed(seed)
     return GPTModel(
         config=config,
@@ -85,8 +85,7 @@ def make_model(config: MixMoETransformerConfig, seed: int = 0, spec: Any = None,
         vocab_size=VOCAB_SIZE,
         max_sequence_length=32,
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=True,
-        **kwargs,
+        **{"share_embeddings_and_output_weights": True, **kwargs},
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.flops import StepFlops, step_flops
 from mixmoe_megatron.model.freezing import freeze_for_phase
+from mixmoe_megatron.model.loss_rows import losses_of_rows
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.sizes import model_sizes
 from tests.helpers.megatron import VOCAB_SIZE, initialize_megatron, make_config, make_model, make_options, model_loss
@@ -65,6 +67,18 @@ def test_counts_equal_torchs_counter_in_the_real_model(stage: int, overrides: di
     extra = unmasked_half(sizes, BATCH * LENGTH, LENGTH)
     assert forward.get_total_flops() == ours.forward + extra.forward
     assert backward.get_total_flops() == ours.backward_inputs + ours.backward_weights + extra.backward_inputs
+
+
+def test_rows_without_loss_have_no_logits() -> None:
+    initialize_megatron()
+    options = make_options(moe_every=2)
+    model = freeze_for_phase(make_model(make_config(options, 2, experts_backend="sequential")), phase_of_stage(2))
+    rows = torch.tensor([3, 4, 11, 20, 21, 22])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model_loss(model, BATCH, LENGTH, output_processor=losses_of_rows, output_processor_context=rows).backward()
+    sizes, tokens = sizes_of(model.config, 2, options), BATCH * LENGTH
+    ours = step_flops(sizes, phase_of_stage(2), options.topk_per_group, tokens, LENGTH, loss_share=len(rows) / tokens)
+    assert counter.get_total_flops() == ours.total + unmasked_half(sizes, tokens, LENGTH).total
 
 
 def test_a_full_step_of_a_known_model_is_six_operations_a_parameter_and_attention() -> None:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from mixmoe_megatron.data.monolingual import MonolingualOptions, build_monolingual
-from mixmoe_megatron.data.parallel import GROUP_SIZE, ParallelDataset, collate, epoch_order
+from mixmoe_megatron.data.parallel import GROUP_SIZE, ParallelDataset, collate, epoch_order, target_share
 from mixmoe_megatron.data.parallel_build import ParallelOptions, build_parallel, build_text_beside_pairs
 from mixmoe_megatron.data.prompts import PromptTemplate, encode_prompts
 from mixmoe_megatron.data.storage import TokenFileWriter, read_manifest
@@ -180,6 +180,13 @@ def test_loss_counts_where_the_label_is_target_or_eos(bpe: TextTokenizer, number
     assert np.array_equal(sample["labels"][sample["loss_mask"] == 1], target)  # its first token and EOS included
     assert [sample[key].dtype for key in ("tokens", "labels", "loss_mask")] == [np.int64, np.int64, np.float32]
     assert ParallelDataset(numbered, 1, shuffle=False, loss_on="all")[0]["loss_mask"].all()
+
+
+def test_the_share_of_labels_with_loss(numbered: Path) -> None:
+    documents = ParallelDataset(numbered)
+    masks = [documents.document(number)["loss_mask"] for number in range(documents.num_documents)]
+    share = np.concatenate(masks).mean()
+    assert target_share([numbered]) == target_share([numbered, numbered]) == pytest.approx(share) and 0 < share < 1
 
 
 def test_each_epoch_holds_each_document_once(numbered: Path) -> None:
