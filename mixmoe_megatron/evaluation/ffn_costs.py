@@ -16,6 +16,7 @@ import torch
 
 from mixmoe_megatron.evaluation.models import LoadedModel
 from mixmoe_megatron.evaluation.perplexity import Perplexity, measure_perplexity
+from mixmoe_megatron.evaluation.progress import Progress
 
 Array = np.ndarray[Any, Any]
 Texts = Mapping[str, Sequence[str]]
@@ -111,16 +112,19 @@ def measure_ffn_costs(loaded: LoadedModel, texts: Texts) -> FFNCosts:
     finally:
         for hook in hooks:
             hook.remove()
-    without = []
-    for number, layer in enumerate(layers):
-        named = replace(loaded, name=f"{loaded.name} without FFN {number} of {len(layers)}")
-        hook = layer.mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
-        decoder.layers = torch.nn.ModuleList([_Kept(inputs[number], layer), *layers[number:]])
-        try:
-            without.append(measure_each(named, texts))
-        finally:
-            hook.remove()
-            decoder.layers = layers
+    without: list[dict[str, Perplexity]] = []
+    count = len(layers)
+    with Progress("the model without each of its FFNs", count, work=count * (count + 1) / 2, unit="FFNs") as progress:
+        for number, layer in enumerate(layers):
+            named = replace(loaded, name=f"{loaded.name} without FFN {number} of {count}")
+            hook = layer.mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+            decoder.layers = torch.nn.ModuleList([_Kept(inputs[number], layer), *layers[number:]])
+            try:
+                without.append(measure_each(named, texts))
+            finally:
+                hook.remove()
+                decoder.layers = layers
+            progress.advance(1, count - number, sum(found.tokens for found in without[-1].values()))
     return FFNCosts(dense, without)
 
 

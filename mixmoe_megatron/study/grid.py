@@ -63,7 +63,7 @@ class Training(NamedTuple):
     """A training of a system.
 
     Attributes:
-        kind: Of text: ``monolingual``, ``parallel``, both in one (``mixed``), or ``review``, the monolingual text again.
+        kind: Of text: ``monolingual``, ``parallel``, both in one (``mixed``), ``review`` (monolingual text again).
         phase: That it trains.
         start: Made the system's first checkpoint from the base.
         job: Leaves a checkpoint.

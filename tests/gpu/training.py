@@ -238,6 +238,6 @@ CHECKS = [
         run_training,
         True,
     ),
-    Check("flags", "recomputation and fused kernels change nothing, or are refused", run_flags),
+    Check("flags", "recomputation and fused kernels change nothing, or are refused", run_flags, limit=480),
     Check("exchange", "checkpoints go between a CPU and this device", run_exchange, True),
 ]

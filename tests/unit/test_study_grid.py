@@ -68,6 +68,26 @@ def test_a_changed_option_reruns_what_depends_on_it(content: dict[str, Any]) -> 
     assert new == {f"{word}, seed 1" for word in ("train mixmoe on parallel text", "export mixmoe", "evaluate mixmoe")}
 
 
+def test_what_moe_lpr_reviews_and_what_mixed_text_is(content: dict[str, Any]) -> None:
+    grid = Grid(content, SETTINGS)
+    monolingual, parallel, review = grid.trainings("moe_lpr", 1)
+    assert [training.phase.name for training in (monolingual, parallel, review)] == ["lpr_experts"] * 2 + ["lpr_router"]
+    assert review.data == monolingual.data and not review.is_pairs
+    original = review.job.words[review.job.words.index("--lpr-original-data-path") + 1]
+    assert original == monolingual.data[-1].path("tokens") and monolingual.data[-1].name == "data en"
+    assert review.job.parents[0] is parallel.job
+    [mixed] = grid.trainings("mixed", 1)
+    assert mixed.is_pairs and "--split" not in mixed.job.words
+    assert [job.name for job in mixed.data] == ["data de beside pairs", "data en beside pairs", "data de-en"]
+    assert all("--beside-pairs 257" in " ".join(job.words) for job in mixed.data[:2])
+
+
+def test_a_measured_start_reads_the_text_that_is_trained_on(content: dict[str, Any]) -> None:
+    start = Grid(content, SETTINGS).trainings("measured", 1)[0].start
+    files = [f"examples/data/mono.{language}.train.txt.gz" for language in ("de", "en")]
+    assert "--measure " + " ".join(files) in " ".join(start.words) and len(start.inputs) == 3
+
+
 def test_another_base_of_the_same_path_is_another_job(content: dict[str, Any], tmp_path: Path) -> None:
     keys = []
     for number in (1, 2):
@@ -120,6 +140,11 @@ def test_wrong_grids_and_tables(content: dict[str, Any], tmp_path: Path) -> None
     changed = {**content, "systems": {**content["systems"], "odd": {"method": "none", "text": []}}}
     file.write_text(json.dumps(changed))
     with pytest.raises(MixMoEError, match="system odd is of the method none, which methods lacks"):
+        read_grid(file)
+    file.write_text(
+        json.dumps({**content, "methods": {"lora": {"start": [], "matched_by": "--rank"}}, "systems": {"a": {}}})
+    )
+    with pytest.raises(MixMoEError, match="method lora is matched_by --rank: choose one of --lora-rank, --new-blocks"):
         read_grid(file)
     file.write_text(json.dumps({**content, "tables": {"I": {"systems": ["ghost"], "claims": []}}}))
     with pytest.raises(MixMoEError, match="table I has the system ghost"):
