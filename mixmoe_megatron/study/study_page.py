@@ -1,6 +1,6 @@
-"""What a study leaves to read: study.html, study.md, a LaTeX file and pictures for each table, study.csv, study.json.
+"""What a study leaves to read: study.html, study.md, study.csv, study.json; of each table a page, LaTeX and pictures.
 
-study.html and study.json tell the seconds that the jobs took; all else is the same to the byte on the same machine,
+The pages and study.json tell the seconds that the jobs took; all else is the same to the byte on the same machine,
 however often the study was killed.
 """
 
@@ -215,12 +215,15 @@ def write_study(grid: Grid, names: list[str], output_dir: Path, root: Path) -> l
         write_text(output_dir / f"table_{name}.tex", latex_comparison({"directions": directions_of(results)}))
         rows += _csv_rows(name, results)
 
-    def text(seconds: bool) -> str:
-        sections = [_table_section(grid, name, found, pictures[name], seconds) for name, found in tables.items()]
-        return "\n\n".join(["# The study", _settings_section(grid), *sections]) + "\n"
+    def sections(seconds: bool) -> dict[str, str]:
+        return {name: _table_section(grid, name, found, pictures[name], seconds) for name, found in tables.items()}
 
-    write_text(output_dir / "study.md", text(seconds=False))
-    write_text(output_dir / "study.html", render_html(text(seconds=True), output_dir))
+    start, timed = f"# The study\n\n{_settings_section(grid)}\n\n", sections(seconds=True)
+    write_text(output_dir / "study.md", start + "\n\n".join(sections(seconds=False).values()) + "\n")
+    write_text(output_dir / "study.html", render_html(start + "\n\n".join(timed.values()), output_dir))
+    for name, section in timed.items():
+        page = f"{section.removeprefix('#')}\n\n## Settings\n\n{_settings_section(grid)}"
+        write_text(output_dir / f"table_{name}.html", render_html(page, output_dir))
     write_text(output_dir / "study.csv",
                csv_text(["table", "system", "direction", "figure", "value", "low", "high"], rows))  # fmt: skip
     write_json(output_dir / "study.json", _record(grid, tables, root))

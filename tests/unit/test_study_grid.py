@@ -161,11 +161,14 @@ def test_the_page_says_what_the_scores_say_and_the_same_each_time(content: dict[
     assert "mixmoe better than base in translation: holds" not in told  # six claims of six seeds: Holm forbids it
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert set(written) == {
-        "study.md", "study.html", "study.csv", "study.json", "table_VII.tex", "table_VII.png", "table_VII_loss.png"
+        "study.md", "study.html", "study.csv", "study.json", "table_VII.html", "table_VII.tex", "table_VII.png",
+        "table_VII_loss.png"
     }  # fmt: skip
     assert "VII,mixmoe,all,retention,10." in written["study.csv"].decode()
     assert "VII,mixmoe,all,load_max mt,2.0" in written["study.csv"].decode()
     assert "VII,mixmoe,all,entropy lm,0.75," in written["study.csv"].decode()  # 1.5 of 2 bits
+    page = (tmp_path / "table_VII.html").read_text()
+    assert "<title>Table VII: interference</title>" in page and "31.81" in page and "data:image/png" in page
     assert "31.81" in written["study.md"].decode() and "<b>" not in written["study.html"].decode()
     write_study(grid, ["VII"], tmp_path, root)
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
