@@ -4,7 +4,7 @@
 #   SEEDS=3            trainings of each system
 #   MINUTES=12         training steps and test segments grow with it
 #   PAIRS=de-en        language pairs, several in quotes: those of examples/data
-#   SIZE=toy           or small, real: of study.yaml
+#   SIZE=toy           or small, real, gpu: of study.yaml
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: the size's own)
 #   WORKERS=2          jobs at a time; they share the cores
 #   LAUNCHER=          before each job's command, such as "srun --gpus 1": then Slurm says where it runs

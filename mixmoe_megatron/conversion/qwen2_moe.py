@@ -30,6 +30,7 @@ from mixmoe_megatron.model.mapping import (
     Row,
     Sizes,
     has_base_expert,
+    has_shared_expert,
     is_spectral,
     split_blocks,
 )
@@ -49,11 +50,6 @@ _SHARED_FACTOR = 2  # one over sigmoid(0)
 _FIELDS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers",
     "decoder_sparse_step", "shared_expert_intermediate_size", "qkv_bias",
-)  # fmt: skip
-#: fields that are, and that shapes depend on
-_SIZES = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
-    "tie_word_embeddings",
 )  # fmt: skip
 
 
@@ -97,7 +93,7 @@ def qwen2_moe_rows(sizes: Sizes) -> tuple[Row, ...]:
     down = tuple(Key(expert + "down_proj.weight", "H f") for expert in experts)
     shared = tuple(_MLP + f"shared_expert.{part}_proj.weight" for part in ("gate", "up", "down"))
     gate, up, down_of_shared = (Key(name, shape) for name, shape in zip(shared, ("s H", "s H", "H s"), strict=True))
-    has_shared = sizes.shared_experts > 0
+    has_shared = has_shared_expert(sizes)
     shared_rows = (
         Row((Key(_SHARED + "linear_fc1.weight", "2s H"),), (gate, up), GATE_UP, "moe"),
         Row((Key(_SHARED + "linear_fc2.weight", "H s"),), (down_of_shared,), SAME, "moe"),

@@ -22,6 +22,9 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 
+#: Share of the rows above which choosing them, and putting them back, is not worth what it spares.
+WORTHWHILE = 0.9
+
 
 def rows_with_loss(loss_mask: torch.Tensor, multiple: int = 1) -> torch.Tensor | None:
     """Choose the rows whose logits are computed: all with loss, and of the others as few as make a multiple.
@@ -31,13 +34,13 @@ def rows_with_loss(loss_mask: torch.Tensor, multiple: int = 1) -> torch.Tensor |
         multiple: what N is a multiple of, so that a GPU sees few sizes and tensor-parallel ranks have equal parts.
 
     Returns:
-        [N] int64 on the host: places in a [S, B] tensor that is read row by row, each once, N at least 1. None: so many
-        rows carry loss that all are computed.
+        [N] int64 on the host: places in a [S, B] tensor that is read row by row, each once, N at least 1. None: more
+        than WORTHWHILE of the rows would be computed, so all are.
     """
     carries = loss_mask.t().flatten() != 0
     with_loss, without = carries.nonzero().flatten(), (~carries).nonzero().flatten()
     wanted = max(1, -(-len(with_loss) // multiple)) * multiple
-    if wanted >= len(carries):
+    if wanted > WORTHWHILE * len(carries):
         return None
     return torch.cat([with_loss, without[: wanted - len(with_loss)]])
 

@@ -39,10 +39,15 @@ def expert_ffn_hidden_size(ffn_hidden_size: int, num_experts: int, expert_init: 
     if expert_init == "copy":
         return ffn_hidden_size
     if ffn_hidden_size % (num_experts + shared_experts):
-        more, other = (f" + shared_experts={shared_experts}", "") if shared_experts else ("", ", or --expert-init copy")
+        if shared_experts:
+            raise MixMoEError(
+                f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts} plus "
+                f"shared_experts={shared_experts}: choose numbers whose sum divides it (--num-experts-per-group, "
+                "--shared-experts)."
+            )
         raise MixMoEError(
-            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts}{more}: "
-            f"choose a divisor of it (--num-experts-per-group){other}."
+            f"ffn_hidden_size={ffn_hidden_size} is not divisible by num_experts_per_group={num_experts}: "
+            "choose a divisor of it (--num-experts-per-group), or --expert-init copy."
         )
     return ffn_hidden_size // (num_experts + shared_experts)
 

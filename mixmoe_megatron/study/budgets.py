@@ -31,6 +31,8 @@ def counted_jobs(grid: Grid, names: Sequence[str]) -> list[Job]:
 def matched_steps(grid: Grid, names: Sequence[str], root: Path) -> dict[tuple[str, str], int]:
     """Return the steps with which each training takes the operations of the reference's on the same kind of text.
 
+    Mixed text takes those of both kinds; a kind that the reference does not read, a review, keeps its steps.
+
     Args:
         grid: The study, not matched.
         names: Of its systems.
@@ -40,13 +42,21 @@ def matched_steps(grid: Grid, names: Sequence[str], root: Path) -> dict[tuple[st
         MixMoEError: They have not, or the grid lacks the reference.
     """
     _check(grid, names, root)
-    sequence, wanted = int(grid.size["sequence"]), dict[str, float]()
-    steps = {}
-    for name in [REFERENCE, *names]:
-        for training in grid.trainings(name, 1):
-            flops = count_training_flops(trained_model(training, root), training, sequence, root)
-            steps[name, training.kind] = max(1, round(training.steps * wanted.setdefault(training.kind, flops) / flops))
-    return steps
+    sequence = int(grid.size["sequence"])
+    flops = {
+        (name, training.kind): (
+            training.steps,
+            count_training_flops(trained_model(training, root), training, sequence, root),
+        )
+        for name in [REFERENCE, *names]
+        for training in grid.trainings(name, 1)
+    }
+    wanted = {kind: counted for (name, kind), (_, counted) in flops.items() if name == REFERENCE}
+    wanted["mixed"] = sum(wanted.values())
+    return {
+        (name, kind): max(1, round(steps * wanted.get(kind, counted) / counted))
+        for (name, kind), (steps, counted) in flops.items()
+    }
 
 
 def matched_starts(grid: Grid, names: Sequence[str], root: Path) -> dict[str, tuple[str, ...]]:

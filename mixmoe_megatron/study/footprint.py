@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
 from mixmoe_megatron.conversion.prepared import describe_model
+from mixmoe_megatron.data.parallel import target_share
 from mixmoe_megatron.data.storage import read_manifest
 from mixmoe_megatron.evaluation.provenance import read_json
 from mixmoe_megatron.methods.full import DENSE
@@ -68,11 +69,14 @@ def count_training_flops(model: Model, training: Training, sequence: int, root: 
         sequence: Tokens of a monolingual sample.
         root: Directory of all jobs.
     """
-    samples, length = training.steps * training.batch, float(sequence)
+    samples, length, share = training.steps * training.batch, float(sequence), 1.0
     if training.is_pairs:
-        manifests = [read_manifest(job.directory(root) / TOKENS) for job in training.data]
+        prefixes = [job.directory(root) / TOKENS for job in training.data]
+        manifests = [read_manifest(prefix) for prefix in prefixes]
         length = sum(found["tokens"] for found in manifests) / sum(found["documents"] for found in manifests)
-    return step_flops(model.sizes(), model.phase, model.options.topk_per_group, samples * length, length).total
+        share = target_share(prefixes)
+    k = model.options.topk_per_group
+    return step_flops(model.sizes(), model.phase, k, samples * length, length, loss_share=share).total
 
 
 def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:

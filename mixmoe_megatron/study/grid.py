@@ -273,9 +273,10 @@ class Grid:
             words += ["--split", "100,0,0", "--data-cache-path", f"{OWN}/cache"]
         if kind == "review":  # MoE-LPR: English is what the base knows best
             words += ["--lpr-original-data-path", data[-1].path(TOKENS)]
+        saved = 4 if "--no-save-optim" in words else 2 * _BYTES_A_PARAMETER
         job = self._job(f"train {name} on {kind} text, seed {seed}", words, [parent, *data],
                         cost=steps * size[kind]["seconds_a_step"] + _SECONDS_A_START,
-                        disk=2 * self.parameters * _BYTES_A_PARAMETER)  # fmt: skip
+                        disk=self.parameters * saved)  # fmt: skip
         return Training(kind, phase, start, job, data, steps, size[kind]["batch"])
 
     def trainings(self, name: str, seed: int, factor: float | None = None) -> list[Training]:

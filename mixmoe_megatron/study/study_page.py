@@ -1,6 +1,6 @@
 """What a study leaves to read: study.html, study.md, study.csv, study.json; of each table a page, LaTeX and pictures.
 
-The pages and study.json tell the seconds that the jobs took; all else is the same to the byte on the same machine,
+The pages and study.json tell the seconds that the jobs took; all else is the same to the byte on the same CPU,
 however often the study was killed.
 """
 
@@ -132,8 +132,9 @@ def _settings_section(grid: Grid) -> str:
     lines = [
         f"Size {settings.size}, MINUTES={settings.minutes}, SEEDS={settings.seeds}, {settings.dtype}, base "
         f"{code_span(grid.base)}, {', '.join(settings.pairs)}, {grid.segments} segments each way at most.",
-        f"All systems that read the same kinds of text train for the same "
-        f"{'operations' if grid.steps else 'steps, on the same tokens'}.",
+        f"All systems that read a kind of text train on it for the same "
+        f"{'operations' if grid.steps else 'steps, on the same tokens'}; mixed text is both kinds in one, for the "
+        "steps of both.",
         HOW_TO_READ,
         table(
             ["highest learning rate", *kinds],

@@ -93,7 +93,7 @@ def document_lengths(host: dict[str, torch.Tensor], bounds: torch.Tensor | None)
 def rows_of_logits(loss_mask: torch.Tensor, model: torch.nn.Module) -> torch.Tensor | None:
     """Choose the rows of which this rank computes logits, `rows_with_loss` on the device; None: of all.
 
-    Monolingual text carries loss everywhere, and only a model's last part has logits: None for both.
+    Only a model's last part has logits, and monolingual text carries loss (nearly) everywhere: None for both.
 
     Args:
         loss_mask: [B, S] float32 on the host, of the whole batch.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixmoe_megatron.checkpoint.metadata import read_metadata
+from mixmoe_megatron.data.parallel import target_share
 from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.flops import step_flops
 from mixmoe_megatron.model.options import MixMoEOptions
@@ -90,6 +91,18 @@ def test_every_layout_tells_the_same(
     processes, flags = LAYOUTS[layout]
     for ours, expected in zip(watch(world, 2, tmp_path, processes, flags), one_process, strict=True):
         check_equal(ours, expected, processes)
+
+
+def test_operations_of_stage_2_count_the_logits_that_are_computed(
+    world: Path, one_process: tuple[Curves, Curves]
+) -> None:
+    metadata = read_metadata(world / "stage1")
+    sizes = model_sizes(metadata.megatron_args, MixMoEOptions.from_dict(metadata.options or {}), 2)
+    share = target_share([world / "pairs"])
+    shortest, longest = (step_flops(sizes, phase_of_stage(2), 1, 1.0, length, loss_share=share) for length in (1, 128))
+    assert longest.total < step_flops(sizes, phase_of_stage(2), 1, 1.0, 1).total  # so this can tell
+    for per_token in flops_per_token(one_process[0], 1):
+        assert shortest.total < per_token < longest.total
 
 
 def test_stage_1_and_what_tensorboard_gets(world: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 Not a pytest suite: a check that cannot run is no success, and a GPU machine may have no package index (tests/gpu/
 packages.txt lists what is needed besides torch and transformers).
 
-    make test-gpu                         on a machine with CUDA: at most ten minutes, runs/gpu_report.json
+    make test-gpu                         on a machine with CUDA: about ten minutes, runs/gpu_report.json
     DEVICE=cpu make test-gpu              the checks that need no GPU, in bfloat16
     python -m tests.gpu.run layer train   some checks; --jobs 4 runs them side by side where they measure no time
     DEVICE=cpu python -m tests.gpu.run train --write-reference   renew the losses that a GPU run is compared with

@@ -13,10 +13,17 @@ def compute_all_logits() -> None:
 
 
 def refuse_all_logits() -> None:
-    """A training step that computes logits of rows without loss, or of none, ends the process."""
+    """A training step whose rows with logits are not those with loss, up to a multiple, ends the process."""
     from mixmoe_megatron.training import step
 
-    losses_of_rows, loss_func = step.losses_of_rows, step.loss_func
+    losses_of_rows, loss_func, rows_with_loss = step.losses_of_rows, step.loss_func, step.rows_with_loss
+
+    def chosen(loss_mask: Any, multiple: int = 1) -> Any:
+        rows = rows_with_loss(loss_mask, multiple)
+        carries = loss_mask.t().flatten() != 0
+        assert rows is not None and len(rows.unique()) == len(rows), "logits of all rows, or of a row twice"
+        assert carries[rows].sum() == carries.sum() and len(rows) < carries.sum() + multiple, "logits of other rows"
+        return rows
 
     def of_rows(*, labels: Any, context: Any, **kwargs: Any) -> Any:
         assert len(context) < labels.numel(), f"logits of {len(context)} of {labels.numel()} rows"
@@ -29,4 +36,4 @@ def refuse_all_logits() -> None:
         return loss_func(loss_mask, output)
 
     of_rows.calls = 0
-    step.losses_of_rows, step.loss_func = of_rows, checked
+    step.losses_of_rows, step.loss_func, step.rows_with_loss = of_rows, checked, chosen

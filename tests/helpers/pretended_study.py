@@ -54,10 +54,10 @@ def pretend_training(grid: Grid, training: Training, root: Path) -> None:
             for step in (1, 2):
                 writer.add_scalar("lm loss", 4.0 / step, step)
     for job in training.data:
-        with TokenFileWriter(finish(job, root) / TOKENS, 8192) as tokens:
+        with TokenFileWriter(finish(job, root) / TOKENS, 8192, with_modes=training.is_pairs) as tokens:
             for _ in range(2):
-                tokens.add([[1] * LENGTH])
-            tokens.commit({"kind": training.kind})
+                tokens.add([[1] * (LENGTH // 2)] * 2 if training.is_pairs else [[1] * LENGTH])
+            tokens.commit({"kind": "parallel" if training.is_pairs else "monolingual"})
 
 
 def pretend_evaluation(job: Job, root: Path, system: str) -> None:

@@ -106,6 +106,14 @@ def test_which_rows(places: Any, multiple: int, expected: list[int] | None) -> N
     assert rows is None or rows.dtype == torch.int64
 
 
+def test_a_few_rows_without_loss_are_not_worth_choosing_the_others() -> None:
+    mask = torch.ones(4, 25)
+    mask[0, :9] = 0.0
+    assert rows_with_loss(mask) is None
+    mask[0, :11] = 0.0
+    assert len(rows_with_loss(mask)) == 89
+
+
 def test_which_ranks_choose_rows_and_of_what(monkeypatch: pytest.MonkeyPatch) -> None:
     last, other = SimpleNamespace(post_process=True), SimpleNamespace(post_process=False)
     mask = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])

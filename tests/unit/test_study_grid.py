@@ -76,14 +76,14 @@ def test_what_moe_lpr_reviews_and_what_mixed_text_is(content: dict[str, Any]) ->
     original = review.job.words[review.job.words.index("--lpr-original-data-path") + 1]
     assert original == monolingual.data[-1].path("tokens") and monolingual.data[-1].name == "data en"
     assert review.job.parents[0] is parallel.job
-    [mixed] = grid.trainings("mixed", 1)
+    [mixed] = grid.trainings("full_mixed", 1)
     assert mixed.is_pairs and "--split" not in mixed.job.words
     assert [job.name for job in mixed.data] == ["data de beside pairs", "data en beside pairs", "data de-en"]
     assert all("--beside-pairs 257" in " ".join(job.words) for job in mixed.data[:2])
 
 
 def test_a_measured_start_reads_the_text_that_is_trained_on(content: dict[str, Any]) -> None:
-    start = Grid(content, SETTINGS).trainings("measured", 1)[0].start
+    start = Grid(content, SETTINGS).trainings("mixmoe_measured", 1)[0].start
     files = [f"examples/data/mono.{language}.train.txt.gz" for language in ("de", "en")]
     assert "--measure " + " ".join(files) in " ".join(start.words) and len(start.inputs) == 3
 
@@ -218,6 +218,25 @@ def test_budgets_of_equal_operations(content: dict[str, Any], tmp_path: Path) ->
     assert spent["pt_sft"] == pytest.approx(spent["mixmoe"], rel=0.05)
     words = " ".join(matched.trainings("sft", 1)[0].job.words)
     assert f"--train-iters {steps['sft', 'parallel']} " in words
+    pretend_table(grid, "II", root)
+    steps = matched_steps(grid, ["full_mixed", "moe_lpr"], root)
+    assert steps["full_mixed", "mixed"] != content["sizes"]["toy"]["mixed"]["steps_a_minute"]
+    assert steps["moe_lpr", "review"] == content["sizes"]["toy"]["review"]["steps_a_minute"]  # nothing to match it to
+    matched = Grid(content, SETTINGS, steps)
+    pretend_table(matched, "II", root)
+    spent = {name: read_footprint(matched, name, root).training_flops for name in ("full_mixed", "mixmoe")}
+    assert spent["full_mixed"] == pytest.approx(spent["mixmoe"], rel=0.05)
+
+
+def test_the_size_for_a_gpu_saves_weights_alone_and_once(content: dict[str, Any]) -> None:
+    training = Grid(content, SETTINGS._replace(size="gpu", base="examples/quickstart/base")).trainings("sft", 1)[0]
+    assert training.start.words[training.start.words.index("--dtype") + 1] == "bf16"
+    words = training.job.words
+    last = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
+    assert int(last["--save-interval"]) > int(
+        last["--train-iters"]
+    )  # what is killed begins again
+    assert {"--no-save-optim", "--no-load-optim"} <= set(words)
 
 
 def test_budgets_of_equal_trained_parameters(content: dict[str, Any], tmp_path: Path) -> None:
