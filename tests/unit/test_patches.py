@@ -47,7 +47,9 @@ def snapshot() -> list[dict[str, Any]]:
 
 
 def test_installing_twice_changes_nothing() -> None:
-    args = SimpleNamespace(phase="dense", mixmoe_stage=0, new_layers=(), lora_rank=0, world_size=1)
+    args = SimpleNamespace(
+        phase="dense", mixmoe_stage=0, new_layers=(), lora_rank=0, world_size=1, dataloader_type=None
+    )
     vars(args).update(bf16=False, fp16=False, padded_vocab_size=64)
     vars(args).update(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=2)
     vars(args).update(kv_channels=4, vocab_size=64, untie_embeddings_and_output_weights=False, add_qkv_bias=False)

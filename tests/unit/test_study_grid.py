@@ -233,9 +233,7 @@ def test_the_size_for_a_gpu_saves_weights_alone_and_once(content: dict[str, Any]
     assert training.start.words[training.start.words.index("--dtype") + 1] == "bf16"
     words = training.job.words
     last = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
-    assert int(last["--save-interval"]) > int(
-        last["--train-iters"]
-    )  # what is killed begins again
+    assert int(last["--save-interval"]) > int(last["--train-iters"])  # what is killed begins again
     assert {"--no-save-optim", "--no-load-optim"} <= set(words)
 
 
