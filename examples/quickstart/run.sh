@@ -15,11 +15,11 @@ begin_run "PAIR=$PAIR MINUTES=$MINUTES BASE=$BASE"
 
 STAGE1_STEPS=$((MINUTES * 12)) STAGE2_STEPS=$((MINUTES * 40)) TEST_SEGMENTS=$((MINUTES * 25))
 
-step upcycle "cut the FFNs of $BASE that are missed least into 4 LM experts each" \
+step upcycle "cut every fourth FFN of $BASE into 4 LM experts, and measure what that costs" \
   fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" \
   --measure "examples/data/mono.${PAIR%-en}.train.txt.gz" examples/data/mono.en.train.txt.gz \
-  --output-dir "$OUT/upcycled" "$OUT/upcycled"
-grep '^|' "$OUT/logs/upcycle.log"  # what that costs, before any training
+  --moe-layer-placement last --output-dir "$OUT/upcycled" "$OUT/upcycled"
+grep '^|' "$OUT/logs/upcycle.log"
 step data "turn the $PAIR text of examples/data into token files" tokenize_pair "$PAIR"
 step stage1 "$STAGE1_STEPS steps on monolingual text: LM experts and router" \
   train_mono stage1 $STAGE1_STEPS "$OUT/upcycled" "${PAIR%-en}" en
