@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -10,16 +9,15 @@ from mixmoe_megatron.checkpoint.metadata import METADATA_FILE
 from mixmoe_megatron.cli import run_command
 from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.study.tables import table
-from mixmoe_megatron.study.training_log import read_training_log
+from mixmoe_megatron.study.training_log import read_parameters, read_training_log
 
 COLUMNS = ["method", "phase", "first loss", "last loss", "trained parameters", "all parameters", "export"]
-PARAMETERS = re.compile(r"trained ([\d,]+) of ([\d,]+) parameters")
 
 
 def row(out: Path, method: str, phase: str) -> list[str]:
     """Return what the training in OUT/METHOD/PHASE was, and what its method was exported as."""
     losses = [loss for _, loss in read_training_log(out / method / phase / "tensorboard")["lm_loss"]]
-    counts = PARAMETERS.findall((out / "logs" / f"{method}_{phase}.log").read_text("utf-8"))[-1]
+    counts = read_parameters(out / "logs" / f"{method}_{phase}.log")
     export = read_hf_config(out / method / "model")["architectures"][0]
     return [method, phase, f"{losses[0]:.3f}", f"{losses[-1]:.3f}", *counts, export]
 

@@ -15,12 +15,12 @@ from statistics import fmean
 
 from mixmoe_megatron.cli import run_command, write_text
 from mixmoe_megatron.study.tables import table
+from mixmoe_megatron.study.training_log import read_parameters
 
 STEPS = {"stage1": 3, "stage2": 10, "sft": 10}  # of one part, in the quickstart's proportion
 EXPORTS = EVALUATIONS = 4  # upcycled, stage 1, Mix-MoE and full fine-tuning come after the plan
 STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 VALID_LOSS = re.compile(r"on validation set \| lm loss value: ([\d.E+-]+)")
-PARAMETERS = re.compile(r"trained ([\d,]+) of ([\d,]+) parameters")
 MONO_TOKENS = 4 * 256  # of a step: run.sh's MONO_BATCH sequences
 PAIR_BATCH = 8
 
@@ -63,7 +63,7 @@ def print_costs(out: Path, pair: str) -> None:
             log = (out / "logs" / f"{name}.log").read_text("utf-8")
             steps = int(re.findall(r"iteration +\d+/ *(\d+)", log)[-1])
             tokens = steps * (MONO_TOKENS if name == "stage1" else PAIR_BATCH * tokens_of_pair)
-            trained, total = PARAMETERS.findall(log)[-1]
+            trained, total = read_parameters(out / "logs" / f"{name}.log")
             rows.append([name, str(steps), f"{tokens:,.0f}", f"{seconds:.0f}", trained, total])
     print(table(["training", "steps", "tokens", "seconds", "trained parameters", "all parameters"], sorted(rows)))
 

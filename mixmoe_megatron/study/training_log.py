@@ -11,6 +11,7 @@ from mixmoe_megatron.errors import MixMoEError
 
 Curves = dict[str, list[tuple[int, float]]]
 _MEGATRON_STEP = re.compile(r"\biteration\s+(\d+)/\s*\d+ \|(.*)")
+_TRAINED = re.compile(r"trained ([\d,]+) of ([\d,]+) parameters")  # model/freezing.py says it
 _MEGATRON_VALUE = re.compile(r"([A-Za-z][\w() -]*?): +(-?[\d.]+(?:[Ee][+-]?\d+)?)(?= |\||$)")
 
 
@@ -56,6 +57,18 @@ def _from_tensorboard(path: Path) -> list[tuple[int, dict[str, float]]]:
 def _normalise(name: str) -> str:
     """Turn 'lm loss' and 'grad-norm' into lm_loss and grad_norm."""
     return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+
+def read_parameters(path: Path) -> tuple[str, str]:
+    """Return how many parameters a run's console log says are trained, and how many the model has, as it writes them.
+
+    Raises:
+        MixMoEError: The log does not say it.
+    """
+    found = _TRAINED.findall(path.read_text(encoding="utf-8", errors="replace"))
+    if not found:
+        raise MixMoEError(f"{path} does not say how many parameters are trained.")
+    return tuple(found[-1])
 
 
 def read_training_log(path: str | Path) -> Curves:

@@ -19,7 +19,7 @@ from mixmoe_megatron.study.figures import smooth
 from mixmoe_megatron.study.interference import bits_per_byte_change
 from mixmoe_megatron.study.report import TOY_NOTE, ReportInputs, build_summary, render_report, write_report
 from mixmoe_megatron.study.tables import format_tables, p_value_text, signed, table
-from mixmoe_megatron.study.training_log import read_training_log
+from mixmoe_megatron.study.training_log import read_parameters, read_training_log
 from tests.helpers.browser import BROWSER, Page
 
 SYSTEMS = ("base", "stage1", "mixmoe")
@@ -358,3 +358,12 @@ def test_intervals_are_those_of_a_paired_bootstrap() -> None:
     assert high - low < 4.0, "pairing removes what makes a text easy for both"
     shuffled = bits_per_byte_change({"text_bits": before.tolist()}, {"text_bits": sorted(after.tolist())})
     assert shuffled[2] - shuffled[1] > 2 * (high - low)
+
+
+def test_how_many_parameters_a_log_says_are_trained(tmp_path: Path) -> None:
+    log = tmp_path / "stage1.log"
+    log.write_text("trained 7 of 99 parameters (7.1 %)\nthe run goes on\ntrained 1,207 of 20,000 parameters (6.0 %)\n")
+    assert read_parameters(log) == ("1,207", "20,000")  # of the last start
+    log.write_text("killed before it said it\n")
+    with pytest.raises(MixMoEError, match="does not say how many parameters are trained"):
+        read_parameters(log)
