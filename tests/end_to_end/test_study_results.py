@@ -15,20 +15,26 @@ from mixmoe_megatron.study.statistics import seed_means
 from mixmoe_megatron.study.study_results import RETENTION, TRANSLATION, read_scores
 from tests.helpers.training import ROOT
 
-RESULTS = ROOT / "examples/study/results/study.json"
+STUDY = ROOT / "examples/study"
+#: what was run -> what it gave
+RESULTS = {
+    STUDY / "study.yaml": STUDY / "results/study.json",
+    STUDY / "results/second/grid.yaml": STUDY / "results/second/study.json",
+}
 #: what other processors' rounding may change: points of chrF++, percentage points of bits a byte
 TOLERANCE = {TRANSLATION: 1.0, RETENTION: 0.5}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_figure_at_random_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grid_file", RESULTS, ids=lambda file: file.parent.name)
+def test_a_figure_at_random_is_found_again(grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+    record = json.loads(RESULTS[grid_file].read_text(encoding="utf-8"))
     settings = StudySettings(**{**record["settings"], "pairs": tuple(record["settings"]["pairs"])})
-    grid = Grid(read_grid(ROOT / "examples/study/study.yaml"), settings)
+    grid = Grid(read_grid(grid_file), settings)
     system = random.choice([name for name in record["seeds"] if name != BASE_SYSTEM])
     seed = random.randint(1, settings.seeds)
     print(f"{system}, seed {seed}")
