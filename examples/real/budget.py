@@ -60,10 +60,10 @@ def print_costs(out: Path, pair: str) -> None:
     rows = []
     for name, seconds in seconds_of(out).items():
         if name in STEPS:
-            log = (out / "logs" / f"{name}.log").read_text("utf-8")
-            steps = int(re.findall(r"iteration +\d+/ *(\d+)", log)[-1])
+            log = out / "logs" / f"{name}.log"
+            steps = int(re.findall(r"iteration +\d+/ *(\d+)", log.read_text("utf-8"))[-1])
             tokens = steps * (MONO_TOKENS if name == "stage1" else PAIR_BATCH * tokens_of_pair)
-            trained, total = read_parameters(out / "logs" / f"{name}.log")
+            trained, total = read_parameters(log)
             rows.append([name, str(steps), f"{tokens:,.0f}", f"{seconds:.0f}", trained, total])
     print(table(["training", "steps", "tokens", "seconds", "trained parameters", "all parameters"], sorted(rows)))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.planning.memory import count_parameters
 from mixmoe_megatron.study.footprint import count_training_flops, trained_model
-from mixmoe_megatron.study.grid import Grid
+from mixmoe_megatron.study.grid import MATCHED_BY, Grid
 from mixmoe_megatron.study.jobs import Job
 
 REFERENCE = "mixmoe"
@@ -80,7 +80,7 @@ def matched_starts(grid: Grid, names: Sequence[str], root: Path) -> dict[str, tu
         system = grid.content["systems"][name]
         if system and (flag := grid.content["methods"][system["method"]].get("matched_by")):
             model = trained_model(grid.trainings(name, 1)[0], root)
-            now = {"--lora-rank": model.lora_rank, "--new-blocks": len(model.new_layers)}[flag]
+            now = MATCHED_BY[flag](model)
             starts[name] = (flag, str(max(1, round(now * wanted / count_parameters(model).trained))))
     return starts
 

@@ -61,7 +61,7 @@ def trained_model(training: Training, root: Path) -> Model:
 def count_training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
     """Return a training's operations; pairs are taken to be all of their mean length.
 
-    Logits are counted for all tokens, of every system alike; those of prompts and sources are no longer computed.
+    Logits are those that training computes, of pairs the target's.
 
     Args:
         model: Of `trained_model`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,11 @@ _PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 _SECTIONS = ("sizes", "methods", "systems", "tables")
 MONOLINGUAL = "{monolingual}"  # in the words of a start: the files of monolingual text to train on, English last
 _BESIDE_PAIRS = ("parallel", "mixed")  # kinds of text in files of pairs, one sample a text; the others are cut evenly
-MATCHED_BY = ("--lora-rank", "--new-blocks")  # options of a start that what is trained is in proportion to
+#: options of a start that what is trained is in proportion to -> their value in a `planning.layouts.Model`
+MATCHED_BY: dict[str, Callable[[Any], int]] = {
+    "--lora-rank": lambda model: model.lora_rank,
+    "--new-blocks": lambda model: len(model.new_layers),
+}
 
 
 class StudySettings(NamedTuple):
@@ -102,7 +106,7 @@ def read_grid(path: Path) -> dict[str, Any]:
         if system and system["method"] not in grid["methods"]:
             raise MixMoEError(f"The grid's system {name} is of the method {system['method']}, which methods lacks.")
     for name, method in grid["methods"].items():
-        if (flag := method.get("matched_by", MATCHED_BY[0])) not in MATCHED_BY:
+        if (flag := method.get("matched_by")) and flag not in MATCHED_BY:
             raise MixMoEError(f"The grid's method {name} is matched_by {flag}: choose one of {', '.join(MATCHED_BY)}.")
     for name, entry in grid["tables"].items():
         claimed = [name for claim in entry["claims"] for name in claim]

@@ -219,11 +219,12 @@ def write_study(grid: Grid, names: list[str], output_dir: Path, root: Path) -> l
     def sections(seconds: bool) -> dict[str, str]:
         return {name: _table_section(grid, name, found, pictures[name], seconds) for name, found in tables.items()}
 
-    start, timed = f"# The study\n\n{_settings_section(grid)}\n\n", sections(seconds=True)
+    settings, timed = _settings_section(grid), sections(seconds=True)
+    start = f"# The study\n\n{settings}\n\n"
     write_text(output_dir / "study.md", start + "\n\n".join(sections(seconds=False).values()) + "\n")
     write_text(output_dir / "study.html", render_html(start + "\n\n".join(timed.values()), output_dir))
     for name, section in timed.items():
-        page = f"{section.removeprefix('#')}\n\n## Settings\n\n{_settings_section(grid)}"
+        page = f"{section.removeprefix('#')}\n\n## Settings\n\n{settings}"
         write_text(output_dir / f"table_{name}.html", render_html(page, output_dir))
     write_text(output_dir / "study.csv",
                csv_text(["table", "system", "direction", "figure", "value", "low", "high"], rows))  # fmt: skip
