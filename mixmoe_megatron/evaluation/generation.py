@@ -1,5 +1,8 @@
 """Batched translation with transformers' generate: sorted by length, left-padded, first line only, resumable.
 
+Greedy decoding goes in rounds: a round ends when a quarter of its rows has ended, and the rest goes on as a smaller
+batch with its part of the key-value cache, so that a few long rows do not hold all others.
+
 Shape legend: B segments in a batch, R rows that generate works on (B, or B times the beams it keeps), P padded prompt
 length and N new tokens, both in tokens, V rows of the output layer.
 """
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from mixmoe_megatron.data.prompts import encode_prompts
 from mixmoe_megatron.data.tokenizers import TextTokenizer
@@ -27,6 +30,7 @@ from mixmoe_megatron.evaluation.progress import Progress
 logger = logging.getLogger(__name__)
 
 RATIO_MARGIN = 16  # tokens granted on top of max_length_ratio times the source
+ROUND_SHARE = 0.75  # a round of greedy decoding ends when at most this part of its rows goes on
 _LINE_BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # those of str.splitlines
 
 
@@ -119,19 +123,37 @@ class LineTable:
 
 @dataclass(eq=False)
 class FirstLineOrBudget(StoppingCriteria):
-    """End a row when its first line is complete or its own budget of new tokens is spent.
+    """End a row when its first line is complete, its own budget of new tokens is spent, or the round is over.
 
     Attributes:
         table: Of the model's vocabulary.
         prompt_length: P.
         budgets: [B] int64, most new tokens of each segment.
+        eos_ids: [E] int64, tokens that end a row.
+        go_on_above: All rows end when at most this many go on; 0: each row ends by itself.
         on_step: Called with N at each check, which comes once a token.
     """
 
     table: LineTable
     prompt_length: int
     budgets: torch.Tensor
+    eos_ids: torch.Tensor
+    go_on_above: int = 0
     on_step: Callable[[int], None] = lambda new_tokens: None
+
+    def has_ended(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tell which rows have ended by themselves.
+
+        Args:
+            input_ids: [R, P + N] int64; the rows of one segment are adjacent.
+
+        Returns:
+            [R] bool.
+        """
+        new_tokens = input_ids[:, self.prompt_length :]
+        budgets = self.budgets.repeat_interleave(input_ids.shape[0] // self.budgets.shape[0])
+        ended = torch.isin(new_tokens, self.eos_ids).any(dim=1)
+        return ended | self.table.is_complete(new_tokens) | (new_tokens.shape[1] >= budgets)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Check every row.
@@ -144,10 +166,9 @@ class FirstLineOrBudget(StoppingCriteria):
         Returns:
             [R] bool, True where the row is finished.
         """
-        new_tokens = input_ids[:, self.prompt_length :]
-        self.on_step(new_tokens.shape[1])
-        budgets = self.budgets.repeat_interleave(input_ids.shape[0] // self.budgets.shape[0])
-        return self.table.is_complete(new_tokens) | (new_tokens.shape[1] >= budgets)
+        self.on_step(input_ids.shape[1] - self.prompt_length)
+        ended = self.has_ended(input_ids)
+        return ended | ((~ended).sum() <= self.go_on_above)
 
 
 def _read_partial(path: Path, count: int) -> dict[int, str]:
@@ -192,26 +213,46 @@ def _generate_batch(
     options: GenerationOptions,
     progress: Progress,
 ) -> list[str]:
-    """Decode one batch and return the first line of each hypothesis."""
-    pad_id = loaded.tokenizer.pad_id
+    """Decode one batch, greedily in rounds of fewer and fewer rows, and return the first line of each hypothesis."""
+    pad_id, is_greedy = loaded.tokenizer.pad_id, options.decoding == "greedy"
     input_ids, attention_mask = pad(prompts, "left", pad_id, loaded.device)
-    width = input_ids.shape[1]
+    width, most = input_ids.shape[1], torch.tensor(budgets, device=loaded.device)
+    eos_ids = torch.tensor(loaded.eos_ids, device=loaded.device)
+    segments = torch.arange(len(prompts), device=loaded.device)  # of the rows that go on
+    hypotheses: dict[int, list[int]] = {}
+    cache = None
 
     def show(new_tokens: int) -> None:
         progress.show(new_tokens * len(prompts), f"token {new_tokens} of at most {max(budgets)} of a batch")
 
-    criterion = FirstLineOrBudget(table, width, torch.tensor(budgets, device=loaded.device), show)
-    output = loaded.model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max(budgets),
-        num_beams=options.num_beams if options.decoding == "beam" else 1,
-        do_sample=False,
-        stopping_criteria=StoppingCriteriaList([criterion]),
-    )
-    rows = output[:, width:].tolist()
-    progress.advance(len(prompts), sum(map(len, prompts)), sum(len(row) - row.count(pad_id) for row in rows))
-    return [first_line(loaded.tokenizer.decode(row)) for row in rows]
+    while len(hypotheses) < len(prompts):
+        limit = int(ROUND_SHARE * len(segments)) if is_greedy else 0
+        criterion = FirstLineOrBudget(table, width, most[segments], eos_ids, limit, show)
+        output = loaded.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            max_new_tokens=width + max(budgets) - input_ids.shape[1],
+            num_beams=1 if is_greedy else options.num_beams,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            return_dict_in_generate=True,
+        )
+        ended = criterion.has_ended(output.sequences) if is_greedy else torch.ones_like(segments, dtype=torch.bool)
+        rows = output.sequences[ended, width:].tolist()
+        hypotheses.update(zip(segments[ended].tolist(), rows, strict=True))
+        going_on = (~ended).nonzero().flatten()
+        segments, input_ids = segments[going_on], output.sequences[going_on]
+        seen = attention_mask[going_on]
+        attention_mask = torch.nn.functional.pad(seen, (0, input_ids.shape[1] - seen.shape[1]), value=1)
+        cache = output.past_key_values
+        if isinstance(cache, DynamicCache):
+            cache.batch_select_indices(going_on)
+        else:  # another kind can't give up rows: the next round reads what it has once more
+            cache = None
+    lengths = [len(row) - row.count(pad_id) for row in hypotheses.values()]
+    progress.advance(len(prompts), sum(map(len, prompts)), sum(lengths))
+    return [first_line(loaded.tokenizer.decode(hypotheses[index])) for index in range(len(prompts))]
 
 
 def translate(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.evaluation import generation
@@ -96,11 +98,33 @@ def test_line_table_agrees_with_first_line(loaded) -> None:
 
 def test_budget_holds_for_each_row_and_its_beams(loaded) -> None:
     table = LineTable(loaded.tokenizer, loaded.vocab_size, torch.device("cpu"))
-    criterion = FirstLineOrBudget(table, prompt_length=2, budgets=torch.tensor([1, 3]))
+    eos_ids = torch.tensor(loaded.eos_ids)
+    criterion = FirstLineOrBudget(table, prompt_length=2, budgets=torch.tensor([1, 3]), eos_ids=eos_ids)
     content = loaded.tokenizer.encode(["Haus"], add_special_tokens=False)[0][-1]
     rows = torch.full((4, 4), content)
     assert criterion(rows, None).tolist() == [True, True, False, False]
     assert criterion(torch.full((2, 5), content), None).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("can_drop_rows", [True, False])
+def test_rows_that_have_ended_leave_the_batch(loaded, tmp_path, monkeypatch, can_drop_rows) -> None:
+    """Budgets of 16 to 60 tokens: each row gets its own, and the model computes no more rows than go on."""
+    if not can_drop_rows:
+        monkeypatch.setattr(generation, "DynamicCache", StaticCache)  # no cache is one
+    options = GenerationOptions("greedy", max_new_tokens=60, max_length_ratio=1.0, batch_size=8)
+    sources, prompts = SOURCES + SOURCES[1:] + ["Haus " * 9], PROMPTS + PROMPTS[1:] + [PROMPTS[0].replace("ist", "ja")]
+    rows: list[tuple[int, int]] = []  # and columns, of each forward pass
+    hook = loaded.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    lines = translate(loaded, prompts, sources, options, tmp_path / "partial.jsonl")
+    hook.remove()
+    one_by_one = replace(options, batch_size=1)
+    assert lines == translate(loaded, prompts, sources, one_by_one, tmp_path / "one_by_one.jsonl")
+    counts = [count for count, _ in rows]
+    assert counts[0] == 8 and counts[-1] <= 2 and counts == sorted(counts, reverse=True)
+    read_again = sum(length > 1 for _, length in rows[1:])
+    assert (read_again == 0) == can_drop_rows
 
 
 def test_budget_follows_the_source(loaded, tmp_path) -> None:
