@@ -162,7 +162,8 @@ tokenize_pair() {
 }
 
 # evaluate_pair PAIR SEGMENTS NAME=DIR...: BASE and the named models in both directions and both languages, and
-# UNSEEN, whose text is never trained on; tested against sft too where that is named.
+# UNSEEN, whose text is never trained on; tested against sft too where that is named. TEXTS of each language; SEGMENTS
+# if it is not set.
 evaluate_pair() {
   local pair=$1 segments=$2 words=(--system base="$BASE") system; shift 2
   for system in "$@"; do words+=(--system "$system"); done
@@ -172,7 +173,7 @@ evaluate_pair() {
   done
   "$PYTHON" tools/evaluate_translation.py --baseline base --dtype "$DTYPE" "${words[@]}" \
     --test "$pair=examples/data/$pair.test.tsv.gz" --source-column xx --target-column en --both-directions \
-    --limit "$segments" --mono-limit "$segments" --decoding greedy --max-length-ratio 2 \
+    --limit "$segments" --mono-limit "${TEXTS:-$segments}" --decoding greedy --max-length-ratio 2 \
     --batch-size "$EVALUATION_BATCH" --output-dir "$OUT/evaluation"
 }
 

@@ -5,7 +5,8 @@
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: Qwen2.5-Coder-0.5B, made by
 #                      examples/pretrained_bases/make_base.py in runs/bases)
 #   HOURS=1.5          of the whole run; the steps are what the measured seconds a step leave room for
-#   SEGMENTS=200       test segments each way, and texts of each language
+#   SEGMENTS=200       test segments each way
+#   TEXTS=100          held-out texts of each language, for retention
 #   PLAN=FILE          the plan of an earlier run (its OUT/plan) instead of a new one: same steps, so the same figures
 #   STAGE1_LR=2e-4 STAGE2_LR=2e-4 FULL_LR=6.67e-6  highest learning rates of stage 1, stage 2 and full fine-tuning
 #   RATES=1            no comparison: each training for 30 steps at a third of its rate, at it and at three times it
@@ -15,14 +16,16 @@ set -euo pipefail
 PLAN="${PLAN:+$(realpath -m "$PLAN")}"
 source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 source examples/comparison.sh
-PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}"
+PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}" TEXTS="${TEXTS:-100}"
 STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-6.67e-6}"
 OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=256
 MEASURED_ON="examples/data/mono.${PAIR%-en}.train.txt.gz examples/data/mono.en.train.txt.gz"
 UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on
 check_pair
 [[ "$HOURS" =~ ^[0-9]*\.?[0-9]+$ ]] || fail "HOURS=$HOURS must be a number such as 1.5."
-[[ "$SEGMENTS" =~ ^[1-9][0-9]*$ ]] || fail "SEGMENTS=$SEGMENTS must be a whole number from 1."
+for count in SEGMENTS TEXTS; do
+  [[ "${!count}" =~ ^[1-9][0-9]*$ ]] || fail "$count=${!count} must be a whole number from 1."
+done
 [ -z "$PLAN" ] || grep -qE '^STAGE1_STEPS=[1-9][0-9]* STAGE2_STEPS=[1-9][0-9]*$' "$PLAN" 2>/dev/null \
   || fail "PLAN=$PLAN is not the plan of an earlier run."
 for rate in STAGE1_LR STAGE2_LR FULL_LR; do check_learning_rate $rate; done
@@ -34,7 +37,7 @@ if [ -z "$BASE" ]; then
 fi
 check_settings
 
-begin_run "PAIR=$PAIR HOURS=$HOURS SEGMENTS=$SEGMENTS STAGE1_LR=$STAGE1_LR STAGE2_LR=$STAGE2_LR FULL_LR=$FULL_LR \
+begin_run "PAIR=$PAIR HOURS=$HOURS SEGMENTS=$SEGMENTS TEXTS=$TEXTS STAGE1_LR=$STAGE1_LR STAGE2_LR=$STAGE2_LR FULL_LR=$FULL_LR \
 BASE=$BASE PLAN=$PLAN${RATES:+ RATES=1}"
 convert_base
 if [ -n "${RATES:-}" ]; then source examples/real/rates.sh; exit; fi

@@ -64,7 +64,7 @@ def test_three_learning_rates_of_each_training(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_five_systems_twice_the_same(tmp_path: Path) -> None:
     save_tiny_dense(tmp_path / "base", "qwen2")
-    settings = {"BASE": str(tmp_path / "base"), "PAIR": "et-en", "SEGMENTS": "6"}
+    settings = {"BASE": str(tmp_path / "base"), "PAIR": "et-en", "SEGMENTS": "6", "TEXTS": "6"}
     status, output = run_example("real", tmp_path / "first", HOURS="0.001", **settings)
     assert status == 0, output[-3000:]
     out = tmp_path / "first" / "out"
