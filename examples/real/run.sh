@@ -18,7 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 source examples/comparison.sh
 PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}" TEXTS="${TEXTS:-100}"
 STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-6.67e-6}"
-OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=256
+OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=64
 MEASURED_ON="examples/data/mono.${PAIR%-en}.train.txt.gz examples/data/mono.en.train.txt.gz"
 UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on
 check_pair
