@@ -11,7 +11,8 @@ import torch
 from transformers import StaticCache
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.evaluation import generation
+from mixmoe_megatron.evaluation import generation, models
+from mixmoe_megatron.evaluation.batches import pad
 from mixmoe_megatron.evaluation.generation import FirstLineOrBudget, GenerationOptions, LineTable, first_line, translate
 from mixmoe_megatron.evaluation.models import LoadedModel, load_model, model_fingerprint
 from tests.helpers.tiny_hf import save_tiny_dense, tiny_mixmoe, tiny_tokenizer
@@ -25,7 +26,9 @@ GREEDY = GenerationOptions("greedy", max_new_tokens=12, batch_size=3)
 def loaded(request, tmp_path_factory) -> LoadedModel:
     path = tmp_path_factory.mktemp("model")
     save_tiny_dense(path, tokenizer=request.param)
-    return load_model("base", path)
+    loaded = load_model("base", path)
+    assert loaded.model.config._attn_implementation == models.GROUPED_ATTENTION
+    return loaded
 
 
 def reference_line(loaded: LoadedModel, prompt: str, max_new_tokens: int, **options) -> str:
@@ -76,6 +79,26 @@ def test_stopping_at_the_line_end_does_not_change_the_line(loaded, tmp_path) -> 
         weight[newline] = original
     assert lines == expected
     assert stopped > 0
+
+
+def test_query_groups_share_keys_and_values(loaded, monkeypatch) -> None:
+    """The logits of padded prompts and of a token after them are transformers' own; no head gets a copy."""
+    input_ids, mask = pad(loaded.tokenizer.encode(PROMPTS, add_special_tokens=True), "left", 0, loaded.device)
+    next_ids, next_mask = input_ids[:, :1], torch.nn.functional.pad(mask, (0, 1), value=1)
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        first = loaded.model(input_ids, attention_mask=mask)
+        then = loaded.model(next_ids, attention_mask=next_mask, past_key_values=first.past_key_values)
+        return first.logits[mask == 1], then.logits
+
+    with torch.no_grad():
+        loaded.model.set_attn_implementation("sdpa")
+        expected = logits()
+        loaded.model.set_attn_implementation(models.GROUPED_ATTENTION)
+        monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", None)  # calling it is an error
+        for ours, theirs in zip(logits(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert loaded.model.config.num_key_value_heads < loaded.model.config.num_attention_heads
 
 
 def test_first_line() -> None:
