@@ -83,8 +83,6 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
 
 def _check_lora(config: MixMoETransformerConfig) -> None:
     tensor_parallel = config.tensor_model_parallel_size
-    if config.transformer_impl != "local":
-        raise MixMoEError("LoRA goes with Megatron's own linear layers: add --transformer-impl local.")
     if tensor_parallel > 1 and not config.sequence_parallel:
         raise MixMoEError("LoRA under --tensor-model-parallel-size > 1 needs --sequence-parallel.")
     groups = config.num_query_groups or config.num_attention_heads

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_submodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -22,10 +22,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from mixmoe_megatron.model import lora_linear
 from mixmoe_megatron.model.attention import TorchCoreAttention, TorchRMSNorm
 from mixmoe_megatron.model.backends import uses_transformer_engine
 from mixmoe_megatron.model.frozen_prefix import MixMoETransformerLayer
-from mixmoe_megatron.model.lora_linear import LoRAColumnParallelLinear, LoRARowParallelLinear
 from mixmoe_megatron.model.moe_layer import MixMoELayer
 
 
@@ -74,14 +74,21 @@ def _mixmoe_layer_spec(spec: ModuleSpec, use_te: bool, config: Any) -> ModuleSpe
     if not use_te:
         _use_torch_modules(submodules, is_moe)
     if getattr(config, "lora_rank", 0):
-        _add_lora(submodules)
+        _add_lora(submodules, use_te)
     return ModuleSpec(module=MixMoETransformerLayer, submodules=submodules, params=dict(spec.params))
 
 
-def _add_lora(submodules: TransformerLayerSubmodules) -> None:
+def _add_lora(submodules: TransformerLayerSubmodules, use_te: bool) -> None:
+    """Put LoRA beside the linear layers; A reads what the norm gives, so no norm can be a part of a linear layer."""
+    if use_te:
+        column, row = lora_linear.TELoRAColumnParallelLinear, lora_linear.TELoRARowParallelLinear
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = TorchRMSNorm
+        submodules.sharded_state_dict_keys_map = get_gpt_layer_local_submodules().sharded_state_dict_keys_map
+    else:
+        column, row = lora_linear.LoRAColumnParallelLinear, lora_linear.LoRARowParallelLinear
     attention, mlp = submodules.self_attention.submodules, submodules.mlp
-    attention.linear_qkv, attention.linear_proj = LoRAColumnParallelLinear, LoRARowParallelLinear
-    linear = replace(mlp.keywords["submodules"], linear_fc1=LoRAColumnParallelLinear, linear_fc2=LoRARowParallelLinear)
+    attention.linear_qkv, attention.linear_proj = column, row
+    linear = replace(mlp.keywords["submodules"], linear_fc1=column, linear_fc2=row)
     submodules.mlp = partial(mlp.func, **{**mlp.keywords, "submodules": linear})
 
 

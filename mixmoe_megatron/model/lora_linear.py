@@ -1,4 +1,4 @@
-"""Megatron's column- and row-parallel linear layers with LoRA beside them.
+"""Megatron's column- and row-parallel linear layers, its own and Transformer Engine's, with LoRA beside them.
 
 Megatron stacks linear layers of the base: q, k and v, and gate and up. Each of them has its own A and B here, as in
 PEFT. Under tensor parallelism (always with sequence parallelism) no rank sees more than its part of anything large:
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import utils
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -36,7 +37,9 @@ class LoRA(torch.nn.Module):
     """A and B of the linear layers that one of Megatron's stands for.
 
     Args:
-        layer: Megatron's linear layer.
+        config: the Transformer configuration, with `lora_rank` and `lora_alpha`.
+        tp_group: the tensor-parallel ranks.
+        device: where the layer's weight is.
         input_size: of this rank's A.
         output_sizes: of this rank's B, by name of the base's layer ("q", "gate", ...).
         is_column: B is cut over the tensor-parallel ranks; else A is.
@@ -45,11 +48,14 @@ class LoRA(torch.nn.Module):
         {name}_a: [r, input_size]. {name}_b: [output size, r], zero at the start. Both params_dtype.
     """
 
-    def __init__(self, layer: Any, input_size: int, output_sizes: dict[str, int], is_column: bool):
+    def __init__(
+        self, config: Any, tp_group: Any, device: torch.device, input_size: int, output_sizes: dict[str, int],
+        is_column: bool,
+    ):  # fmt: skip
         super().__init__()
-        self.config, self.tp_group = layer.config, layer.tp_group
+        self.config, self.tp_group = config, tp_group
         self.names, self.is_column = list(output_sizes), is_column
-        rank, like = self.config.lora_rank, {"dtype": self.config.params_dtype, "device": layer.weight.device}
+        rank, like = config.lora_rank, {"dtype": config.params_dtype, "device": device}
         for name, size in output_sizes.items():
             a, b = torch.empty(rank, input_size, **like), torch.zeros(size, rank, **like)
             if self.config.perform_initialization:
@@ -95,6 +101,7 @@ class _WithLoRA:
     """What both kinds of linear layer share."""
 
     lora: LoRA
+    weight: torch.Tensor
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -105,21 +112,22 @@ class _WithLoRA:
         return own | self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
 
 
-class LoRAColumnParallelLinear(_WithLoRA, ColumnParallelLinear):
-    """Megatron's linear_qkv or linear_fc1 with LoRA; the arguments are Megatron's."""
-
+class _Column(_WithLoRA):
     def __init__(self, input_size: int, output_size: int, *, config: Any, tp_comm_buffer_name: str, **kwargs: Any):
-        super().__init__(input_size, output_size, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
+        words = {"config": config, "tp_comm_buffer_name": tp_comm_buffer_name, **kwargs}
+        super().__init__(input_size, output_size, **words)  # type: ignore[call-arg]
+        tp_group = utils.get_tensor_model_parallel_group_if_none(kwargs.get("tp_group"))
+        size = output_size // utils.get_pg_size(tp_group)
         self.groups = config.num_query_groups // config.tensor_model_parallel_size
         key = self.groups * config.kv_channels
-        sizes = {"gate": self.output_size_per_partition // 2, "up": self.output_size_per_partition // 2}
+        sizes = {"gate": size // 2, "up": size // 2}
         if tp_comm_buffer_name == "qkv":
-            sizes = {"q": self.output_size_per_partition - 2 * key, "k": key, "v": key}
-        self.lora = LoRA(self, input_size, sizes, is_column=True)
+            sizes = {"q": size - 2 * key, "k": key, "v": key}
+        self.lora = LoRA(config, tp_group, self.weight.device, input_size, sizes, is_column=True)
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return Megatron's output plus LoRA's, [S, B, this rank's part], and the bias that is not added."""
-        output, bias = super().forward(input_, *args, **kwargs)
+        output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         parts = self.lora(input_)
         if len(parts) == 3:  # a query group's query heads, its key head, its value head; then the next group's
             parts = [part.unflatten(-1, (self.groups, -1)) for part in parts]
@@ -127,15 +135,33 @@ class LoRAColumnParallelLinear(_WithLoRA, ColumnParallelLinear):
         return output + torch.cat(parts, -1), bias
 
 
-class LoRARowParallelLinear(_WithLoRA, RowParallelLinear):
-    """Megatron's linear_proj or linear_fc2 with LoRA; the arguments are Megatron's."""
-
+class _Row(_WithLoRA):
     def __init__(self, input_size: int, output_size: int, *, config: Any, tp_comm_buffer_name: str, **kwargs: Any):
-        super().__init__(input_size, output_size, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
-        name = "o" if tp_comm_buffer_name == "proj" else "down"
-        self.lora = LoRA(self, self.input_size_per_partition, {name: output_size}, is_column=False)
+        words = {"config": config, "tp_comm_buffer_name": tp_comm_buffer_name, **kwargs}
+        super().__init__(input_size, output_size, **words)  # type: ignore[call-arg]
+        tp_group = utils.get_tensor_model_parallel_group_if_none(kwargs.get("tp_group"))
+        name, rows = ("o" if tp_comm_buffer_name == "proj" else "down"), input_size // utils.get_pg_size(tp_group)
+        self.lora = LoRA(config, tp_group, self.weight.device, rows, {name: output_size}, is_column=False)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return Megatron's output plus LoRA's, [this rank's part of S, B, H], and the bias that is not added."""
-        output, bias = super().forward(input_)
+        output, bias = super().forward(input_)  # type: ignore[misc]
         return output + self.lora(input_)[0], bias
+
+
+class LoRAColumnParallelLinear(_Column, ColumnParallelLinear):
+    """Megatron's linear_qkv or linear_fc1 with LoRA; the arguments are Megatron's."""
+
+
+class LoRARowParallelLinear(_Row, RowParallelLinear):
+    """Megatron's linear_proj or linear_fc2 with LoRA; the arguments are Megatron's."""
+
+
+if HAVE_TE:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    class TELoRAColumnParallelLinear(_Column, TEColumnParallelLinear):
+        """Transformer Engine's linear_qkv or linear_fc1, without the norm before it, with LoRA."""
+
+    class TELoRARowParallelLinear(_Row, TERowParallelLinear):
+        """Transformer Engine's linear_proj or linear_fc2 with LoRA."""

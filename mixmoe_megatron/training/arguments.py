@@ -226,8 +226,6 @@ def model_arguments(words: list[str]) -> tuple[list[str], Metadata]:
     if phase.groups:
         options = MixMoEOptions.from_dict(metadata.options or {})
         model |= mixmoe_megatron_args(options, phase.stage, model["num_layers"], model["ffn_hidden_size"])
-    if phase.has_adapters:
-        model["transformer_impl"] = "local"
     if not isinstance(model["rotary_base"], int):
         del model["rotary_base"]  # Megatron parses whole ones only: see `apply_options`
     multiple = early.make_vocab_size_divisible_by or model["make_vocab_size_divisible_by"]

@@ -100,7 +100,7 @@ def train_words(
     words += ["--data-cache-path", str(parent.parent / "cache")]
     if save is not None:
         words += ["--save", str(save), "--load", str(save), "--save-interval", "1000"]
-    if stage == 2:
+    if stage in (2, "stage2"):
         words += ["--seq-length", "160"]
     return words + extra.split()
 

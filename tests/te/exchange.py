@@ -1,9 +1,9 @@
 """Take checkpoints through a Transformer Engine model and back through a torch one, under a parallel layout.
 
-    exchange.py JOB.json    with torchrun's variables; JOB: a list of [checkpoint, output, stage, {size name: value}]
+    exchange.py JOB.json    with torchrun's variables; JOB: a list of [checkpoint, output, phase, {size name: value}]
 
 Below `output` it writes `te` and `torch`, what the two models save after one another, and what each rank saw of them in
-`RANK.json`. `stage` is that of the models: 2 with a checkpoint of stage 1 starts the MT group from the LM group.
+`RANK.json`. `phase` is that of the models: stage2 with a checkpoint of stage1 starts the MT group from the LM group.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from mixmoe_megatron.checkpoint.megatron_checkpoint import TRACKER_FILE
 from mixmoe_megatron.checkpoint.metadata import Metadata, read_metadata, write_metadata
 from mixmoe_megatron.conversion import parity
-from mixmoe_megatron.methods.registry import STAGES, phase_of_stage
+from mixmoe_megatron.methods.base import Phase
+from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.freezing import freeze_for_phase, parameter_report
 from mixmoe_megatron.training.startup import load_parent
 from tests.te.pretend import pretend_cuda
 
 
-def described(model: Any, stage: int) -> dict[str, Any]:
+def described(model: Any, phase: Phase) -> dict[str, Any]:
     """What must not depend on the implementation: the parts that train, and what lies where in a checkpoint."""
-    report = parameter_report(freeze_for_phase(model, phase_of_stage(stage)), phase_of_stage(stage))
+    report = parameter_report(freeze_for_phase(model, phase), phase)
     parts = {part.name: [part.trained, part.local, part.total] for part in report.parts}
     pieces: dict[str, list[Any]] = {}
     for entry in model.sharded_state_dict().values():
@@ -56,12 +57,12 @@ def save(model: Any, output: Path, checkpoint: Path, metadata: Metadata) -> None
     torch.distributed.barrier()
 
 
-def exchange(checkpoint: Path, output: Path, stage: int, sizes: dict[str, int]) -> None:
+def exchange(checkpoint: Path, output: Path, phase: Phase, sizes: dict[str, int]) -> None:
     parallel_state.initialize_model_parallel(expert_tensor_parallel_size=1, **sizes)
     model_parallel_cuda_manual_seed(0)
     metadata = read_metadata(checkpoint)
-    starts_mt = metadata.phase.name == "stage1" and stage == 2
-    metadata = dataclasses.replace(metadata, phase=STAGES[stage])
+    starts_mt = phase.name == "stage2" != metadata.phase.name
+    metadata = dataclasses.replace(metadata, phase=phase)
     seen, source = {}, checkpoint
     for name, implementation in (("te", "transformer_engine"), ("torch", "local")):
         with pretend_cuda(name == "te"):
@@ -74,15 +75,15 @@ def exchange(checkpoint: Path, output: Path, stage: int, sizes: dict[str, int]) 
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))  # loading must fill every one
-        load_parent([model], source, phase_of_stage(2 if starts_mt and name == "te" else 1))
+        load_parent([model], source, phase if starts_mt and name == "te" else PHASES["stage1"])
         save(model, output / name, checkpoint, metadata)
-        seen[name], source = described(model, stage), output / name
+        seen[name], source = described(model, phase), output / name
     (output / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(seen))
     parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", rank=int(os.environ["RANK"]))
-    for name, where, stage, layout in json.loads(Path(sys.argv[1]).read_text()):
-        exchange(Path(name), Path(where), stage, layout)
+    for name, where, phase_name, layout in json.loads(Path(sys.argv[1]).read_text()):
+        exchange(Path(name), Path(where), PHASES[phase_name], layout)
     torch.distributed.destroy_process_group()

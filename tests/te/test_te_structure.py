@@ -20,15 +20,21 @@ LAYOUTS = {
     "EP2": {"expert_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
 }
+RUNS = {"stage1": ("upcycled", "mono"), "stage2": ("stage1", "pairs"), "lora": ("adapted", "mono")}
+TRAINED = {
+    "stage1": {"LM experts", "LM routers"}, "stage2": {"MT experts", "MT routers"}, "lora": {"adapters"}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, upcycled/, data, and one run each of stage 1 and 2 with the torch backend."""
+    """base/, upcycled/, data, and one run each of stage 1, stage 2 and LoRA with the torch backend."""
     directory = tmp_path_factory.mktemp("te")
     make_tiny_world(directory)
-    for stage, parent, data in ((1, "upcycled", "mono"), (2, "stage1", "pairs")):
-        words = train_words(stage, directory / parent, directory / data, directory / f"stage{stage}", 2)
+    words = ["--method", "lora", "--hf-dir", directory / "base", "--output-dir", directory / "adapted"]
+    run_command("checkpoints_conversion/hf_to_mixmoe.py", *words)
+    for phase, (parent, data) in RUNS.items():
+        words = train_words(phase, directory / parent, directory / data, directory / str(phase), 2)
         # Where Transformer Engine is installed Megatron takes its optimizer kernels, which need a GPU.
         subprocess.run([".venv/bin/python", *words], cwd=ROOT, check=True, capture_output=True, timeout=280)
     return directory
@@ -36,12 +42,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=LAYOUTS)
 def exchanged(request: pytest.FixtureRequest, world: Path) -> Path:
-    """Checkpoints of both stages, and stage 2's start, taken through Transformer Engine under a layout."""
+    """Checkpoints of all runs, and stage 2's start, taken through Transformer Engine under a layout."""
     output = world / request.param.replace(" ", "_")
     output.mkdir()
-    jobs = [("stage1", "stage1", 1), ("stage2", "stage2", 2), ("stage1", "start2", 2)]
+    jobs = [("stage1", "start2", "stage2"), *((phase, phase, phase) for phase in RUNS)]
     layout = LAYOUTS[request.param]
-    listed = [[str(world / source), str(output / name), stage, layout] for source, name, stage in jobs]
+    listed = [[str(world / source), str(output / name), phase, layout] for source, name, phase in jobs]
     (output / "jobs.json").write_text(json.dumps(listed))
     run_job(["tests/te/exchange.py", str(output / "jobs.json")], 2 if layout else 1, output / "logs")
     return output
@@ -51,21 +57,22 @@ def seen(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_same_parts_train(exchanged: Path, stage: str) -> None:
-    for rank in seen(exchanged / stage):
+@pytest.mark.parametrize("phase", RUNS)
+def test_the_same_parts_train(exchanged: Path, phase: str) -> None:
+    modules = {"TEGroupedMLP", "TELayerNormColumnParallelLinear"}
+    if phase == "lora":
+        modules = {"TELoRAColumnParallelLinear", "TELoRARowParallelLinear"}
+    for rank in seen(exchanged / phase):
         assert rank["te"]["parts"] == rank["torch"]["parts"]
-        group = "LM" if stage == "stage1" else "MT"
-        trained = {name for name, part in rank["te"]["parts"].items() if part[0]}
-        assert trained == {f"{group} experts", f"{group} routers"}
-        assert {"TEGroupedMLP", "TELayerNormColumnParallelLinear"} <= set(rank["te"]["modules"])
+        assert {name for name, part in rank["te"]["parts"].items() if part[0]} == TRAINED[phase]
+        assert {*modules, "TEDotProductAttention"} <= set(rank["te"]["modules"])
         assert not any("TE" in name for name in rank["torch"]["modules"])
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_checkpoints_have_the_same_keys_shapes_and_offsets(exchanged: Path, stage: str) -> None:
+@pytest.mark.parametrize("phase", RUNS)
+def test_checkpoints_have_the_same_keys_shapes_and_offsets(exchanged: Path, phase: str) -> None:
     """A rank's experts may be cut into other pieces (one an expert, one a rank); together they cover the same."""
-    for rank in seen(exchanged / stage):
+    for rank in seen(exchanged / phase):
         te, torch_pieces = rank["te"]["pieces"], rank["torch"]["pieces"]
         assert te.keys() == torch_pieces.keys()
         for key, pieces in te.items():
@@ -85,11 +92,11 @@ def covered(pieces: list[Any]) -> Counter[tuple[Any, ...]]:
     return result
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_weights_go_through_and_back_bit_by_bit(world: Path, exchanged: Path, stage: str) -> None:
-    written = checkpoint_tensors(world / stage)
+@pytest.mark.parametrize("phase", RUNS)
+def test_weights_go_through_and_back_bit_by_bit(world: Path, exchanged: Path, phase: str) -> None:
+    written = checkpoint_tensors(world / phase)
     for implementation in ("te", "torch"):
-        read = checkpoint_tensors(exchanged / stage / implementation)
+        read = checkpoint_tensors(exchanged / phase / implementation)
         assert read.keys() == written.keys()
         assert all(torch.equal(read[name], tensor) for name, tensor in written.items())
 
@@ -103,9 +110,9 @@ def test_stage2_starts_from_stage1(world: Path, exchanged: Path) -> None:
     assert all(torch.equal(start[name], start[twin]) for name, twin in copies.items())
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_export_to_hugging_face(world: Path, exchanged: Path, tmp_path: Path, stage: str) -> None:
-    for name, source in (("torch", world / stage), ("te", exchanged / stage / "te")):
+@pytest.mark.parametrize("phase", RUNS)
+def test_export_to_hugging_face(world: Path, exchanged: Path, tmp_path: Path, phase: str) -> None:
+    for name, source in (("torch", world / phase), ("te", exchanged / phase / "te")):
         run_command(
             "checkpoints_conversion/mixmoe_to_hf.py", "--checkpoint-dir", source, "--output-dir", tmp_path / name
         )
@@ -114,17 +121,18 @@ def test_export_to_hugging_face(world: Path, exchanged: Path, tmp_path: Path, st
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_training_command_builds_it(world: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("phase", RUNS)
+def test_the_training_command_builds_it(world: Path, tmp_path: Path, phase: str) -> None:
     """The real command up to the first step: its flags, the parent's weights, the report of what trains."""
-    parent, data = (("upcycled", "mono"), ("stage1", "pairs"))[stage - 1]
-    words = train_words(stage, world / parent, world / data, None, 1, "--dry-run --expert-model-parallel-size 2")
+    parent, data = RUNS[phase]
+    flags = "" if phase == "lora" else "--expert-model-parallel-size 2"
+    words = train_words(phase, world / parent, world / data, None, 1, f"--dry-run {flags}")
     tables = {}
     for name, extra in (("torch", []), ("te", ["--transformer-impl", "transformer_engine"])):
         script = "tests/te/dry_run.py" if extra else words[0]
         output = run_job([script, *words[1:], *extra], 2, tmp_path / name).output()
-        assert ("backend te" in output) == bool(extra)
+        assert ("backend te" in output) == (bool(extra) and phase != "lora")
         # A stacked weight is one tensor, a grouped linear of Transformer Engine one an expert: counts of elements only.
         rows = [line.split() for line in output.splitlines() if " trained " in line or " frozen " in line]
         tables[name] = [row[:-3] + row[-2:] for row in rows]
-    assert tables["te"] == tables["torch"] and len(tables["te"]) >= 6
+    assert tables["te"] == tables["torch"] and len(tables["te"]) >= (4 if phase == "lora" else 6)
