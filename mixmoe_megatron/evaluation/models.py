@@ -78,7 +78,7 @@ def _grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Compute transformers' SDPA without a copy of the keys and values for each head of a query group.
 
-    Beside a mask transformers makes these copies; on a CPU they took 25 times as long as the attention of one new token.
+    Beside a mask transformers makes these copies; on a CPU they take 25 times as long as the attention of a new token.
 
     Args:
         module: The attention layer.
