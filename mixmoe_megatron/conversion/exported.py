@@ -29,7 +29,7 @@ _OPTION_FIELDS = (
     "router_bias",
 )  # fmt: skip
 # Fields of the base's config.json that describe the base, or that `rope_parameters` replaces.
-_NOT_INHERITED = ("_name_or_path", "transformers_version", "rope_theta", "rope_scaling")
+_NOT_INHERITED = ("_name_or_path", "rope_theta", "rope_scaling")
 
 
 def mixmoe_config(base_config: dict[str, Any], options: MixMoEOptions, sizes: Sizes) -> dict[str, Any]:

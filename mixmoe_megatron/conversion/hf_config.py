@@ -328,7 +328,7 @@ def dense_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MixMoEError: as `megatron_args_from_hf`.
     """
-    replaced = {"architectures", "model_type", "rope_parameters", "transformers_version"}
+    replaced = {"architectures", "model_type", "rope_parameters"}
     kept = {name: value for name, value in config.items() if name not in _MIXMOE | replaced}
     return {**kept, **hf_config_from_megatron_args(megatron_args_from_hf(config))}
 

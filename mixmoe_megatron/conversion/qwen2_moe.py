@@ -139,7 +139,7 @@ def qwen2_moe_config(base_config: dict[str, Any], options: MixMoEOptions, sizes:
             raise MixMoEError(f"Qwen2Moe, which alone has a place for a shared expert, has none for {what}.")
         if stands_in_the_way:
             raise MixMoEError(f"Qwen2Moe has no place for {what}: export with --format mixmoe.")
-    others = ("_name_or_path", "transformers_version", "head_dim", "attention_bias", "mlp_bias", "pretraining_tp",
+    others = ("_name_or_path", "head_dim", "attention_bias", "mlp_bias", "pretraining_tp",
               "layer_types", "rope_parameters")  # fmt: skip
     kept = {name: value for name, value in base_config.items() if name not in others}
     dense = hf_config_from_megatron_args(args)

@@ -171,8 +171,9 @@ def open_tokenizer(directory: str | Path, model_rows: int | None = None) -> Text
         raise MixMoEError(f"No tokenizer in {directory}: expected one of {', '.join(TOKENIZER_FILES)}.")
     from transformers import AutoTokenizer
 
+    silence = _no_false_alarm(directory)
     try:
-        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, **silence)
     except Exception as error:  # transformers raises many types for unreadable files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MixMoEError(f"Cannot read the tokenizer in {directory}: {reason}") from error
@@ -327,6 +328,15 @@ def _rows_of_model(directory: Path) -> int | None:
     if rows is None and (directory.parent / METADATA_FILE).is_file():
         rows = read_metadata(directory.parent).megatron_args.get("vocab_size")
     return rows if isinstance(rows, int) else None
+
+
+def _no_false_alarm(directory: Path) -> dict[str, bool]:
+    """Return arguments for a tokenizer that is not Mistral's.
+
+    transformers 4.57.3 to 4.57.6 warn of a wrong pattern of Mistral's beside every config.json whose
+    transformers_version is neither old nor 5.
+    """
+    return {} if "mistral" in str(_read_object(directory / "config.json")) else {"fix_mistral_regex": False}
 
 
 def _encode(hf: Any, texts: Sequence[str], add_special_tokens: bool, plain: bool = True) -> list[list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.data.tokenizers import (
@@ -48,6 +49,21 @@ def test_ids_and_sizes(tokenizers: dict[str, TextTokenizer]) -> None:
     assert llama.adds_prefix_space and not bpe.adds_prefix_space
     assert {"<s>", "</s>"} <= set(llama.special_tokens)
     assert llama.spells_special_token("about </s> tags") and not llama.spells_special_token("about s tags")
+
+
+def test_no_other_model_is_taken_for_a_mistral(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers 4.57.6 says of large vocabularies beside a config that it wrote that they are tokenised wrongly."""
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(100_001)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1").save_pretrained(tmp_path)
+    config = {"model_type": "qwen2", "transformers_version": "4.57.6", "vocab_size": 100_001}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    enable_propagation()
+    try:
+        open_tokenizer(tmp_path)
+    finally:
+        disable_propagation()
+    assert "incorrect regex" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
