@@ -103,7 +103,9 @@ def measure_routing(loaded: LoadedModel, texts: Sequence[str]) -> Routing:
     config, tokens = loaded.model.config, 0
     sums: dict[int, tuple[torch.Tensor, ...]] = {}
     for _, input_ids, mask in text_batches(loaded, texts, "routing"):
-        output = loaded.model(input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+        output = loaded.model(
+            input_ids=input_ids, attention_mask=mask, use_cache=False, output_router_logits=True, logits_to_keep=1
+        )
         mask[:, 0] = 0  # context only: already counted, or no token of the text
         kept = mask.flatten().bool()
         tokens += int(kept.sum())
