@@ -18,12 +18,21 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from mixmoe_megatron.cli import run_command
 
 HERE = Path(__file__).resolve().parent
 GREY, BLUE, ORANGE, GREEN = "#c4c9d1", "#4c78a8", "#f28e2b", "#59a14f"
+COLOURS = {
+    "dense base": GREY, "stage 1": BLUE, "Mix-MoE": ORANGE, "full fine-tuning": GREEN
+}  # fmt: skip
+TITLES = {
+    "real": "make real: chrF++",
+    "quickstart": "make quickstart: chrF",
+    "into English": "make protocol: chrF++ into English",
+    "from English": "make protocol: chrF++ out of English",
+}
 
 
 def tables_of(paper: str) -> list[list[list[str]]]:
@@ -38,10 +47,12 @@ def tables_of(paper: str) -> list[list[list[str]]]:
 def figures() -> dict[str, Any]:
     """Return what the picture of the results shows, from tables: {panel: {"of": labels, system: values}}."""
     panels: dict[str, Any] = {}
-    found = tables_of("quickstart/README.md")[:1] + tables_of("protocol/README.md")[:2]
-    for title, (header, *rows) in zip(("quickstart", "into English", "from English"), found, strict=True):
-        wanted = [i for i, name in enumerate(header) if i and "perplexity" not in name]
-        panels[title] = {"of": [header[i].removeprefix("chrF ") for i in wanted]}
+    found = (
+        tables_of("real/README.md")[1:2] + tables_of("quickstart/README.md")[:1] + tables_of("protocol/README.md")[:2]
+    )
+    for title, (header, *rows) in zip(TITLES, found, strict=True):
+        wanted = [i for i, name in enumerate(header) if i and not re.search("perplexity|BLEU|bits", name)]
+        panels[title] = {"of": [re.sub(r"^chrF\S* ", "", header[i]) for i in wanted]}
         panels[title] |= {row[0]: [float(row[i].split()[0]) for i in wanted] for row in rows}
     return panels
 
@@ -49,19 +60,19 @@ def figures() -> dict[str, Any]:
 def draw_results(path: Path) -> None:
     """Draw bars for each panel; the figures go into the picture's own description."""
     panels = figures()
-    titles = ["make quickstart: chrF", "make protocol: chrF++ into English", "make protocol: chrF++ out of English"]
-    colours = {"dense base": GREY, "stage 1": BLUE, "Mix-MoE": ORANGE}
-    plot, axes = pyplot.subplots(1, 3, figsize=(10, 2.8), width_ratios=[2, 4, 4], sharey=True, layout="constrained")
-    for axis, title, panel in zip(axes, titles, panels.values(), strict=True):
+    plot, axes = pyplot.subplots(1, len(panels), figsize=(12, 2.8), width_ratios=[2.6, 2, 4, 4], layout="constrained")
+    for axis, (name_of_run, panel) in zip(axes, panels.items(), strict=True):
         systems = [name for name in panel if name != "of"]
         for place, name in enumerate(systems):
             left = [i + (place - (len(systems) - 1) / 2) * 0.8 / len(systems) for i in range(len(panel["of"]))]
-            axis.bar(left, panel[name], 0.8 / len(systems), color=colours[name], label=name)
+            axis.bar(left, panel[name], 0.8 / len(systems), color=COLOURS[name])
         axis.set_xticks(range(len(panel["of"])), panel["of"])
-        axis.set_title(title, fontsize=9)
+        axis.set_title(TITLES[name_of_run], fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.72))
-    axes[0].set_ylim(0, 22)
+        axis.set_ylim(0, 22)
+    axes[0].set_ylim(0, 1.6 * max(max(values) for name, values in panels["real"].items() if name != "of"))
+    named = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    axes[0].legend(handles=named, fontsize=7, frameon=False, ncols=2, loc="upper left")
     plot.savefig(path, dpi=110, metadata={"Description": json.dumps(panels)})
     pyplot.close(plot)
 
