@@ -171,7 +171,8 @@ def open_tokenizer(directory: str | Path, model_rows: int | None = None) -> Text
         raise MixMoEError(f"No tokenizer in {directory}: expected one of {', '.join(TOKENIZER_FILES)}.")
     from transformers import AutoTokenizer
 
-    silence = _no_false_alarm(directory)
+    # who knows the model's rows has read its config.json, which training opens once
+    silence = _no_false_alarm(directory) if model_rows is None else {"fix_mistral_regex": False}
     try:
         hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, **silence)
     except Exception as error:  # transformers raises many types for unreadable files
