@@ -171,10 +171,10 @@ def open_tokenizer(directory: str | Path, model_rows: int | None = None) -> Text
         raise MixMoEError(f"No tokenizer in {directory}: expected one of {', '.join(TOKENIZER_FILES)}.")
     from transformers import AutoTokenizer
 
-    # who knows the model's rows has read its config.json, which training opens once
-    silence = _no_false_alarm(directory) if model_rows is None else {"fix_mistral_regex": False}
+    # who knows the model's rows has read its config.json, which is opened once
+    config = _read_object(directory / "config.json") if model_rows is None else {}
     try:
-        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, **silence)
+        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, **_no_false_alarm(config))
     except Exception as error:  # transformers raises many types for unreadable files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MixMoEError(f"Cannot read the tokenizer in {directory}: {reason}") from error
@@ -196,7 +196,7 @@ def open_tokenizer(directory: str | Path, model_rows: int | None = None) -> Text
             token for token in special_tokens if hf.convert_tokens_to_ids(token) in _encode(hf, [token], False)[0]
         ),
     )
-    rows = model_rows or _rows_of_model(directory)
+    rows = model_rows or _rows_of_model(directory, config)
     if rows is not None:
         check_tokenizer_fits_model(tokenizer, rows)
     _warn_of_another_reading(hf, directory)
@@ -323,21 +323,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _rows_of_model(directory: Path) -> int | None:
+def _rows_of_model(directory: Path, config: dict[str, Any]) -> int | None:
     """Return the vocabulary of the model that a tokenizer lies beside: a Hugging Face one, or a checkpoint's."""
-    rows = _read_object(directory / "config.json").get("vocab_size")
+    rows = config.get("vocab_size")
     if rows is None and (directory.parent / METADATA_FILE).is_file():
         rows = read_metadata(directory.parent).megatron_args.get("vocab_size")
     return rows if isinstance(rows, int) else None
 
 
-def _no_false_alarm(directory: Path) -> dict[str, bool]:
-    """Return arguments for a tokenizer that is not Mistral's.
+def _no_false_alarm(config: dict[str, Any]) -> dict[str, bool]:
+    """Return arguments for a tokenizer whose model is not Mistral's.
 
     transformers 4.57.3 to 4.57.6 warn of a wrong pattern of Mistral's beside every config.json whose
     transformers_version is neither old nor 5.
     """
-    return {} if "mistral" in str(_read_object(directory / "config.json")) else {"fix_mistral_regex": False}
+    return {} if "mistral" in str(config) else {"fix_mistral_regex": False}
 
 
 def _encode(hf: Any, texts: Sequence[str], add_special_tokens: bool, plain: bool = True) -> list[list[int]]:
