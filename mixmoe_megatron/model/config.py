@@ -33,6 +33,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
         lora_rank: r of the low-rank matrices beside the linear layers; 0: there are none.
         lora_alpha: their output is multiplied by lora_alpha / lora_rank.
         lpr_coeff: weight of the loss that asks the router for the base expert (MoE-LPR); 0: there is none.
+        lpr_impl: "paper" is -log p of that expert; "released" takes the softmax of p once more, as the released code.
         seed: of the routers' first weights; Megatron's --seed.
 
     Raises:
@@ -45,6 +46,7 @@ class MixMoETransformerConfig(MixMoEOptions, TransformerConfig):
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lpr_coeff: float = 0.0
+    lpr_impl: str = "paper"
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ def _check_lora(config: MixMoETransformerConfig) -> None:
 def _check_lpr(config: MixMoETransformerConfig) -> None:
     if not 0 <= config.lpr_coeff < float("inf"):
         raise MixMoEError(f"lpr_coeff must be finite and not negative, got {config.lpr_coeff!r}.")
+    if config.lpr_impl not in ("paper", "released"):
+        raise MixMoEError(f"lpr_impl must be paper or released, got {config.lpr_impl!r}.")
     if config.lpr_coeff and not config.base_expert:
         raise MixMoEError("lpr_coeff needs a model with a base expert: convert one with --method moe_lpr.")
     if config.lpr_coeff and config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or []):

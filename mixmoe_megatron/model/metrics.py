@@ -13,8 +13,9 @@ W&B each layer too (`moe/NAME_layer_I`, I from 0, and each expert's load). Names
 - `output_norm`: root mean square over tokens of the norm of a chosen expert's output, as it enters the layer's sum;
   of the logged step alone, because under expert tensor parallelism it takes an all-reduce of all outputs.
 
-MoE-LPR adds `lpr_loss`: the mean over tokens of original languages of -log p, p the base expert's probability; 0 where
-there was no such token. In stage 2 `mt_lm_norm_ratio` is the quotient of the output norms. Padding counts for nothing.
+MoE-LPR adds `lpr_loss`: the mean over tokens of original languages of -log p, p the base expert's probability (in the
+form `lpr_impl`); 0 where there was no such token. In stage 2 `mt_lm_norm_ratio` is the quotient of the output norms.
+Padding counts for nothing.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ class MixMoERouter(TopKRouter):
         num_terms = sum(config.moe_layer_freq) if self.options.lb_reduction == "mean" else 1
         self.group_aux_loss_coeff = self.get_aux_loss_coeff("aux_loss") / num_terms
         self.lpr_coeff = getattr(config, "lpr_coeff", 0.0) / sum(config.moe_layer_freq)
+        self.lpr_softmax_twice = getattr(config, "lpr_impl", "paper") == "released"
         self.lpr_weights: torch.Tensor | None = None
         self._draw()
 
@@ -210,6 +211,7 @@ class MixMoERouter(TopKRouter):
         """Attach the LPR loss, the weighted sum of -log p_0, to the logits, and record it.
 
         All that its backward pass does is to add d loss / d logits = weight (p - e_0), which is finite at p_0 = 0 too.
+        The released code takes the softmax of p once more, q: its loss is -log q_0, and d loss / d p is q - e_0.
 
         Source: MoE-LPR (arXiv:2408.11396) section 2.3. Deviates: D16 (model/README.md).
 
@@ -221,10 +223,15 @@ class MixMoERouter(TopKRouter):
             `logits`, which carry the loss's gradient.
         """
         log_probs = logits.detach().log_softmax(dim=-1)
+        probs = log_probs.exp()
+        if self.lpr_softmax_twice:
+            log_probs = probs.log_softmax(dim=-1)
         if (tracker := recording_tracker(self)) is not None:
             tracker.record_lpr(self.layer_number, -log_probs[:, 0, 0], weights > 0)
         slopes = log_probs.exp()
         slopes[..., 0] -= 1
+        if self.lpr_softmax_twice:
+            slopes = probs * (slopes - (probs * slopes).sum(dim=-1, keepdim=True))
         return _AttachAuxLoss.apply(logits, slopes * weights[:, None, None], self.lpr_coeff)
 
     def _record_and_balance(

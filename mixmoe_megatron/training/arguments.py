@@ -139,6 +139,13 @@ def _add_lpr(group: argparse._ArgumentGroup) -> None:
         "(default: 0.1 in the phase lpr_router, 0 in others).",
     )
     group.add_argument(
+        "--lpr-impl",
+        default="paper",
+        choices=("paper", "released"),
+        help="MoE-LPR: -log p of the base's FFN, or as in the released code, which takes the softmax of p once more "
+        "and so has a floor: for comparisons with it alone (default: paper).",
+    )
+    group.add_argument(
         "--lpr-original-data-path",
         nargs="+",
         metavar="PREFIX",

@@ -128,7 +128,8 @@ def shared_expert_gradients(ours: Any, layer: Any) -> dict[str, tuple[torch.Tens
     }
 
 
-def test_lpr_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_lpr_loss(form: str, tmp_path: Path) -> None:
     """The mean over tokens of the first sequence, and over two layers, of -log of expert 0's probability."""
     save_tiny_dense(tmp_path / "base", "qwen2", **base_fields("qwen2"))
     checkpoint = convert(tmp_path / "base", tmp_path / "m", "moe_lpr", "--moe-every=2")
@@ -140,9 +141,10 @@ def test_lpr_loss(tmp_path: Path) -> None:
     inputs, labels = TOKENS[:, :-1], TOKENS[:, 1:]
     output = theirs(inputs, output_router_logits=True)
     loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
-    log_probs = [logits.log_softmax(-1).view(*inputs.shape, -1) for logits in output.router_logits]
+    logits = [logits.softmax(-1) if form == "released" else logits for logits in output.router_logits]
+    log_probs = [logits.log_softmax(-1).view(*inputs.shape, -1) for logits in logits]
     (loss - COEFFICIENT * torch.stack(log_probs)[:, 0, :, 0].mean()).backward()
-    ours = parity.build_megatron_model(metadata, lpr_coeff=COEFFICIENT).train()
+    ours = parity.build_megatron_model(metadata, lpr_coeff=COEFFICIENT, lpr_impl=form).train()
     parity.load_weights(ours, checkpoint / "iter_0000003")
     weights = torch.zeros(inputs.shape)
     weights[0] = 1 / inputs.shape[1]

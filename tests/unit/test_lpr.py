@@ -29,15 +29,21 @@ def make_lpr_layer(**settings: Any) -> torch.nn.Module:
     return make_layer(make_config(options, 1, **{"num_layers": 2, "lpr_coeff": COEFF, **settings}))
 
 
-def test_the_loss_is_the_mean_of_minus_log_p_by_hand() -> None:
-    layer, hidden = make_lpr_layer(), torch.randn(*SHAPE, 24)
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_the_loss_is_the_mean_of_minus_log_p_by_hand(form: str) -> None:
+    layer, hidden = make_lpr_layer(lpr_impl=form), torch.randn(*SHAPE, 24)
     is_original = torch.tensor([[True] * SHAPE[0], [False] * SHAPE[0]])
     weights = is_original / is_original.sum()
     tracker = install_metrics_tracker(1, [1], 4, has_lpr=True)
 
-    def by_hand() -> torch.Tensor:
+    def lpr_loss() -> torch.Tensor:
         probs = torch.softmax(hidden @ layer.router.lm.weight.T, dim=-1)
-        return layer(hidden)[0].square().sum() + COEFF * -probs[..., 0][is_original.T].log().mean()
+        if form == "released":
+            probs = torch.softmax(probs, dim=-1)
+        return -probs[..., 0][is_original.T].log().mean()
+
+    def by_hand() -> torch.Tensor:
+        return layer(hidden)[0].square().sum() + COEFF * lpr_loss()
 
     expected = gradients(layer, by_hand)
     tracker.clear()
@@ -47,9 +53,8 @@ def test_the_loss_is_the_mean_of_minus_log_p_by_hand() -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
     without = gradients(layer, lambda: layer(hidden)[0].square().sum())
     assert not torch.allclose(without["router.lm.weight"], found["router.lm.weight"], atol=1e-4)
-    probs = torch.softmax(hidden @ layer.router.lm.weight.T, dim=-1)
     logged = float(tracker.report(1.0, 1).partition("lpr_loss: ")[2].split()[0])
-    assert logged == pytest.approx(-probs[..., 0][is_original.T].log().mean().item(), rel=1e-5)
+    assert logged == pytest.approx(lpr_loss().item(), rel=1e-5)
 
 
 def test_a_batch_of_new_languages_alone_gives_nothing() -> None:
@@ -108,6 +113,7 @@ def test_the_scale_makes_it_the_mean_over_the_global_batch(
     ("settings", "sentence"),
     [
         ({"lpr_coeff": -1.0}, "lpr_coeff must be finite and not negative"),
+        ({"lpr_impl": "twice"}, "lpr_impl must be paper or released, got 'twice'"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
             "--recompute-modules moe, which",
