@@ -1,12 +1,12 @@
 # Sourced after resumable.sh: Mix-MoE beside full fine-tuning of the same base, on the same text for the same steps.
-# Needs PAIR, BASE, OUT and, for training, STAGE1_STEPS, STAGE2_STEPS, PAIR_LR, FULL_LR. MEASURED_ON may name text on
-# which the layers and neurons of the experts are chosen.
+# Needs PAIR, BASE, OUT and, for training, STAGE1_STEPS, STAGE2_STEPS, PAIR_LR, FULL_LR. UPCYCLING_FLAGS may say how the
+# experts start.
 #   upcycled  Mix-MoE before any training            stage1    after monolingual text
 #   sft       all parameters, parallel text          pt_sft    all parameters, monolingual text, then parallel text
 
 full() { stage_dir="$OUT/$1" "${@:2}"; }  # NAME, then train_mono or train_pairs with their words
 
-MEASURED_ON=""
+UPCYCLING_FLAGS=()
 
 export_system() {  # CHECKPOINT NAME
   local hf="$OUT/hf_$2"
@@ -17,10 +17,8 @@ export_system() {  # CHECKPOINT NAME
 convert_base() {
   step dense "take $BASE to Megatron as it is" fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --dense \
     --hf-dir "$BASE" --output-dir "$OUT/dense" "$OUT/dense"
-  local words=()
-  [ -z "$MEASURED_ON" ] || read -ra words <<< "--measure $MEASURED_ON"
-  step upcycle "cut some FFNs of $BASE into LM experts" \
-    fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" "${words[@]}" \
+  step upcycle "make LM experts of some FFNs of $BASE" \
+    fresh "$PYTHON" checkpoints_conversion/hf_to_mixmoe.py --hf-dir "$BASE" "${UPCYCLING_FLAGS[@]}" \
     --output-dir "$OUT/upcycled" "$OUT/upcycled"
   step data "turn the $PAIR text of examples/data into token files" tokenize_pair "$PAIR"
 }

@@ -5,10 +5,12 @@
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: Qwen2.5-Coder-0.5B, made by
 #                      examples/pretrained_bases/make_base.py in runs/bases)
 #   HOURS=1.5          of the whole run; the steps are what the measured seconds a step leave room for
+#   START=copy         how the experts start: copy (each is a whole FFN, so the model is the base to the bit; the last
+#                      layer of each four) or important (the neurons, and layers, that count on the pair's own text)
 #   SEGMENTS=200       test segments each way
 #   TEXTS=100          held-out texts of each language, for retention
 #   PLAN=FILE          the plan of an earlier run (its OUT/plan) instead of a new one: same steps, so the same figures
-#   STAGE1_LR=2e-4 STAGE2_LR=2e-4 FULL_LR=6.67e-6  highest learning rates of stage 1, stage 2 and full fine-tuning
+#   STAGE1_LR=2e-5 STAGE2_LR=2e-4 FULL_LR=6.67e-6  highest learning rates of stage 1, stage 2 and full fine-tuning
 #   RATES=1            no comparison: each training for 30 steps at a third of its rate, at it and at three times it
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/real      everything is written there; a killed run goes on from its last finished step
@@ -17,9 +19,15 @@ PLAN="${PLAN:+$(realpath -m "$PLAN")}"
 source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 source examples/comparison.sh
 PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}" TEXTS="${TEXTS:-100}"
-STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-6.67e-6}"
+START="${START:-copy}"
+STAGE1_LR="${STAGE1_LR:-2e-5}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-6.67e-6}"
 OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=64
-MEASURED_ON="examples/data/mono.${PAIR%-en}.train.txt.gz examples/data/mono.en.train.txt.gz"
+case $START in
+  copy) UPCYCLING_FLAGS=(--expert-init copy) ;;
+  important)
+    UPCYCLING_FLAGS=(--measure "examples/data/mono.${PAIR%-en}.train.txt.gz" examples/data/mono.en.train.txt.gz) ;;
+  *) fail "START=$START must be copy or important." ;;
+esac
 UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on
 check_pair
 [[ "$HOURS" =~ ^[0-9]*\.?[0-9]+$ ]] || fail "HOURS=$HOURS must be a number such as 1.5."
@@ -37,7 +45,7 @@ if [ -z "$BASE" ]; then
 fi
 check_settings
 
-begin_run "PAIR=$PAIR HOURS=$HOURS SEGMENTS=$SEGMENTS TEXTS=$TEXTS STAGE1_LR=$STAGE1_LR STAGE2_LR=$STAGE2_LR \
+begin_run "PAIR=$PAIR START=$START HOURS=$HOURS SEGMENTS=$SEGMENTS TEXTS=$TEXTS STAGE1_LR=$STAGE1_LR STAGE2_LR=$STAGE2_LR \
 FULL_LR=$FULL_LR BASE=$BASE PLAN=$PLAN${RATES:+ RATES=1}"
 convert_base
 if [ -n "${RATES:-}" ]; then source examples/real/rates.sh; exit; fi

@@ -12,6 +12,7 @@ megatron-core 0.19.2 over gloo.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import time
 import types
@@ -30,6 +31,8 @@ _FACTORIES = (
 )  # fmt: skip
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_STEPS_BETWEEN_TRIMS = 16
+_steps = itertools.count(1)
 
 
 class _Stream:
@@ -108,12 +111,25 @@ def _keep_freed_memory() -> None:
 
     By default it hands every tensor beyond 32 MiB back to the system, and each new one then costs a page fault for 4
     KiB: a third of the time of experts with few tokens, whose gradients are as large as their weights. The price:
-    memory that was in use once stays with the process, and fragmentation comes on top.
+    memory that was in use once stays with the process, and fragmentation comes on top; `_train_step` bounds it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library has none
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def _train_step(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Train a step; each sixteenth gives pages that hold nothing back to the system.
+
+    Sequences of other lengths make tensors of other sizes, which the holes between the kept ones do not fit: full
+    fine-tuning of 0.6 billion parameters grew from 12 to 22 GB in 90 steps.
+    """
+    result = train_step(*args, **kwargs)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
+    if malloc_trim is not None and next(_steps) % _STEPS_BETWEEN_TRIMS == 0:
+        malloc_trim(0)
+    return result
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -233,5 +249,6 @@ def _replace_megatron_functions() -> None:
     wrap(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven)
     token_dispatcher.maybe_move_tensor_to_cpu = _numpy_if_asked
     PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
+    wrap(training, "train_step", _train_step)
     wrap(training, "initialize_megatron", lambda initialize, *a, **k: initialize(*a, allow_no_cuda=True, **k))
     training.set_jit_fusion_options = _always(None)
