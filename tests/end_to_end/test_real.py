@@ -22,6 +22,7 @@ from tests.helpers.training import ROOT
         ({"HOURS": "long"}, "HOURS=long must be a number such as 1.5."),
         ({"SEGMENTS": "0"}, "SEGMENTS=0 must be a whole number from 1."),
         ({"PLAN": "/nowhere"}, "PLAN=/nowhere is not the plan of an earlier run."),
+        ({"START": "zero"}, "START=zero must be copy or important."),
         ({"STAGE2_LR": "fast"}, "STAGE2_LR=fast must be a learning rate"),
     ],
 )
@@ -49,11 +50,13 @@ def test_the_hours_are_divided_by_measured_seconds() -> None:
 @pytest.mark.slow
 def test_three_learning_rates_of_each_training(tmp_path: Path) -> None:
     save_tiny_dense(tmp_path / "base", "qwen2")
-    status, output = run_example("real", tmp_path, RATES="1", BASE=str(tmp_path / "base"), PAIR="et-en")
+    status, output = run_example(
+        "real", tmp_path, RATES="1", START="important", BASE=str(tmp_path / "base"), PAIR="et-en"
+    )
     assert status == 0, output[-3000:]
     rows = [line.split("|")[1:-1] for line in (tmp_path / "out" / "rates.md").read_text().splitlines()[2:]]
     tried = [(name.strip(), float(rate)) for name, rate, *_ in rows]
-    assert tried == [("stage1", 6.67e-5), ("stage1", 2e-4), ("stage1", 6e-4), ("stage2", 6.67e-5), ("stage2", 2e-4),
+    assert tried == [("stage1", 6.67e-6), ("stage1", 2e-5), ("stage1", 6e-5), ("stage2", 6.67e-5), ("stage2", 2e-4),
                      ("stage2", 6e-4), ("sft", 2.22e-6), ("sft", 6.67e-6), ("sft", 2e-5)]  # fmt: skip
     for name in ("stage1", "stage2", "sft"):
         losses = {float(loss): chosen.strip() for training, _, loss, chosen in rows if training.strip() == name}

@@ -127,3 +127,21 @@ def test_freed_memory_serves_the_next_tensor() -> None:
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         assert min(faults) < 100, faults
     """)
+
+
+def test_training_gives_pages_back_that_hold_nothing() -> None:
+    """Tensors of growing sizes leave holes between those that stay; every sixteenth step returns their pages."""
+    run_program("""
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+        cpu_mode.enable_cpu_mode()
+        pairs = [(torch.ones(2**20), torch.ones(2**20)) for _ in range(64)]  # 4 MiB each
+        kept = [pair[0] for pair in pairs]
+        del pairs
+        before = resident()
+        for _ in range(15):
+            assert cpu_mode._train_step(lambda value: value, 7) == 7
+        assert resident() > before - 50, "page faults are spared"
+        cpu_mode._train_step(lambda value: value, 7)
+        assert resident() < before - 200 and all(tensor.sum() == 2**20 for tensor in kept)
+    """)
