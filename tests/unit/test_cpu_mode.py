@@ -130,7 +130,7 @@ def test_freed_memory_serves_the_next_tensor() -> None:
 
 
 def test_training_gives_pages_back_that_hold_nothing() -> None:
-    """Tensors of growing sizes leave holes between those that stay; every sixteenth step returns their pages."""
+    """Tensors of growing sizes leave holes between those that stay; every eighth step returns their pages."""
     run_program("""
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -139,7 +139,7 @@ def test_training_gives_pages_back_that_hold_nothing() -> None:
         kept = [pair[0] for pair in pairs]
         del pairs
         before = resident()
-        for _ in range(15):
+        for _ in range(7):
             assert cpu_mode._train_step(lambda value: value, 7) == 7
         assert resident() > before - 50, "page faults are spared"
         cpu_mode._train_step(lambda value: value, 7)
