@@ -10,7 +10,8 @@
 #   SEGMENTS=200       test segments each way
 #   TEXTS=100          held-out texts of each language, for retention
 #   PLAN=FILE          the plan of an earlier run (its OUT/plan) instead of a new one: same steps, so the same figures
-#   STAGE1_LR=2e-5 STAGE2_LR=2e-4 FULL_LR=6.67e-6  highest learning rates of stage 1, stage 2 and full fine-tuning
+#   STAGE1_LR=2e-5 STAGE2_LR=2e-5 FULL_LR=6.67e-6  highest learning rates of stage 1, stage 2 and full fine-tuning;
+#                      of both stages 2e-4 with START=important
 #   RATES=1            no comparison: each training for 30 steps at a third of its rate, at it and at three times it
 #   DTYPE=auto         of all training and evaluation: float32, bfloat16, float16, or the fast one of this machine
 #   OUT=runs/real      everything is written there; a killed run goes on from its last finished step
@@ -19,13 +20,15 @@ PLAN="${PLAN:+$(realpath -m "$PLAN")}"
 source "$(dirname "${BASH_SOURCE[0]}")/../resumable.sh"
 source examples/comparison.sh
 PAIR="${PAIR:-de-en}" HOURS="${HOURS:-1.5}" SEGMENTS="${SEGMENTS:-200}" TEXTS="${TEXTS:-100}"
-START="${START:-copy}"
-STAGE1_LR="${STAGE1_LR:-2e-5}" STAGE2_LR="${STAGE2_LR:-2e-4}" FULL_LR="${FULL_LR:-6.67e-6}"
+START="${START:-copy}" FULL_LR="${FULL_LR:-6.67e-6}"
 OUT="${OUT:-$PWD/runs/real}" MONO_BATCH=4 PAIR_BATCH=8 EVALUATION_BATCH=64
 case $START in
-  copy) UPCYCLING_FLAGS=(--expert-init copy) ;;
+  copy)
+    UPCYCLING_FLAGS=(--expert-init copy)
+    STAGE1_LR="${STAGE1_LR:-2e-5}" STAGE2_LR="${STAGE2_LR:-2e-5}" ;;
   important)
-    UPCYCLING_FLAGS=(--measure "examples/data/mono.${PAIR%-en}.train.txt.gz" examples/data/mono.en.train.txt.gz) ;;
+    UPCYCLING_FLAGS=(--measure "examples/data/mono.${PAIR%-en}.train.txt.gz" examples/data/mono.en.train.txt.gz)
+    STAGE1_LR="${STAGE1_LR:-2e-4}" STAGE2_LR="${STAGE2_LR:-2e-4}" ;;
   *) fail "START=$START must be copy or important." ;;
 esac
 UNSEEN=zh; [ "$PAIR" != zh-en ] || UNSEEN=de  # a language whose text is never trained on

@@ -56,7 +56,7 @@ def test_three_learning_rates_of_each_training(tmp_path: Path) -> None:
     assert status == 0, output[-3000:]
     rows = [line.split("|")[1:-1] for line in (tmp_path / "out" / "rates.md").read_text().splitlines()[2:]]
     tried = [(name.strip(), float(rate)) for name, rate, *_ in rows]
-    assert tried == [("stage1", 6.67e-6), ("stage1", 2e-5), ("stage1", 6e-5), ("stage2", 6.67e-5), ("stage2", 2e-4),
+    assert tried == [("stage1", 6.67e-5), ("stage1", 2e-4), ("stage1", 6e-4), ("stage2", 6.67e-5), ("stage2", 2e-4),
                      ("stage2", 6e-4), ("sft", 2.22e-6), ("sft", 6.67e-6), ("sft", 2e-5)]  # fmt: skip
     for name in ("stage1", "stage2", "sft"):
         losses = {float(loss): chosen.strip() for training, _, loss, chosen in rows if training.strip() == name}
