@@ -48,8 +48,8 @@ if [ -z "$BASE" ]; then
 fi
 check_settings
 
-begin_run "PAIR=$PAIR START=$START HOURS=$HOURS SEGMENTS=$SEGMENTS TEXTS=$TEXTS STAGE1_LR=$STAGE1_LR STAGE2_LR=$STAGE2_LR \
-FULL_LR=$FULL_LR BASE=$BASE PLAN=$PLAN${RATES:+ RATES=1}"
+begin_run "PAIR=$PAIR START=$START HOURS=$HOURS SEGMENTS=$SEGMENTS TEXTS=$TEXTS STAGE1_LR=$STAGE1_LR \
+STAGE2_LR=$STAGE2_LR FULL_LR=$FULL_LR BASE=$BASE PLAN=$PLAN${RATES:+ RATES=1}"
 convert_base
 if [ -n "${RATES:-}" ]; then source examples/real/rates.sh; exit; fi
 step zero_shot "translate $SEGMENTS test segments each way with the untouched base" evaluate_pair "$PAIR" "$SEGMENTS"

@@ -9,7 +9,7 @@ from mixmoe_megatron.training.arguments import add_mixmoe_args
 LIMIT = 15
 PINNED = {"--phase", "--mixmoe-stage", "--init-from", "--experts-backend", "--loss-on", "--pack", "--dry-run"}
 PINNED |= {"--hf-load", "--hf-save", "--upcycle-options", "--eval-mono", "--eval-mono-interval"}
-PINNED |= {"--lpr-coeff", "--lpr-original-data-path"}
+PINNED |= {"--lpr-coeff", "--lpr-impl", "--lpr-original-data-path"}
 
 
 def test_training_adds_the_pinned_flags_only() -> None:
