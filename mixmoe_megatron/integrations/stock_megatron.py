@@ -101,8 +101,9 @@ def _become_mixmoe_run(model_config: Any, stage: int) -> None:
     config, options = model_config.transformer, MixMoEOptions.from_dict(metadata.options or {})
     # In place: Megatron's wrappers hold this very object already.
     vars(config).update(
-        options.to_dict(), mixmoe_stage=stage, experts_backend="auto", moe_grouped_gemm=True, lpr_coeff=0.0
-    )
+        options.to_dict(), mixmoe_stage=stage, experts_backend="auto", moe_grouped_gemm=True, lpr_coeff=0.0,
+        lpr_impl="paper",
+    )  # fmt: skip
     config.seed = args.seed
     check_transformer_config(config)
     add_hooks(model_config, args)
