@@ -223,8 +223,8 @@ class MixMoERouter(TopKRouter):
             `logits`, which carry the loss's gradient.
         """
         log_probs = logits.detach().log_softmax(dim=-1)
-        probs = log_probs.exp()
         if self.lpr_softmax_twice:
+            probs = log_probs.exp()
             log_probs = probs.log_softmax(dim=-1)
         if (tracker := recording_tracker(self)) is not None:
             tracker.record_lpr(self.layer_number, -log_probs[:, 0, 0], weights > 0)
