@@ -5,7 +5,7 @@
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: Qwen2.5-Coder-0.5B, made by
 #                      examples/pretrained_bases/make_base.py in runs/bases)
 #   HOURS=1.5          of the whole run; the steps are what the measured seconds a step leave room for
-#   START=copy         how the experts start: copy (each is a whole FFN, so the model is nearly the base; the last 
+#   START=copy         how the experts start: copy (each is a whole FFN, so the model is nearly the base; the last
 #                      layer of each four) or important (the neurons, and layers, that count on the pair's own text)
 #   SEGMENTS=200       test segments each way
 #   TEXTS=100          held-out texts of each language, for retention
