@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.cluster_plan import plan_layouts
     from mixmoe_megatron.planning.costs import GPUS, Cluster
-    from mixmoe_megatron.planning.layouts import Batch, Model
+    from mixmoe_megatron.planning.layouts import Batch
     from mixmoe_megatron.planning.plan_report import plan_text, plan_to_dict
 
     for name in ("gpus", "global_batch_size", "micro_batch_size", "seq_length", "gpus_per_node", "show"):
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     phase = phase_of_stage(args.stage) if args.phase is None else trained_phases()[args.phase]
     lora = LoRAOptions(args.lora_rank) if args.lora_rank is not None else None
     options = MixMoEOptions.from_dict({**method_of(phase).options, **given}) if phase.groups else None
-    model = Model.of(describe_start(config, phase, options=options, new_blocks=args.new_blocks, lora=lora))
+    model = describe_start(config, phase, options=options, new_blocks=args.new_blocks, lora=lora)
     batch = Batch(
         args.micro_batch_size,
         args.global_batch_size,

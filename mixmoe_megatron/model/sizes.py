@@ -9,6 +9,7 @@ from typing import Any
 
 from mixmoe_megatron.methods.base import Phase
 from mixmoe_megatron.methods.lora import LoRAOptions
+from mixmoe_megatron.model.graph_start import GraphStart, graph_start
 from mixmoe_megatron.model.mapping import Sizes
 from mixmoe_megatron.model.options import MixMoEOptions, mixmoe_megatron_args, resolve_moe_layers, router_weight_std
 from mixmoe_megatron.model.upcycling import expert_ffn_hidden_size
@@ -104,10 +105,35 @@ class ModelDescription:
         Raises:
             MixMoEError: the options do not fit the architecture.
         """
+        return self._sizes(self.embedding_rows)
+
+    def sizes_under(self, tensor_parallel: int) -> Sizes:
+        """Return the sizes, the vocabulary padded as Megatron pads it under this tensor-parallel size.
+
+        Raises:
+            MixMoEError: the options do not fit the architecture.
+        """
+        args = self.megatron_args
+        multiple = args["make_vocab_size_divisible_by"] * tensor_parallel
+        return self._sizes(padded_vocab_size(args["vocab_size"], multiple))
+
+    def _sizes(self, embedding_rows: int | None) -> Sizes:
         rank = self.lora.lora_rank if self.lora else 0
-        return model_sizes(
-            self.megatron_args, self.options, self.phase.stage, self.embedding_rows, self.new_layers, rank
-        )
+        return model_sizes(self.megatron_args, self.options, self.phase.stage, embedding_rows, self.new_layers, rank)
+
+    @property
+    def topk_per_group(self) -> int:
+        """k, the experts that a token meets in each group; 0 in a dense model."""
+        return self.options.topk_per_group if self.options else 0
+
+    def is_trained(self, parameter: str) -> bool:
+        """Whether a parameter trains in the phase, by its name in a GPTModel."""
+        return self.phase.is_trained(parameter, self.new_layers)
+
+    @cached_property
+    def graph_start(self) -> GraphStart | None:
+        """Where the phase's autograd graph begins; None where the embedding trains."""
+        return graph_start(self.phase, self.sizes.num_layers, self.sizes.moe_layers, self.new_layers)
 
     def recorded_options(self) -> dict[str, Any] | None:
         """Return what metadata record beside the architecture: options, or which layers are new."""

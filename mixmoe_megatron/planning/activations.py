@@ -22,12 +22,13 @@ groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per ele
 from __future__ import annotations
 
 from mixmoe_megatron.model.mapping import Sizes
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
+from mixmoe_megatron.model.sizes import ModelDescription
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout, lowest_layer
 
 _LOGIT_COPIES_BYTES = 4  # the float32 softmax, whose place its gradient takes (bfloat16's then takes the logits')
 
 
-def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank: int) -> int:
+def activation_bytes(model: ModelDescription, layout: ParallelLayout, batch: Batch, pp_rank: int) -> int:
     """Estimate the peak of the activations on the ranks of a pipeline stage.
 
     A stage keeps the activations of as many micro-batches as it has started and not finished (1F1B schedule), but
@@ -39,10 +40,10 @@ def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank
         batch: sizes, dtype and recomputation.
         pp_rank: the pipeline stage.
     """
-    sizes, size = model.sizes(layout.tp), batch.bytes_per_element
+    sizes, size = model.sizes_under(layout.tp), batch.bytes_per_element
     tokens = batch.micro_batch_size * batch.seq_length // layout.cp
     hidden = tokens // layout.tp * sizes.hidden_size * size
-    lowest = model.lowest_layer
+    lowest = lowest_layer(model)
     kept = [
         _layer_bytes(sizes, model, layout, layer, tokens, size)
         for layer in layout.layers(sizes.num_layers, pp_rank)
@@ -58,7 +59,9 @@ def activation_bytes(model: Model, layout: ParallelLayout, batch: Batch, pp_rank
     return total
 
 
-def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int, tokens: int, size: int) -> int:
+def _layer_bytes(
+    sizes: Sizes, model: ModelDescription, layout: ParallelLayout, layer: int, tokens: int, size: int
+) -> int:
     """Bytes of one layer above the frozen prefix for one micro-batch."""
     trained = model.is_trained(f"decoder.layers.{layer}.self_attention.linear_qkv.weight") or sizes.lora_rank > 0
     sequence = tokens // layout.tp * sizes.hidden_size
@@ -68,8 +71,8 @@ def _layer_bytes(sizes: Sizes, model: Model, layout: ParallelLayout, layer: int,
         ffn = sequence * (1 + trained) + tokens * sizes.ffn_hidden_size * (2 + trained) // layout.tp
         low = sizes.lora_rank * (5 * tokens + 2 * tokens // layout.tp)
         return size * (attention + ffn + low)
-    is_first = layer == model.lowest_layer
-    rows = tokens // layout.tp * model.options.topk_per_group * layout.etp  # of one group
+    is_first = layer == lowest_layer(model)
+    rows = tokens // layout.tp * model.topk_per_group * layout.etp  # of one group
     inner = sizes.moe_ffn_hidden_size // layout.etp
     learning = sum(
         count

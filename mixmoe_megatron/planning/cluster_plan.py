@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
+from mixmoe_megatron.model.sizes import ModelDescription
 from mixmoe_megatron.planning.activations import activation_bytes
 from mixmoe_megatron.planning.costs import GPUS, Cluster, Costs, step_costs
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout, layouts
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout, layouts
 from mixmoe_megatron.planning.memory import Memory, stage_memory
 
 #: Bytes of a GPU that are not the model's: CUDA, NCCL, kernels' workspaces, fragmentation.
@@ -46,7 +47,7 @@ class Candidate:
         }  # fmt: skip
 
 
-def plan_layouts(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
+def plan_layouts(model: ModelDescription, batch: Batch, cluster: Cluster) -> list[Candidate]:
     """Return the layouts that fit, the fastest first.
 
     Args:
@@ -78,7 +79,7 @@ def usable_memory(cluster: Cluster) -> int:
     return cluster.gpu.memory - RESERVE
 
 
-def _candidates(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]:
+def _candidates(model: ModelDescription, batch: Batch, cluster: Cluster) -> list[Candidate]:
     candidates = []
     for layout in layouts(model, batch, cluster.gpus, cluster.gpus_per_node):
         memory, costs = rank_memory(model, layout, batch), step_costs(model, layout, batch, cluster)
@@ -86,7 +87,7 @@ def _candidates(model: Model, batch: Batch, cluster: Cluster) -> list[Candidate]
     return candidates
 
 
-def rank_memory(model: Model, layout: ParallelLayout, batch: Batch) -> Memory:
+def rank_memory(model: ModelDescription, layout: ParallelLayout, batch: Batch) -> Memory:
     """Return the memory of the rank that needs most."""
     stages = []
     for pp_rank in range(layout.pp):
@@ -95,12 +96,12 @@ def rank_memory(model: Model, layout: ParallelLayout, batch: Batch) -> Memory:
     return max(stages, key=lambda memory: memory.total)
 
 
-def _fits(model: Model, batch: Batch, cluster: Cluster) -> bool:
+def _fits(model: ModelDescription, batch: Batch, cluster: Cluster) -> bool:
     fits = (rank_memory(model, layout, batch) for layout in layouts(model, batch, cluster.gpus, cluster.gpus_per_node))
     return any(memory.total <= usable_memory(cluster) for memory in fits)
 
 
-def _what_fits(model: Model, batch: Batch, cluster: Cluster) -> str:
+def _what_fits(model: ModelDescription, batch: Batch, cluster: Cluster) -> str:
     """One change of the batch or the cluster with which a layout fits, the cheapest first."""
     smallest, flags = replace(batch, recompute="full", micro_batch_size=1), "--recompute full and --micro-batch-size 1"
     changes = [
@@ -119,7 +120,7 @@ def _what_fits(model: Model, batch: Batch, cluster: Cluster) -> str:
     return "more GPUs, shorter sequences or a smaller model would help"
 
 
-def _what_divides(model: Model, batch: Batch, cluster: Cluster) -> str:
+def _what_divides(model: ModelDescription, batch: Batch, cluster: Cluster) -> str:
     """Numbers near the given ones that a layout divides."""
     for micro in range(batch.micro_batch_size, 0, -1):
         changed = replace(batch, micro_batch_size=micro)

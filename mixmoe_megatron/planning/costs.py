@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass, replace
 
 from mixmoe_megatron.model.flops import peak_flops, step_flops
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
-from mixmoe_megatron.planning.memory import rank_parameters
+from mixmoe_megatron.model.sizes import ModelDescription
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout, lowest_layer
+from mixmoe_megatron.planning.parameters import rank_parameters
 
 _GIB = 1024**3
 _BANDWIDTH_SHARE = 0.8  # of the nominal one, which large messages reach
@@ -97,7 +98,7 @@ class Costs:
         return self.compute + self.communication
 
 
-def step_costs(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster) -> Costs:
+def step_costs(model: ModelDescription, layout: ParallelLayout, batch: Batch, cluster: Cluster) -> Costs:
     """Return traffic and time of a step.
 
     With PP stages and m micro-batches a step lasts as long as one micro-batch through all stages and m - 1 through the
@@ -120,11 +121,11 @@ def step_costs(model: Model, layout: ParallelLayout, batch: Batch, cluster: Clus
     )
 
 
-def _stage(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
+def _stage(model: ModelDescription, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int) -> Costs:
     """Costs of one micro-batch, forward and backward, on a pipeline stage; without data parallelism."""
-    sizes, k = model.sizes(layout.tp), model.options.topk_per_group
+    sizes, k = model.sizes_under(layout.tp), model.topk_per_group
     layers = layout.layers(sizes.num_layers, pp_rank)
-    lowest = model.lowest_layer
+    lowest = lowest_layer(model)
     tokens = batch.micro_batch_size * batch.seq_length
     flops = step_flops(sizes, model.phase, k, tokens, batch.seq_length, layers).total
     if batch.recompute == "full":
@@ -146,19 +147,21 @@ def _stage(model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster,
     )
 
 
-def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) -> dict[str, tuple[int, float]]:
+def _traffic(
+    model: ModelDescription, layout: ParallelLayout, batch: Batch, layers: range
+) -> dict[str, tuple[int, float]]:
     """Collectives of one micro-batch and the bytes that a rank sends in them, by kind.
 
     A tensor-parallel sublayer gathers its input and scatters its output, backward the same and, where a weight trains,
     gathers the input again; a shared expert is one too. A Mix-MoE layer dispatches the rows of all its groups in one
     all-to-all and combines them in another. Below the first trained layer there is no backward pass.
     """
-    sizes, size = model.sizes(layout.tp), batch.bytes_per_element
+    sizes, size = model.sizes_under(layout.tp), batch.bytes_per_element
     tokens = batch.micro_batch_size * batch.seq_length // layout.cp
     hidden = tokens * sizes.hidden_size * size
-    rows = hidden // layout.tp * model.options.topk_per_group * sizes.num_groups
+    rows = hidden // layout.tp * model.topk_per_group * sizes.num_groups
     key_value = 2 * tokens * sizes.num_query_groups * sizes.kv_channels * size // layout.tp
-    lowest = model.lowest_layer
+    lowest = lowest_layer(model)
     is_first, is_last = layers.start == 0, layers.stop == sizes.num_layers
     exchanges, dispatches, rings = is_first + is_last * (2 + model.is_trained("output_layer.weight")), 0, 0
     for layer in layers:
@@ -181,13 +184,13 @@ def _traffic(model: Model, layout: ParallelLayout, batch: Batch, layers: range) 
 
 
 def _data_parallel(
-    model: Model, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int
+    model: ModelDescription, layout: ParallelLayout, batch: Batch, cluster: Cluster, pp_rank: int
 ) -> tuple[float, float]:
     """Bytes and seconds of reducing the gradients and gathering the parameters of a pipeline stage."""
     sent = seconds = 0.0
     in_stage = layout.world_size // layout.pp
     grad_bytes = 4 if batch.grads_in_fp32 else batch.bytes_per_element
-    for parameter in rank_parameters(model.sizes(layout.tp), layout, pp_rank, layout.ep - 1):
+    for parameter in rank_parameters(model.sizes_under(layout.tp), layout, pp_rank, layout.ep - 1):
         if model.is_trained(parameter.name):
             stride = layout.etp * layout.ep if parameter.is_expert else layout.tp
             ranks, in_node = in_stage // stride, max(1, cluster.gpus_per_node // stride)

@@ -8,62 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
-from typing import Any
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.methods.base import Phase
-from mixmoe_megatron.model.frozen_prefix import graph_start
 from mixmoe_megatron.model.mapping import Sizes
-from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.model.sizes import ModelDescription, model_sizes, padded_vocab_size
+from mixmoe_megatron.model.sizes import ModelDescription
 
 
-@dataclass(frozen=True)
-class Model:
-    """The model to train.
-
-    Attributes:
-        megatron_args: of the dense architecture (`conversion.hf_config.megatron_args_from_hf`).
-        options: the Mix-MoE options; not used in a phase without experts.
-        phase: that is trained.
-        new_layers: 0-based numbers of the layers that the base has not.
-        lora_rank: r of the low-rank matrices of a phase with adapters.
-    """
-
-    megatron_args: dict[str, Any]
-    options: MixMoEOptions
-    phase: Phase
-    new_layers: tuple[int, ...] = ()
-    lora_rank: int = 0
-
-    @classmethod
-    def of(cls, model: ModelDescription) -> Model:
-        """Return what is planned of a model's description."""
-        rank = model.lora.lora_rank if model.lora else 0
-        return cls(model.megatron_args, model.options or MixMoEOptions(), model.phase, model.new_layers, rank)
-
-    def is_trained(self, parameter: str) -> bool:
-        """Whether a parameter trains, by its name in a GPTModel."""
-        return self.phase.is_trained(parameter, self.new_layers)
-
-    @cached_property
-    def lowest_layer(self) -> int:
-        """The layer whose attention gets no gradient while what follows it does; -1: gradients pass through all."""
-        sizes = self.sizes()
-        start = graph_start(self.phase, sizes.num_layers, sizes.moe_layers, self.new_layers)
-        return -1 if start is None else start.layer - start.has_attention
-
-    def sizes(self, tensor_parallel: int = 1) -> Sizes:
-        """Return the sizes, the vocabulary padded as Megatron pads it under this tensor-parallel size.
-
-        Raises:
-            MixMoEError: the options do not fit the architecture.
-        """
-        args = self.megatron_args
-        vocab = padded_vocab_size(args["vocab_size"], args["make_vocab_size_divisible_by"] * tensor_parallel)
-        return model_sizes(args, self.options, self.phase.stage, vocab, self.new_layers, self.lora_rank)
+def lowest_layer(model: ModelDescription) -> int:
+    """The layer whose attention gets no gradient while what follows it does; -1: gradients pass through all."""
+    start = model.graph_start
+    return -1 if start is None else start.layer - start.has_attention
 
 
 @dataclass(frozen=True)
@@ -139,7 +94,7 @@ class ParallelLayout:
         return [*words, *(["--sequence-parallel"] if self.tp > 1 else [])]
 
 
-def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterator[ParallelLayout]:
+def layouts(model: ModelDescription, batch: Batch, gpus: int, gpus_per_node: int) -> Iterator[ParallelLayout]:
     """Yield every layout of so many GPUs that the model's sizes and the batch admit.
 
     Tensor parallelism stays within a node. Not tried: a virtual pipeline, uneven pipeline stages.
@@ -152,7 +107,7 @@ def layouts(model: Model, batch: Batch, gpus: int, gpus_per_node: int) -> Iterat
             f"a global batch of {batch.global_batch_size} is not divisible by the micro-batch of "
             f"{batch.micro_batch_size}: choose a multiple of it."
         )
-    sizes = model.sizes()
+    sizes = model.sizes_under(1)
     tensor = [tp for tp in _divisors(gpus) if tp <= gpus_per_node and _splits_tensors(sizes, tp)]
     pipeline = [pp for pp in _divisors(gpus) if sizes.num_layers % pp == 0]
     context = [cp for cp in _divisors(gpus) if cp == 1 or batch.seq_length % (2 * cp) == 0]

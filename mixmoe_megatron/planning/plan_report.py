@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mixmoe_megatron.model.sizes import ModelDescription
 from mixmoe_megatron.planning.cluster_plan import RESERVE, Candidate, usable_memory
 from mixmoe_megatron.planning.costs import LATENCY, Cluster
-from mixmoe_megatron.planning.layouts import Batch, Model
-from mixmoe_megatron.planning.memory import count_parameters
+from mixmoe_megatron.planning.layouts import Batch
+from mixmoe_megatron.planning.parameters import count_parameters
 
 _GIB, _GB = 1024**3, 1e9
 _TRAFFIC = ("TP", "CP", "EP", "ETP", "PP", "DP")
 
 
-def plan_text(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate], show: int) -> str:
+def plan_text(model: ModelDescription, batch: Batch, cluster: Cluster, plan: list[Candidate], show: int) -> str:
     """Return the plan as text: assumptions, a table of layouts, the command lines of the best.
 
     Args:
@@ -32,7 +33,7 @@ def plan_text(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate
     return "\n".join([*lines, f"  {first['torchrun']}", "Under Slurm:", f"  {first['slurm']}"])
 
 
-def _parameters(model: Model) -> str:
+def _parameters(model: ModelDescription) -> str:
     total, active, trained = (count / 1e6 for count in count_parameters(model))
     return (
         f"{total:,.1f} million parameters; {active:,.1f} of them work on a token, {trained:,.1f} are trained in "
@@ -77,7 +78,7 @@ def _table(batch: Batch, plan: list[Candidate]) -> list[str]:
     return lines
 
 
-def _training_command(model: Model, batch: Batch, candidate: Candidate) -> str:
+def _training_command(model: ModelDescription, batch: Batch, candidate: Candidate) -> str:
     """Return the training command and its flags, paths and schedule left to the user in capitals."""
     words = [f"tools/pretrain_mixmoe.py --phase {model.phase.name} --init-from PARENT --data-path DATA"]
     words += ["--load RUN --save RUN", *candidate.layout.flags(), "--use-distributed-optimizer"]
@@ -92,7 +93,7 @@ def _training_command(model: Model, batch: Batch, candidate: Candidate) -> str:
     return " ".join(words)
 
 
-def command_lines(model: Model, batch: Batch, cluster: Cluster, candidate: Candidate) -> dict[str, str]:
+def command_lines(model: ModelDescription, batch: Batch, cluster: Cluster, candidate: Candidate) -> dict[str, str]:
     """Return the lines that train with a layout.
 
     Args:
@@ -117,7 +118,7 @@ def command_lines(model: Model, batch: Batch, cluster: Cluster, candidate: Candi
     }
 
 
-def plan_to_dict(model: Model, batch: Batch, cluster: Cluster, plan: list[Candidate]) -> dict[str, Any]:
+def plan_to_dict(model: ModelDescription, batch: Batch, cluster: Cluster, plan: list[Candidate]) -> dict[str, Any]:
     """Return the plan as JSON-able values: bytes, seconds, bytes a second, operations a second."""
     return {
         "phase": model.phase.name,

@@ -27,6 +27,7 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.megatron_patches.install import prepare_megatron
 from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.flops import step_flops
+from mixmoe_megatron.planning.parameters import count_parameters
 
 _LONGEST_TEMPORARY_FOLDER = 70  # of the 107 characters of a socket's path; the server's own folder and name follow
 _ENGINE_MODULE = "mixmoe_megatron.training.engine_step"
@@ -129,15 +130,12 @@ def measure_steps(systems: tuple[System, ...], task: Task, count: int) -> dict[s
 
 def _counts(system: System, task: Task) -> dict[str, float]:
     """Operations of a step, and parameters: all, those that train, those that a token meets."""
-    from mixmoe_megatron.planning.layouts import Model  # Megatron, which has to find the process prepared
-    from mixmoe_megatron.planning.memory import count_parameters
-
     phase = PHASES[system.phase]
     start = describe_start(read_hf_config(task.hf_dir), PHASES[phase.starts_from[0]])
-    model = Model.of(replace(start, phase=phase))
+    model = replace(start, phase=phase)
     tokens = task.batch_size * task.seq_length
-    k, share = model.options.topk_per_group, task.share(system)
-    flops = step_flops(model.sizes(), phase, k, tokens, task.seq_length, loss_share=share).total
+    k, share = model.topk_per_group, task.share(system)
+    flops = step_flops(model.sizes_under(1), phase, k, tokens, task.seq_length, loss_share=share).total
     counts = count_parameters(model)
     return {"flops": flops, "parameters": counts.total, "trained": counts.trained, "active": counts.active}
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixmoe_megatron.errors import MixMoEError
-from mixmoe_megatron.planning.memory import count_parameters
+from mixmoe_megatron.planning.parameters import count_parameters
 from mixmoe_megatron.study.footprint import count_training_flops, trained_model
 from mixmoe_megatron.study.grid import MATCHED_BY, Grid
 from mixmoe_megatron.study.jobs import Job

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixmoe_megatron.checkpoint.metadata import read_metadata
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf, read_hf_config
+from mixmoe_megatron.conversion.hf_config import read_hf_config
 from mixmoe_megatron.conversion.prepared import describe_model
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.data.parallel import target_share
 from mixmoe_megatron.data.storage import read_manifest
 from mixmoe_megatron.evaluation.provenance import read_json
 from mixmoe_megatron.methods.full import DENSE
 from mixmoe_megatron.model.flops import step_flops
-from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.planning.layouts import Model
-from mixmoe_megatron.planning.memory import count_parameters
+from mixmoe_megatron.model.sizes import ModelDescription
+from mixmoe_megatron.planning.parameters import count_parameters
 from mixmoe_megatron.study.grid import CHECKPOINT, EVALUATED, TOKENS, Grid, Training
 
 
@@ -46,7 +46,7 @@ class Footprint(NamedTuple):
     generation_seconds: float
 
 
-def trained_model(training: Training, root: Path) -> Model:
+def trained_model(training: Training, root: Path) -> ModelDescription:
     """Return the model that a training trains, of which the system's start has been made.
 
     Args:
@@ -55,10 +55,10 @@ def trained_model(training: Training, root: Path) -> Model:
     """
     metadata = read_metadata(training.start.directory(root) / CHECKPOINT)
     description = describe_model(metadata, metadata.megatron_args["vocab_size"])
-    return Model.of(replace(description, phase=training.phase))
+    return replace(description, phase=training.phase)
 
 
-def count_training_flops(model: Model, training: Training, sequence: int, root: Path) -> float:
+def count_training_flops(model: ModelDescription, training: Training, sequence: int, root: Path) -> float:
     """Return a training's operations; pairs are taken to be all of their mean length.
 
     Logits are those that training computes, of pairs the target's.
@@ -75,8 +75,8 @@ def count_training_flops(model: Model, training: Training, sequence: int, root: 
         manifests = [read_manifest(prefix) for prefix in prefixes]
         length = sum(found["tokens"] for found in manifests) / sum(found["documents"] for found in manifests)
         share = target_share(prefixes)
-    k = model.options.topk_per_group
-    return step_flops(model.sizes(), model.phase, k, samples * length, length, loss_share=share).total
+    k = model.topk_per_group
+    return step_flops(model.sizes_under(1), model.phase, k, samples * length, length, loss_share=share).total
 
 
 def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:
@@ -90,11 +90,11 @@ def read_footprint(grid: Grid, name: str, root: Path) -> Footprint:
     seeds = range(1, grid.settings.seeds + 1)
     of_seeds = [grid.trainings(name, seed) for seed in seeds]
     sequence = int(grid.size["sequence"])
-    base = Model(megatron_args_from_hf(read_hf_config(grid.base)), MixMoEOptions(), DENSE)
+    base = describe_start(read_hf_config(grid.base), DENSE)
     models = [trained_model(training, root) for training in of_seeds[0]]
     last = models[-1] if models else base
     total, active, _ = count_parameters(last)
-    token = step_flops(last.sizes(), last.phase, last.options.topk_per_group, 1, sequence / 2).forward
+    token = step_flops(last.sizes_under(1), last.phase, last.topk_per_group, 1, sequence / 2).forward
     pairs = zip(models, of_seeds[0], strict=True)
     seconds = [read_json(training.job.directory(root) / "done.json")["seconds"] for row in of_seeds for training in row]
     return Footprint(

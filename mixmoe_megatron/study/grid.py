@@ -34,9 +34,9 @@ _PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 _SECTIONS = ("sizes", "methods", "systems", "tables")
 MONOLINGUAL = "{monolingual}"  # in the words of a start: the files of monolingual text to train on, English last
 _BESIDE_PAIRS = ("parallel", "mixed")  # kinds of text in files of pairs, one sample a text; the others are cut evenly
-#: options of a start that what is trained is in proportion to -> their value in a `planning.layouts.Model`
+#: options of a start that what is trained is in proportion to -> their value in a `ModelDescription`
 MATCHED_BY: dict[str, Callable[[Any], int]] = {
-    "--lora-rank": lambda model: model.lora_rank,
+    "--lora-rank": lambda model: model.lora.lora_rank,
     "--new-blocks": lambda model: len(model.new_layers),
 }
 
@@ -118,8 +118,9 @@ def read_grid(path: Path) -> dict[str, Any]:
 
 def absent_systems(grid: dict[str, Any]) -> dict[str, str]:
     """Return the systems whose method this version of the package lacks, and the method of each."""
-    methods = {name: system.get("method") for name, system in grid["systems"].items()}
-    return {name: method for name, method in methods.items() if method and method not in METHODS}
+    named = {name: system["method"] for name, system in grid["systems"].items() if system}
+    methods = {name: grid["methods"][method].get("form_of", method) for name, method in named.items()}
+    return {name: method for name, method in methods.items() if method not in METHODS}
 
 
 @functools.cache

@@ -24,10 +24,13 @@ import pytest
 
 from mixmoe_megatron.checkpoint.metadata import Metadata, write_metadata
 from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.methods.registry import PHASES, phase_of_stage
 from mixmoe_megatron.model.options import MixMoEOptions
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
-from mixmoe_megatron.planning.memory import rank_parameters, stage_memory
+from mixmoe_megatron.model.sizes import ModelDescription
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout
+from mixmoe_megatron.planning.memory import stage_memory
+from mixmoe_megatron.planning.parameters import rank_parameters
 from tests.helpers.bases import BASES, GPUS, PARAMETERS
 from tests.helpers.cuda_machine import become, h100
 from tests.helpers.forked import ROOT, run_job
@@ -174,7 +177,7 @@ def check_cluster(
     flags = training_flags(example, stage, more)
     layout = layout_of(flags, gpus)
     ranks = set(range(gpus)) if every_rank else first_replica(layout) | {gpus // 2, gpus - 1}
-    model = Model(megatron_args_from_hf(BASES[example["name"]]), MixMoEOptions(), phase_of_stage(stage))
+    model = describe_start(BASES[example["name"]], phase_of_stage(stage), options=MixMoEOptions())
     batch = Batch(flags.micro_batch_size, flags.global_batch_size, flags.seq_length)
     reports = built(example, stage, layout, ranks, more, logs)
     assert [report["rank"] for report in reports] == sorted(ranks)
@@ -191,10 +194,10 @@ def other_flags(layout: ParallelLayout) -> Words:
     return line.split()
 
 
-def check_rank(report: dict[str, Any], model: Model, layout: ParallelLayout, batch: Batch) -> None:
+def check_rank(report: dict[str, Any], model: ModelDescription, layout: ParallelLayout, batch: Batch) -> None:
     in_stage = layout.world_size // layout.pp
     pp_rank, place = divmod(report["rank"], in_stage)
-    sizes = model.sizes(layout.tp)
+    sizes = model.sizes_under(layout.tp)
     parameters = [(name, tuple(shape), trained) for name, (shape, trained) in report["parameters"].items()]
     first = layout.layers(sizes.num_layers, pp_rank).start
     planned = [
@@ -229,7 +232,7 @@ def local_name(name: str, first_layer: int) -> str:
     return ".".join(parts)
 
 
-def check_whole_model(reports: list[dict[str, Any]], model: Model, dense_parameters: int) -> None:
+def check_whole_model(reports: list[dict[str, Any]], model: ModelDescription, dense_parameters: int) -> None:
     """The ranks' first copies are the whole model, each element once: the published size, routers and MT experts."""
     pieces = Counter(
         (key, tuple(offset), tuple(shape), tuple(total))
@@ -242,7 +245,7 @@ def check_whole_model(reports: list[dict[str, Any]], model: Model, dense_paramet
     for key, _, shape, _ in pieces:
         totals[key] += math.prod(shape)
     assert totals == {key: math.prod(total) for key, _, _, total in pieces}
-    sizes = model.sizes()
+    sizes = model.sizes
     layers, routers = len(sizes.moe_layers), sizes.num_experts_per_group * (2 * sizes.hidden_size + 1)
     experts = 3 * sizes.hidden_size * sizes.ffn_hidden_size
     expected = dense_parameters + layers * (model.phase.stage * routers + (model.phase.stage - 1) * experts)

@@ -12,7 +12,7 @@ from checkpoints_conversion import hf_to_mixmoe
 from mixmoe_megatron.checkpoint.metadata import read_metadata
 from mixmoe_megatron.conversion.prepared import describe_model
 from mixmoe_megatron.methods.registry import PHASES, method_of, phase_of_stage
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout
 from mixmoe_megatron.planning.memory import stage_memory
 from tests.helpers.forked import run_job
 from tests.helpers.training import train_words
@@ -67,7 +67,7 @@ def assert_planned(
 ) -> None:
     """Train one step in so many processes and compare every rank's bytes with the plan."""
     phase = PHASES[which] if isinstance(which, str) else phase_of_stage(which)
-    model = Model.of(replace(describe_model(read_metadata(world / parent), 0), phase=phase))
+    model = replace(describe_model(read_metadata(world / parent), 0), phase=phase)
     batch = Batch(2, 8, 32, dtype=dtype, grads_in_fp32=not flag)
     flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", *layout.flags()]
     flags += ["--micro-batch-size", "2", *(["--bf16"] if dtype == "bf16" else []), *flag.split()]

@@ -78,11 +78,11 @@ def run_syncs(rows: Rows) -> None:
 
 def run_step(rows: Rows) -> None:
     """Check 8: a training step of both stages beside full fine-tuning, at Llama-3.2-1B's width, 8 layers, bfloat16."""
-    from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+    from mixmoe_megatron.conversion.starts import describe_start
     from mixmoe_megatron.methods.registry import PHASES
     from mixmoe_megatron.model.options import MixMoEOptions
     from mixmoe_megatron.planning.activations import activation_bytes
-    from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
+    from mixmoe_megatron.planning.layouts import Batch, ParallelLayout
     from mixmoe_megatron.planning.memory import stage_memory
     from mixmoe_megatron.planning.step_benchmark import ENGINE, Task, measure_steps
     from tests.helpers.bases import BASES
@@ -104,7 +104,7 @@ def run_step(rows: Rows) -> None:
             assert facts["ratio"] < STEP_RATIO
     for system in ENGINE[:3]:
         with rows.row(f"{system.name}: peak memory as planned") as facts:
-            model = Model(megatron_args_from_hf(config), MixMoEOptions(), PHASES[system.phase])
+            model = describe_start(config, PHASES[system.phase], options=MixMoEOptions())
             batch = Batch(BATCH, BATCH, LENGTH, overlap=False)
             planned = stage_memory(model, ParallelLayout(), batch, 0)[0].total + activation_bytes(
                 model, ParallelLayout(), batch, 0

@@ -20,7 +20,7 @@ from mixmoe_megatron.methods.registry import PHASES
 from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.mapping import LORA_LAYERS
 from mixmoe_megatron.planning.activations import activation_bytes
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout
 from tests.helpers.conversion import base_fields, run_conversion
 from tests.helpers.megatron import model_loss, saved_bytes
 from tests.helpers.tiny_hf import save_tiny_dense
@@ -69,7 +69,7 @@ def test_planned_activations_are_near_what_autograd_saves(tmp_path: Path, rank: 
     assert isinstance(model, torch.nn.Module)
     model.output_layer.gather_output = False  # as in training
     description = describe_model(metadata, metadata.megatron_args["vocab_size"])
-    planned = Model.of(replace(description, phase=PHASES["lora"]))
+    planned = replace(description, phase=PHASES["lora"])
     estimate = activation_bytes(planned, ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0)
     assert 0.6 < estimate / saved_bytes(model, lambda: model_loss(model, 4, 32)) < 1.1
 

@@ -11,7 +11,8 @@ from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.base import part_of
 from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.freezing import freeze_for_phase, parameter_report
-from mixmoe_megatron.model.frozen_prefix import GraphStart, set_frozen_prefix
+from mixmoe_megatron.model.frozen_prefix import set_frozen_prefix
+from mixmoe_megatron.model.graph_start import GraphStart
 from tests.helpers.megatron import (
     fingerprint,
     gradients,

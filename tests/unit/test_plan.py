@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from mixmoe_megatron.conversion.hf_config import megatron_args_from_hf
+from mixmoe_megatron.conversion.starts import describe_start
 from mixmoe_megatron.methods.registry import phase_of_stage
 from mixmoe_megatron.model.freezing import freeze_for_phase
 from mixmoe_megatron.model.options import MixMoEOptions
+from mixmoe_megatron.model.sizes import ModelDescription
 from mixmoe_megatron.planning.activations import activation_bytes
 from mixmoe_megatron.planning.cluster_plan import plan_layouts, rank_memory, usable_memory
 from mixmoe_megatron.planning.costs import GPUS, Cluster, step_costs
-from mixmoe_megatron.planning.layouts import Batch, Model, ParallelLayout, layouts
+from mixmoe_megatron.planning.layouts import Batch, ParallelLayout, layouts
 from tests.helpers.bases import BASES
 from tests.helpers.bases import GPUS as EXAMPLE_GPUS
 from tests.helpers.megatron import (
@@ -37,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH = Batch(micro_batch_size=1, global_batch_size=32, seq_length=1024)
 
 
-def model_of(base: str, stage: int) -> Model:
-    return Model(megatron_args_from_hf(BASES[base]), MixMoEOptions(), phase_of_stage(stage))
+def model_of(base: str, stage: int) -> ModelDescription:
+    return describe_start(BASES[base], phase_of_stage(stage), options=MixMoEOptions())
 
 
 def plan_cluster(tmp_path: Path, words: str, base: str = "llama3.2_1b") -> int:
@@ -75,7 +76,7 @@ def test_the_plan_fits_and_is_sorted_by_time() -> None:
 
 def test_frozen_parameters_cost_their_weight_alone() -> None:
     """8 ranks of a 1B model: stage 2 trains the MT experts and routers of 4 layers, stage 0 all."""
-    layout, sizes = ParallelLayout(dp=8), model_of("llama3.2_1b", 2).sizes()
+    layout, sizes = ParallelLayout(dp=8), model_of("llama3.2_1b", 2).sizes
     trained = 4 * (3 * sizes.hidden_size * sizes.ffn_hidden_size + 4 * (2 * sizes.hidden_size + 1))
     stage2 = rank_memory(model_of("llama3.2_1b", 2), layout, BATCH)
     assert trained * 4 <= stage2.gradients < trained * 4 * 1.001
@@ -124,9 +125,8 @@ def test_activations_are_near_what_autograd_saves(stage: int, shared: int) -> No
         **sizes, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": VOCAB_SIZE, "add_qkv_bias": False,
         "make_vocab_size_divisible_by": 1, "untie_embeddings_and_output_weights": False, "init_method_std": 0.02,
     }  # fmt: skip
-    estimate = activation_bytes(
-        Model(args, options, phase_of_stage(stage)), ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0
-    )
+    model = ModelDescription({}, args, options if stage else None, phase_of_stage(stage))
+    estimate = activation_bytes(model, ParallelLayout(), Batch(4, 4, 32, dtype="fp32"), 0)
     assert 0.6 < estimate / saved < 1.1
 
 
