@@ -1,8 +1,8 @@
 """What `make real` may train in its hours, and what the training cost.
 
-budget.py plan OUT HOURS    write OUT/plan: the steps that the measured seconds a step leave room for
-budget.py costs OUT PAIR    print a table of steps, tokens, seconds and trained parameters
-budget.py rates OUT PAIR    print what was tried with RATES=1
+budget.py plan OUT HOURS PAIR  write OUT/plan: the steps that the measured tokens a second leave room for
+budget.py costs OUT PAIR       print a table of steps, tokens, seconds and trained parameters
+budget.py rates OUT PAIR       print what was tried with RATES=1
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mixmoe_megatron.study.training_log import read_parameters
 STEPS = {"stage1": 3, "stage2": 10, "sft": 10}  # of one part, in the quickstart's proportion
 EXPORTS = EVALUATIONS = 4  # upcycled, stage 1, Mix-MoE and full fine-tuning come after the plan
 STEP_MS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+TOKENS_PER_SECOND = re.compile(r"tokens_per_second: ([\d.E+-]+)")
 VALID_LOSS = re.compile(r"on validation set \| lm loss value: ([\d.E+-]+)")
 MONO_TOKENS = 4 * 256  # of a step: run.sh's MONO_BATCH sequences
 PAIR_BATCH = 8
@@ -45,26 +46,38 @@ def seconds_of(out: Path) -> dict[str, float]:
     return {path.name: float(path.read_text()) for path in (out / "steps").iterdir()}
 
 
-def write_plan(out: Path, hours: float) -> None:
-    """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell; first steps are slow."""
+def tokens_of_steps(out: Path, pair: str) -> dict[str, float]:
+    """Return the tokens of a step of each training; of pairs, whose steps differ in length, the mean."""
+    manifest = json.loads((out / "data" / f"{pair}.json").read_text("utf-8"))
+    pairs = PAIR_BATCH * manifest["tokens"] / manifest["documents"]
+    return {"stage1": MONO_TOKENS, "stage2": pairs, "sft": pairs}
+
+
+def write_plan(out: Path, hours: float, pair: str) -> None:
+    """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell; first steps are slow.
+
+    Of stage 2 the tokens a second are measured: the seconds of some steps would tell of the lengths of their pairs.
+    Full fine-tuning reads the same steps, so to it applies how many times as long its steps took.
+    """
     logs = {name: (out / "logs" / f"measure_{name}.log").read_text("utf-8") for name in STEPS}
     step_seconds = {name: fmean(map(float, STEP_MS.findall(log)[-3:])) / 1000 for name, log in logs.items()}
+    rates = [float(rate) for rate in TOKENS_PER_SECOND.findall(logs["stage2"])[-3:]]
+    of_mean_length = fmean(tokens_of_steps(out, pair)["stage2"] / rate for rate in rates)
+    step_seconds["sft"] *= of_mean_length / step_seconds["stage2"]
+    step_seconds["stage2"] = of_mean_length
     parts = parts_in(hours, seconds_of(out), step_seconds)
     write_text(out / "plan", f"STAGE1_STEPS={STEPS['stage1'] * parts} STAGE2_STEPS={STEPS['stage2'] * parts}\n")
 
 
 def print_costs(out: Path, pair: str) -> None:
     """Print what each training cost: a part of the pairs' tokens is the mean of the token file."""
-    manifest = json.loads((out / "data" / f"{pair}.json").read_text("utf-8"))
-    tokens_of_pair = manifest["tokens"] / manifest["documents"]
-    rows = []
+    step_tokens, rows = tokens_of_steps(out, pair), []
     for name, seconds in seconds_of(out).items():
         if name in STEPS:
             log = out / "logs" / f"{name}.log"
             steps = int(re.findall(r"iteration +\d+/ *(\d+)", log.read_text("utf-8"))[-1])
-            tokens = steps * (MONO_TOKENS if name == "stage1" else PAIR_BATCH * tokens_of_pair)
             trained, total = read_parameters(log)
-            rows.append([name, str(steps), f"{tokens:,.0f}", f"{seconds:.0f}", trained, total])
+            rows.append([name, str(steps), f"{steps * step_tokens[name]:,.0f}", f"{seconds:.0f}", trained, total])
     print(table(["training", "steps", "tokens", "seconds", "trained parameters", "all parameters"], sorted(rows)))
 
 
@@ -84,9 +97,10 @@ def print_rates(out: Path, pair: str) -> None:
 
 def main() -> int:
     """Run the command and return its exit status."""
-    command, out, value = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    commands = {"plan": lambda: write_plan(out, float(value)), "costs": lambda: print_costs(out, value),
-                "rates": lambda: print_rates(out, value)}  # fmt: skip
+    command, out, *values = sys.argv[1:]
+    commands = {"plan": lambda: write_plan(Path(out), float(values[0]), values[1]),
+                "costs": lambda: print_costs(Path(out), *values),
+                "rates": lambda: print_rates(Path(out), *values)}  # fmt: skip
     return run_command(commands[command])
 
 

@@ -4,7 +4,7 @@
 #   PAIR=de-en         language pair, one of examples/data/*-en.train.tsv.gz
 #   BASE=DIR           dense Hugging Face Llama or Qwen2 directory (default: Qwen2.5-Coder-0.5B, made by
 #                      examples/pretrained_bases/make_base.py in runs/bases)
-#   HOURS=1.5          of the whole run; the steps are what the measured seconds a step leave room for
+#   HOURS=1.5          of the whole run; the steps are what the measured tokens a second leave room for
 #   START=copy         how the experts start: copy (each is a whole FFN, so the model is nearly the base; the last
 #                      layer of each four) or important (the neurons, and layers, that count on the pair's own text)
 #   SEGMENTS=200       test segments each way
@@ -61,7 +61,7 @@ if [ -z "$PLAN" ]; then
     measured stage2 train_pairs stage2 6 "$OUT/measured/stage1" "$PAIR_LR" "$PAIR"
   step measure_sft "measure a step of full fine-tuning" measured sft train_pairs dense 6 "$OUT/dense" "$FULL_LR" "$PAIR"
   rm -rf "$OUT/measured"
-  step plan "divide $HOURS hours over the steps" "$PYTHON" examples/real/budget.py plan "$OUT" "$HOURS"
+  step plan "divide $HOURS hours over the steps" "$PYTHON" examples/real/budget.py plan "$OUT" "$HOURS" "$PAIR"
 fi
 source "$PLAN"
 echo "$STAGE1_STEPS steps of stage 1, $STAGE2_STEPS of stage 2 and of full fine-tuning"

@@ -47,6 +47,22 @@ def test_the_hours_are_divided_by_measured_seconds() -> None:
     assert budget.parts_in(0.01, spent, step_seconds) == 1
 
 
+def test_short_pairs_at_first_do_not_make_the_plan_too_long(tmp_path: Path) -> None:
+    """What is measured are pairs of 14 tokens a sample, where the file's mean is 70."""
+    budget = load_budget()
+    for folder in ("data", "logs", "steps"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "de-en.json").write_text(json.dumps({"tokens": 700, "documents": 10}))
+    for name, milliseconds, rate in (("stage1", 10000, ""), ("stage2", 2000, "5.6E+01"), ("sft", 4000, "")):
+        told = f" tokens_per_second: {rate} |" * bool(rate)
+        lines = [f"elapsed time per iteration (ms): {each}.0 |{told}\n" for each in (90000, *[milliseconds] * 3)]
+        (tmp_path / "logs" / f"measure_{name}.log").write_text("".join(lines))
+    for name in ("dense", "zero_shot", "measure_stage1", "measure_stage2", "measure_sft"):
+        (tmp_path / "steps" / name).write_text("0")
+    budget.write_plan(tmp_path, 1.0, "de-en")  # a part: 3 steps of 10 s, 10 of 10 s and 10 of 20 s
+    assert (tmp_path / "plan").read_text() == "STAGE1_STEPS=30 STAGE2_STEPS=100\n"
+
+
 @pytest.mark.slow
 def test_three_learning_rates_of_each_training(tmp_path: Path) -> None:
     save_tiny_dense(tmp_path / "base", "qwen2")
