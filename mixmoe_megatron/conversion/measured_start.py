@@ -33,6 +33,11 @@ MEASURED_OPTIONS: dict[str, Any] = {"expert_init": "important", "moe_layer_place
 #: Where a start multiplies the perplexity by more than that, these are tried beside it.
 WARN_ABOVE = 1.5
 ALTERNATIVES = (MEASURED_OPTIONS, {**MEASURED_OPTIONS, "expert_init": "copy"})
+#: What the table of starts does not say (examples/LOG.md, make real on a CPU without bfloat16).
+CAVEAT = (
+    "Perplexity does not tell what translation loses: slices at 1.07 times the base's have translated much worse. "
+    "--expert-init copy starts next to the base, with n times the parameters of these FFNs."
+)
 
 logger = logging.getLogger(__name__)
 

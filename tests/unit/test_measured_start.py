@@ -205,6 +205,7 @@ def test_the_start_that_is_shown_is_the_one_that_is_written(
     dense, upcycled = measured["starts"][:2]
     assert (dense["start"], dense["factor"], upcycled["layers"]) == ("dense", 1.0, layers)
     assert f"| {', '.join(map(str, layers))} | {upcycled['perplexity']['a.txt']:.1f} |" in shown
+    assert measured_start.CAVEAT in shown
     assert measured["tokens"].keys() == TEXTS.keys()
     reader = TorchDistReader(iteration_directory(tmp_path / "out"))
     loaded = load_model("base", base)
