@@ -23,9 +23,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from mixmoe_megatron.cli import run_command
 
 HERE = Path(__file__).resolve().parent
-GREY, BLUE, ORANGE, GREEN = "#c4c9d1", "#4c78a8", "#f28e2b", "#59a14f"
+GREY, LIGHT_BLUE, BLUE, ORANGE, GREEN = "#c4c9d1", "#a0cbe8", "#4c78a8", "#f28e2b", "#59a14f"
 COLOURS = {
-    "dense base": GREY, "stage 1": BLUE, "Mix-MoE": ORANGE, "full fine-tuning": GREEN
+    "dense base": GREY, "upcycled": LIGHT_BLUE, "stage 1": BLUE, "Mix-MoE": ORANGE, "full fine-tuning": GREEN
 }  # fmt: skip
 TITLES = {
     "real": "make real: chrF++",
