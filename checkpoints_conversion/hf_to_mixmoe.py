@@ -25,7 +25,7 @@ from mixmoe_megatron.conversion.import_arguments import (
     method_from_arguments,
     options_from_arguments,
 )
-from mixmoe_megatron.conversion.measured_start import CAVEAT, measure_start
+from mixmoe_megatron.conversion.measured_start import measure_start
 from mixmoe_megatron.conversion.prepared import write_checkpoint
 from mixmoe_megatron.errors import MixMoEError
 from mixmoe_megatron.methods.registry import METHODS
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
             request = found.request
             if ranks.rank == 0:
                 print(found.table)
-                if request.options and request.options.expert_init != "copy":
-                    print(CAVEAT)
+                if found.caveat:
+                    print(found.caveat)
         prepared = prepare_import(request)
         done = f"{prepared.metadata.phase.name} checkpoint of {len(prepared.plan)} tensors in {args.output_dir}"
         if not args.dry_run:

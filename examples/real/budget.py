@@ -56,15 +56,15 @@ def tokens_of_steps(out: Path, pair: str) -> dict[str, float]:
 def write_plan(out: Path, hours: float, pair: str) -> None:
     """Write the steps of stage 1, and of stage 2 and full fine-tuning, as lines of the shell; first steps are slow.
 
-    Of stage 2 the tokens a second are measured: the seconds of some steps would tell of the lengths of their pairs.
-    Full fine-tuning reads the same steps, so to it applies how many times as long its steps took.
+    The pairs of the measured steps may be short or long: the tokens a second of stage 2, which its log has, tell how
+    many times as long a step of mean length takes.
     """
     logs = {name: (out / "logs" / f"measure_{name}.log").read_text("utf-8") for name in STEPS}
     step_seconds = {name: fmean(map(float, STEP_MS.findall(log)[-3:])) / 1000 for name, log in logs.items()}
     rates = [float(rate) for rate in TOKENS_PER_SECOND.findall(logs["stage2"])[-3:]]
-    of_mean_length = fmean(tokens_of_steps(out, pair)["stage2"] / rate for rate in rates)
-    step_seconds["sft"] *= of_mean_length / step_seconds["stage2"]
-    step_seconds["stage2"] = of_mean_length
+    longer = fmean(tokens_of_steps(out, pair)["stage2"] / rate for rate in rates) / step_seconds["stage2"]
+    for name in ("stage2", "sft"):  # both read the same steps
+        step_seconds[name] *= longer
     parts = parts_in(hours, seconds_of(out), step_seconds)
     write_text(out / "plan", f"STAGE1_STEPS={STEPS['stage1'] * parts} STAGE2_STEPS={STEPS['stage2'] * parts}\n")
 

@@ -66,11 +66,13 @@ class MeasuredStart:
     Attributes:
         request: the conversion that was asked for, with layers and neurons settled and a record for the metadata.
         table: of the starts, dense first, in Markdown.
+        caveat: what the table does not say of slices; empty for copies.
         warning: what a start above WARN_ABOVE costs, and what costs less; empty for others.
     """
 
     request: ImportRequest
     table: str
+    caveat: str
     warning: str
 
 
@@ -106,7 +108,8 @@ def measure_start(request: ImportRequest, files: Sequence[str | Path]) -> Measur
         "starts": [asdict(row) for row in rows],
         "factor_without_ffn": meter.costs.factors() if "costs" in vars(meter) else None,
     }
-    return MeasuredStart(replace(chosen, measured=record), start_table(rows), warning)
+    caveat = "" if asked.expert_init == "copy" else CAVEAT
+    return MeasuredStart(replace(chosen, measured=record), start_table(rows), caveat, warning)
 
 
 class _StartMeter:

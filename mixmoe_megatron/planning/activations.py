@@ -7,7 +7,8 @@ tokens, which is the worst case: of pairs whose targets alone carry loss they ta
 counted: what a kernel needs for a moment, fragmentation.
 
 Shape legend: t tokens of a micro-batch on a context-parallel rank, s = t / TP (sequence parallel), r = rows of all
-groups that this rank's experts get. H, F, f, Q, K, P as in `memory.py`. Per element B bytes (2 in bfloat16).
+groups that this rank's experts get. H hidden_size, F ffn_hidden_size, f moe_ffn_hidden_size, Q attention heads x head
+size, K query groups x head size, P padded vocabulary. Per element B bytes (2 in bfloat16).
 
 | part | elements |
 |---|---|

@@ -107,7 +107,7 @@ def layouts(model: ModelDescription, batch: Batch, gpus: int, gpus_per_node: int
             f"a global batch of {batch.global_batch_size} is not divisible by the micro-batch of "
             f"{batch.micro_batch_size}: choose a multiple of it."
         )
-    sizes = model.sizes_under(1)
+    sizes = model.sizes
     tensor = [tp for tp in _divisors(gpus) if tp <= gpus_per_node and _splits_tensors(sizes, tp)]
     pipeline = [pp for pp in _divisors(gpus) if sizes.num_layers % pp == 0]
     context = [cp for cp in _divisors(gpus) if cp == 1 or batch.seq_length % (2 * cp) == 0]

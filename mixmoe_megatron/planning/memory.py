@@ -3,9 +3,6 @@
 Exact means: what Megatron allocates for them with `--use-distributed-optimizer`, padding of its buffers included. Not
 counted: rotary tables and other constants, the steps of Adam (host scalars), what a collective or the optimizer step
 holds for a moment.
-
-Shape legend: H hidden_size, F ffn_hidden_size, f moe_ffn_hidden_size, Q attention heads x head size, K query groups x
-head size, P padded vocabulary, n experts per group.
 """
 
 from __future__ import annotations

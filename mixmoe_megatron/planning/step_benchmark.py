@@ -135,7 +135,7 @@ def _counts(system: System, task: Task) -> dict[str, float]:
     model = replace(start, phase=phase)
     tokens = task.batch_size * task.seq_length
     k, share = model.topk_per_group, task.share(system)
-    flops = step_flops(model.sizes_under(1), phase, k, tokens, task.seq_length, loss_share=share).total
+    flops = step_flops(model.sizes, phase, k, tokens, task.seq_length, loss_share=share).total
     counts = count_parameters(model)
     return {"flops": flops, "parameters": counts.total, "trained": counts.trained, "active": counts.active}
 

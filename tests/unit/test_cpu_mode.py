@@ -135,8 +135,7 @@ def test_training_gives_pages_back_that_hold_nothing() -> None:
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
         cpu_mode.enable_cpu_mode()
-        is_short, cpu_mode._memory_is_short = cpu_mode._memory_is_short, lambda: False
-        assert is_short() in (True, False)
+        cpu_mode._memory_is_short = lambda: False
         pairs = [(torch.ones(2**20), torch.ones(2**20)) for _ in range(64)]  # 4 MiB each
         kept = [pair[0] for pair in pairs]
         del pairs
@@ -151,4 +150,16 @@ def test_training_gives_pages_back_that_hold_nothing() -> None:
         cpu_mode._memory_is_short = lambda: True
         cpu_mode._train_step(lambda value: value, 7)
         assert resident() < full - 100
+    """)
+
+
+def test_memory_is_short_below_a_third() -> None:
+    run_program("""
+        class Told(cpu_mode.Path):
+            def read_text(self, encoding):
+                return f"MemTotal:  24 kB\\nMemFree:  1 kB\\nMemAvailable:  {available} kB\\nHugePages_Total:  0\\n"
+        assert cpu_mode._memory_is_short() in (True, False), "the machine's own file can be read"
+        cpu_mode.Path = Told
+        for available, is_short in ((7, True), (8, False)):
+            assert cpu_mode._memory_is_short() is is_short
     """)

@@ -236,6 +236,7 @@ def test_a_start_that_costs_much_is_told_with_what_costs_less(
         assert (f"with {row['start']}" in found.warning) == (row["factor"] < starts[1]["factor"])
     monkeypatch.setattr(measured_start, "WARN_ABOVE", 1.5)
     quiet = measure_start(request_for(base, expert_init="copy", router_init_std=0.0), files)
+    assert found.caveat and not quiet.caveat
     assert quiet.warning == "" and quiet.request.measured["factor_without_ffn"] is None
     assert quiet.request.measured["starts"][1]["factor"] == pytest.approx(1, abs=1e-3)
 

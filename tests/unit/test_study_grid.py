@@ -178,7 +178,8 @@ def test_the_page_says_what_the_scores_say_and_the_same_each_time(content: dict[
     assert "VII,mixmoe,all,load_max mt,2.0" in written["study.csv"].decode()
     assert "VII,mixmoe,all,entropy lm,0.75," in written["study.csv"].decode()  # 1.5 of 2 bits
     page = (tmp_path / "table_VII.html").read_text()
-    assert "<title>Table VII: interference" in page and "31.81" in page and "data:image/png" in page
+    title = "Table VII: interference (mixmoe_copy: experts that are whole FFNs, not in the paper)"
+    assert f"<title>{title}</title>" in page and "31.81" in page and "data:image/png" in page
     assert "31.81" in written["study.md"].decode() and "<b>" not in written["study.html"].decode()
     write_study(grid, ["VII"], tmp_path, root)
     assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
